@@ -1,0 +1,223 @@
+"""The whole pipeline: studies -> prepared cases -> GAN -> pseudo-masks -> TransUNet -> evaluation.
+
+Variants, chosen as `--config=configs/transunet.py:VARIANT`:
+  mosmed   MosMedData COVID19_1110 in data/MosMedData; the published sizes; for a TPU or GPU.
+  phantom  the same stages on studies it makes itself, sized for a laptop CPU.
+  tiny     the same again, as small as it goes: for tests. Its masks mean nothing.
+
+Any field can be set on the command line: `--config.train.batch_size=16`.
+"""
+
+import ml_collections
+
+VARIANTS = ('mosmed', 'phantom', 'tiny')
+
+
+def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:
+    """The locked configuration of one variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f'variant {variant!r} is not one of {", ".join(VARIANTS)}')
+    config = _mosmed()
+    config.variant = variant
+    if variant == 'phantom':
+        _shrink_to_phantom(config)
+    if variant == 'tiny':
+        _shrink_to_tiny(config)
+    return config.lock()
+
+
+def _mosmed() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.name = 'transunet'
+    config.variant = 'mosmed'
+    config.seed = 0
+    config.stages = 'prepare,gan,synthesize,train,evaluate'
+
+    config.data = data = ml_collections.ConfigDict()
+    data.folder = 'data/MosMedData'  # '' with phantom.make: <workdir>/studies
+    data.prepared = ''  # '' means <workdir>/prepared
+    data.num_workers = 0  # processes that prepare; 0 means one a core
+    data.on_bad_study = 'skip'  # or 'stop'
+    data.subject_pattern = '(.*)'  # regex on a study id; its first group is the subject
+    data.calibration_fraction = 0.15  # of the healthy subjects: thresholds are found on them
+    data.validation_fraction = 0.1  # of the COVID subjects without a mask
+
+    config.phantom = phantom = ml_collections.ConfigDict()
+    phantom.make = False  # make studies in data.folder first
+    phantom.num_healthy = 20
+    phantom.num_covid = 40
+    phantom.num_masked = 12  # of the COVID studies: these are for evaluation
+    phantom.shape = (192, 192, 40)  # voxels, x y z
+    phantom.spacing_mm = (1.75, 1.75, 8.0)
+    phantom.seed = 0
+
+    config.prepare = prepare = ml_collections.ConfigDict()
+    prepare.grid = (32, 128, 128)  # D, H, W of the prepared arrays, multiples of 16
+    prepare.window_hu = (-1000.0, 400.0)  # HU of image values 0 and 1
+    prepare.margin_mm = 4.0  # around the lungs' bounding box
+    prepare.lungs_source = 'threshold'  # 'threshold', 'file' or 'lungmask'
+
+    config.gan = gan = ml_collections.ConfigDict()
+    gan.filters = (8, 16, 32, 64)
+    gan.bottleneck_filters = 128  # 1 + sum(filters) + this must be a multiple of 3
+    gan.noise_channels = 10
+    gan.head = 'residual'  # healthy = scan - head; 'relu' is the published one
+    gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
+    gan.input_scale = 6.0
+    gan.discriminator_filters = (16, 32, 64)
+    gan.depth = 32  # slices of a training crop, a multiple of 16
+    gan.batch_size = 8
+    gan.num_steps = 10_000
+    gan.learning_rate = 1e-3
+    gan.discriminator_learning_rate = 2e-4
+    gan.warmup_steps = 200
+    gan.clip_norm = 1.0
+    gan.ema_decay = 0.999
+    gan.adversarial_every = 2  # the other steps learn the reconstruction alone
+    gan.reconstruction = 1.0  # weights of the losses
+    gan.adversarial = 0.02
+    gan.identity = 0.2
+    gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
+    gan.opacities = opacities = ml_collections.ConfigDict()
+    opacities.target_hu = (-750.0, -50.0)
+    opacities.opacity = (0.5, 1.0)
+    opacities.coverage_threshold = (0.7, 2.6)
+    opacities.grain_voxels = (4.0, 20.0)
+    opacities.grain_slices = (1.5, 4.0)
+    opacities.edge = 0.25
+    opacities.texture = 0.25
+    opacities.clean_fraction = 0.2
+    gan.compute_dtype = 'bfloat16'
+    gan.log_every = 20  # steps
+    gan.evaluate_every = 500
+    gan.save_every = 500
+
+    config.synthesize = synthesize = ml_collections.ConfigDict()
+    synthesize.smoothing_mm = 3.0  # standard deviation, in plane
+    synthesize.erosion_mm = 4.0
+    synthesize.percentile = 99.0  # of the score in held-out healthy lungs: the threshold
+    synthesize.min_component_ml = 0.1
+    synthesize.num_noise = 1  # noise inputs that the healthy version is averaged over
+
+    config.network = network = ml_collections.ConfigDict()
+    network.name = 'transunet'  # or 'unet'
+    network.width = 128
+    network.num_heads = 4
+    network.mlp_dim = 512
+    network.num_blocks = 8
+    network.dropout_rate = 0.1
+    network.published_attention = False  # scores times sqrt(d), as in published weights
+    network.unet_widths = (32, 64, 128, 256)
+    network.projection_dim = 128
+
+    config.train = train = ml_collections.ConfigDict()
+    train.mode = 'two_phase'  # or 'combined': the three losses as one sum, in every step
+    train.epoch_steps = 500
+    train.contrastive_steps = 50  # of an epoch's steps, the first, in mode 'two_phase'
+    train.batch_size = 32  # half high-, half low-infection slices
+    train.num_steps = 20_000
+    train.use_healthy = True  # healthy training scans join the low group with empty targets
+    train.binary_targets = True  # cut the pseudo-masks at 0.5
+    train.learning_rate = 3e-4
+    train.schedule = 'cosine'  # or 'plateau', 'constant'
+    train.warmup_steps = 500
+    train.plateau_patience = 5  # evaluations, as PyTorch counts them
+    train.plateau_factor = 0.5
+    train.clip_norm = 1.0
+    train.ema_decay = 0.999
+    train.contrastive = 0.1  # weights of the losses
+    train.mse = 1.0
+    train.sensitivity = 1.0
+    train.beta = 2.0  # extra weight of missed lesion in the BCE
+    train.temperature = 0.1
+    train.positive_weight = 1.5
+    train.mse_on = 'probability'  # or, as published, 'logits'
+    train.augment = True
+    train.zoom = 0.1
+    train.shift = 0.05
+    train.gain = 0.1
+    train.bias = 0.02
+    train.noise = 0.01
+    train.compute_dtype = 'bfloat16'
+    train.log_every = 20  # steps
+    train.evaluate_every = 500
+    train.save_every = 500
+
+    config.predict = predict = ml_collections.ConfigDict()
+    predict.batch_size = 32  # slices
+    predict.flip = True  # average with the prediction of the mirrored slices
+    predict.min_component_ml = 0.1
+    predict.write_probability = False  # probability maps beside the masks
+
+    config.evaluate = evaluate = ml_collections.ConfigDict()
+    evaluate.nsd_tolerance_mm = 2.0
+    return config
+
+
+def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
+    config.data.folder = ''
+    config.phantom.make = True
+    config.data.calibration_fraction = 0.3
+    config.data.validation_fraction = 0.15
+    config.prepare.grid = (32, 96, 96)
+    config.gan.filters = (8, 16, 24, 32)
+    config.gan.bottleneck_filters = 48
+    config.gan.depth = 16
+    config.gan.batch_size = 2
+    config.gan.num_steps = 400
+    config.gan.learning_rate = 3e-3
+    config.gan.discriminator_learning_rate = 5e-4
+    config.gan.warmup_steps = 20
+    config.gan.ema_decay = 0.98
+    config.gan.adversarial_every = 4
+    config.gan.compute_dtype = 'float32'
+    config.gan.log_every = 10
+    config.gan.evaluate_every = 100
+    config.gan.save_every = 100
+    config.network.width = 32
+    config.network.mlp_dim = 256
+    config.network.num_blocks = 4
+    config.network.projection_dim = 64
+    config.train.epoch_steps = 100
+    config.train.contrastive_steps = 10
+    config.train.batch_size = 16
+    config.train.num_steps = 400
+    config.train.learning_rate = 1e-3
+    config.train.warmup_steps = 40
+    config.train.ema_decay = 0.98
+    config.train.compute_dtype = 'float32'
+    config.train.log_every = 10
+    config.train.evaluate_every = 100
+    config.train.save_every = 100
+
+
+def _shrink_to_tiny(config: ml_collections.ConfigDict) -> None:
+    _shrink_to_phantom(config)
+    config.phantom.num_healthy = 4
+    config.phantom.num_covid = 6
+    config.phantom.num_masked = 2
+    config.phantom.shape = (64, 64, 20)
+    config.phantom.spacing_mm = (5.25, 5.25, 16.0)
+    config.prepare.grid = (16, 32, 32)
+    config.gan.filters = (2, 2, 4, 4)
+    config.gan.bottleneck_filters = 5
+    config.gan.discriminator_filters = (4, 4)
+    config.gan.num_steps = 8
+    config.gan.log_every = 2
+    config.gan.evaluate_every = 4
+    config.gan.save_every = 4
+    config.gan.opacities.grain_voxels = (3.0, 8.0)
+    config.network.width = 8
+    config.network.num_heads = 2
+    config.network.mlp_dim = 16
+    config.network.num_blocks = 1
+    config.network.unet_widths = (4, 8)
+    config.network.projection_dim = 8
+    config.train.epoch_steps = 4
+    config.train.contrastive_steps = 1
+    config.train.batch_size = 8
+    config.train.num_steps = 8
+    config.train.log_every = 2
+    config.train.evaluate_every = 4
+    config.train.save_every = 4
+    config.predict.batch_size = 8

@@ -1,0 +1,283 @@
+"""Overlap and surface metrics of binary masks. NumPy in, floats out; NaN means "undefined".
+
+The empty rule, once for the whole project:
+- truth and prediction both empty: Dice, IoU and NSD are undefined (such cases are counted and
+  listed apart, and are in no mean);
+- truth empty, prediction not: Dice, IoU, precision and NSD are 0;
+- prediction empty, truth not: Dice, IoU, sensitivity and NSD are 0, precision is undefined;
+- sensitivity is undefined where truth is empty, specificity where nothing is negative, and HD95
+  where either mask is empty.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import edt
+import numpy as np
+
+# edt works in float32: a distance that equals the tolerance must not fall outside by rounding.
+_RELATIVE_ROUNDING = 1e-5
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """Voxel counts of a prediction against a truth. Counts of several regions add up with `+`."""
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+    def __add__(self, other: 'Confusion') -> 'Confusion':
+        return Confusion(
+            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn
+        )
+
+    @property
+    def dice(self) -> float:
+        """2 TP / (2 TP + FP + FN) (Dice 1945)."""
+        return _ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+
+    @property
+    def iou(self) -> float:
+        """TP / (TP + FP + FN) (Jaccard 1912)."""
+        return _ratio(self.tp, self.tp + self.fp + self.fn)
+
+    @property
+    def sensitivity(self) -> float:
+        """TP / (TP + FN)."""
+        return _ratio(self.tp, self.tp + self.fn)
+
+    @property
+    def specificity(self) -> float:
+        """TN / (TN + FP)."""
+        return _ratio(self.tn, self.tn + self.fp)
+
+    @property
+    def precision(self) -> float:
+        """TP / (TP + FP)."""
+        return _ratio(self.tp, self.tp + self.fp)
+
+
+def _check_masks(*masks: np.ndarray) -> None:
+    for mask in masks:
+        if mask.dtype != np.bool_:
+            raise TypeError(f'a mask is boolean, not {mask.dtype}')
+        if mask.shape != masks[0].shape:
+            raise ValueError(f'masks of different shapes: {masks[0].shape} and {mask.shape}')
+
+
+def count_confusion(
+    truth: np.ndarray, prediction: np.ndarray, within: np.ndarray | None = None
+) -> Confusion:
+    """Counts the voxels of two boolean masks, all of them or those of the region `within`.
+
+    Args:
+      truth, prediction: boolean, any shape, the same.
+      within: None, or boolean of that shape: voxels outside it are not counted.
+
+    Raises:
+      TypeError: a mask is not boolean. ValueError: the shapes differ.
+    """
+    _check_masks(truth, prediction, *(() if within is None else (within,)))
+    total = truth.size
+    if within is not None:
+        truth, prediction = truth & within, prediction & within
+        total = np.count_nonzero(within)
+    tp = int(np.count_nonzero(truth & prediction))
+    fp = int(np.count_nonzero(prediction)) - tp
+    fn = int(np.count_nonzero(truth)) - tp
+    return Confusion(tp=tp, fp=fp, fn=fn, tn=int(total) - tp - fp - fn)
+
+
+def dice(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Dice of two boolean masks of one shape, in [0, 1]; NaN if both are empty."""
+    return count_confusion(truth, prediction).dice
+
+
+def iou(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Intersection over union of two boolean masks, in [0, 1]; NaN if both are empty."""
+    return count_confusion(truth, prediction).iou
+
+
+def sensitivity(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Share of the truth's voxels that are predicted, in [0, 1]; NaN if truth is empty."""
+    return count_confusion(truth, prediction).sensitivity
+
+
+def specificity(
+    truth: np.ndarray, prediction: np.ndarray, within: np.ndarray | None = None
+) -> float:
+    """Share of the voxels outside the truth that are not predicted, in [0, 1].
+
+    `within` (boolean, the same shape) limits it to a region such as the lungs: over a whole image,
+    most of which is air and body, specificity is near 1 whatever is predicted. NaN if the region
+    holds no voxel outside the truth.
+    """
+    return count_confusion(truth, prediction, within).specificity
+
+
+def precision(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Share of the predicted voxels that are true, in [0, 1]; NaN if prediction is empty."""
+    return count_confusion(truth, prediction).precision
+
+
+@dataclasses.dataclass(frozen=True)
+class SurfaceDistances:
+    """Distances in mm between the surfaces of two masks, one value a surface voxel.
+
+    from_truth_mm: (T,) from each surface voxel of the truth to the nearest one of the prediction;
+    from_prediction_mm: (P,) the other way. Where the other mask is empty they are infinite; where
+    a mask is itself empty, it has no value.
+    """
+
+    from_truth_mm: np.ndarray
+    from_prediction_mm: np.ndarray
+
+    @property
+    def hd95_mm(self) -> float:
+        """The larger of the two directed 95th percentiles; NaN if either mask is empty."""
+        if not (self.from_truth_mm.size and self.from_prediction_mm.size):
+            return math.nan
+        return max(
+            float(np.percentile(distances, 95))
+            for distances in (self.from_truth_mm, self.from_prediction_mm)
+        )
+
+    def nsd(self, tolerance_mm: float) -> float:
+        """Share of all surface voxels that are within the tolerance; NaN if both are empty."""
+        limit = tolerance_mm * (1 + _RELATIVE_ROUNDING)
+        near = sum(
+            int(np.count_nonzero(distances <= limit))
+            for distances in (self.from_truth_mm, self.from_prediction_mm)
+        )
+        return _ratio(near, self.from_truth_mm.size + self.from_prediction_mm.size)
+
+
+def _crop_to_union(*masks: np.ndarray) -> list[np.ndarray]:
+    """Crops to the box that holds every mask. No surface, so no distance, lies outside it."""
+    union = np.logical_or.reduce(masks)
+    box = []
+    for axis in range(union.ndim):
+        others = tuple(other for other in range(union.ndim) if other != axis)
+        filled = np.flatnonzero(union.any(axis=others))
+        box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
+    return [mask[tuple(box)] for mask in masks]
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """Voxels of the mask with a face neighbour outside it; beyond the array is outside."""
+    padded = np.pad(mask, 1)
+    inside = (slice(1, -1),) * mask.ndim
+    interior = mask.copy()
+    for axis in range(mask.ndim):
+        for neighbour in (slice(None, -2), slice(2, None)):
+            interior &= padded[(*inside[:axis], neighbour, *inside[axis + 1 :])]
+    return mask & ~interior
+
+
+def _distances_to(surface: np.ndarray, from_: np.ndarray, spacing_mm) -> np.ndarray:
+    if not surface.any():
+        return np.full(np.count_nonzero(from_), np.inf, np.float32)
+    field_mm = edt.edt(~surface, anisotropy=tuple(spacing_mm), black_border=False, parallel=1)
+    return field_mm[from_]
+
+
+def surface_distances(
+    truth: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
+) -> SurfaceDistances:
+    """Measures the distances between the surfaces of two masks.
+
+    A surface voxel is a voxel of the mask with at least one of its six face neighbours outside the
+    mask; the border of the array counts as outside. Distances run between voxel centres. This is
+    MONAI's definition (`get_mask_edges`); DeepMind's surface-distance weighs surface elements by
+    their area instead and so gives other values.
+
+    Args:
+      truth, prediction: (Z, Y, X) boolean.
+      spacing_mm: voxel size along z, y, x in mm.
+
+    Raises:
+      TypeError: a mask is not boolean. ValueError: the shapes differ, are not 3D, or the spacing is
+      not three positive numbers.
+    """
+    _check_masks(truth, prediction)
+    spacing_mm = [float(step) for step in spacing_mm]
+    if truth.ndim != 3:
+        raise ValueError(f'surface metrics are for (Z, Y, X) masks, not shape {truth.shape}')
+    if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
+        raise ValueError(f'spacing_mm is three positive numbers (z, y, x), not {spacing_mm}')
+    surfaces = [_surface(mask) for mask in _crop_to_union(truth, prediction)]
+    truth_surface, prediction_surface = surfaces
+    return SurfaceDistances(
+        from_truth_mm=_distances_to(prediction_surface, truth_surface, spacing_mm),
+        from_prediction_mm=_distances_to(truth_surface, prediction_surface, spacing_mm),
+    )
+
+
+def hd95_mm(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    """95 % Hausdorff distance in mm: the larger of the two directed 95th percentiles.
+
+    Masks, spacing, surface and errors as in `surface_distances`; percentiles are interpolated
+    linearly. MONAI does the same; medpy takes one percentile of both directions together.
+    NaN if either mask is empty.
+    """
+    return surface_distances(truth, prediction, spacing_mm).hd95_mm
+
+
+def nsd(
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    spacing_mm: Sequence[float],
+    tolerance_mm: float = 2.0,
+) -> float:
+    """Normalised surface Dice in [0, 1] (Nikolov et al. 2018, arXiv 1809.04430, on voxel surfaces).
+
+    (surface voxels of either mask that lie within `tolerance_mm` of the other's surface, the
+    tolerance included) / (surface voxels of both). Masks, spacing, surface and errors as in
+    `surface_distances`. NaN if both masks are empty, 0 if one is.
+    """
+    return surface_distances(truth, prediction, spacing_mm).nsd(tolerance_mm)
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    *,
+    subjects: Sequence[str] | None = None,
+    seed: int = 0,
+    num: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean over subjects (Efron and Tibshirani 1993, ch. 13).
+
+    Args:
+      values: (N,) one figure a case or a slice; undefined (NaN) ones are left out.
+      subjects: (N,) whose value it is. Subjects are drawn with replacement, each with all of its
+        values, because slices of one subject resemble each other. None: one value a subject.
+      seed, num: of the random draws. level: the interval's coverage, in (0, 1).
+
+    Returns:
+      (low, high); (NaN, NaN) with fewer than two subjects, who cannot show how subjects vary.
+
+    Raises:
+      ValueError: values and subjects differ in length.
+    """
+    values = np.asarray(values, np.float64)
+    subjects = np.arange(values.size) if subjects is None else np.asarray(subjects)
+    if values.shape != subjects.shape:
+        raise ValueError(f'{values.size} values of {subjects.size} subjects')
+    defined = ~np.isnan(values)
+    names, subject_of = np.unique(subjects[defined], return_inverse=True)
+    if names.size < 2:
+        return math.nan, math.nan
+    sums = np.bincount(subject_of, weights=values[defined])
+    counts = np.bincount(subject_of)
+    drawn = np.random.default_rng(seed).integers(names.size, size=(num, names.size))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,1 @@
+"""CT studies and their geometry: NumPy only, never jax."""

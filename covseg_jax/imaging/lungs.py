@@ -1,0 +1,301 @@
+"""A lung mask without weights: threshold and morphology.
+
+Consolidation is as dense as the chest wall, so a threshold loses it exactly where COVID-19 puts
+it: at the pleura, lateral and posterior. Two closings bring it back: a small one everywhere
+(vessels, fissures), and a wide one that counts only on the side of the ribs, where the lung's
+outline is convex in health. Medially it is not: heart, spine and liver are no lung.
+"""
+
+import cc3d
+import edt
+import numpy as np
+from scipy import ndimage
+
+from covseg_jax.imaging.geometry import apply_matrices, resampling_matrix
+
+AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
+GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
+WORKING_MM = 2.0
+MINIMUM_ML = 300.0
+CLOSING_MM = 10.0
+RIB_SIDE_CLOSING_MM = 50.0
+BELOW_MM = 10.0
+MAXIMUM_HOLE_CM2 = 20.0
+TRACHEA_CM2 = 8.0
+TRACHEA_HU = -910
+
+# Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
+_IN_PLANE = np.zeros((3, 3, 3), bool)
+_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
+
+
+def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Both lungs with their vessels, ground glass and, at the pleura, consolidation.
+
+    Works at about 2 mm and returns the study's own grid. Lungs that touch the border of the
+    image (a cropped scan) are kept: what lies outside the body is told by its density.
+
+    Args:
+        image_hu: (Z, Y, X) canonical, HU; padding may be below -1024.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        bool (Z, Y, X).
+
+    Raises:
+        ValueError: no lungs found, or less than 300 ml together.
+    """
+    coarse, coarse_mm = _to_working_grid(image_hu, spacing_mm)
+    voxel_ml = float(np.prod(coarse_mm)) / 1000.0
+    lungs = np.zeros(coarse.shape, bool)
+    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm), coarse_mm):
+        lungs |= _complete_lung(lung, coarse, coarse_mm)
+    volume_ml = lungs.sum() * voxel_ml
+    if volume_ml < MINIMUM_ML:
+        raise ValueError(
+            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels; at least '
+            f'{MINIMUM_ML:.0f} ml are expected)'
+        )
+    return _to_study_grid(lungs, image_hu.shape)
+
+
+def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
+    """Both lungs by the R231 network of the `lungmask` package (Hofmanninger et al., 2020).
+
+    The package is no requirement of covseg_jax and fetches its weights on first use.
+
+    Args:
+        image_hu: (Z, Y, X) canonical, HU.
+
+    Returns:
+        bool (Z, Y, X).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it finds no lungs.
+    """
+    from lungmask import LMInferer
+
+    lungs = LMInferer(modelname='R231', tqdm_disable=True).apply(np.ascontiguousarray(image_hu)) > 0
+    if not lungs.any():
+        raise ValueError('no lungs found (by lungmask)')
+    return lungs
+
+
+def _to_working_grid(
+    image_hu: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[np.ndarray, tuple[float, float, float]]:
+    # Never finer than the scan: an axis of 8 mm slices stays as it is.
+    matrices, coarse_mm = [], []
+    for length, spacing in zip(image_hu.shape, spacing_mm, strict=True):
+        coarse_length = min(length, max(1, round(length * spacing / WORKING_MM)))
+        matrices.append(_axis_matrix(coarse_length, length))
+        coarse_mm.append(spacing * length / coarse_length)
+    # Metal and padding must not pull their neighbours' mean.
+    clipped = np.clip(image_hu, -1024, 400).astype(np.float32)
+    return apply_matrices(clipped, matrices), tuple(coarse_mm)
+
+
+def _to_study_grid(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    matrices, target = [], []
+    for axis, side in enumerate(box):
+        matrix = _axis_matrix(shape[axis], mask.shape[axis])[:, side]
+        rows = np.flatnonzero(matrix.any(axis=1))
+        target.append(slice(rows[0], rows[-1] + 1))
+        matrices.append(matrix[target[-1]])
+    result = np.zeros(shape, bool)
+    result[tuple(target)] = apply_matrices(mask[box].astype(np.float32), matrices) >= 0.5
+    return result
+
+
+def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
+    # Both grids span the same length; the unit does not matter.
+    targets = (np.arange(num_targets) + 0.5) * num_sources / num_targets
+    return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
+
+
+def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """The one or two largest air-filled components inside the body that are not free gas."""
+    air = coarse < AIR_HU
+    tissue = ndimage.binary_opening(~air, _IN_PLANE, iterations=2)  # without the table's shell
+    body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
+    # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
+    # under the back sees it in front only.
+    enclosed = _count_sides(body) >= 2
+    air &= ~_outside_body(coarse, air, enclosed)
+    air &= ~_trachea(coarse, air, spacing_mm)
+    components = cc3d.connected_components(air, connectivity=6)
+    volumes, means = _volumes_and_means(components, coarse)
+    chosen = []
+    for label in np.argsort(volumes)[::-1][:8]:
+        # Bowel gas may compete with the other lung; a tenth of the larger lung is the least that
+        # a collapsed lung keeps and more than most gas holds.
+        if volumes[label] == 0 or (chosen and volumes[label] < 0.1 * volumes[chosen[0]]):
+            break
+        # Foam in the table and blankets have the density of lung, but no body around them.
+        if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
+            chosen.append(label)
+        if len(chosen) == 2:
+            break
+    return np.isin(components, chosen) if chosen else np.zeros_like(air)
+
+
+def _count_sides(mask: np.ndarray) -> np.ndarray:
+    """On how many of its four sides in the slice a voxel sees the mask: uint8, 0 to 4."""
+    sides = np.zeros(mask.shape, np.uint8)
+    for axis in (1, 2):
+        sides += np.logical_or.accumulate(mask, axis=axis)
+        sides += np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis=axis), axis)
+    return sides
+
+
+def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
+    # Slice by slice, or the trachea of a scan that ends in the neck would join in. In a crop a
+    # lung may touch the border too: so the border alone does not tell, nor do the sides alone,
+    # because a corner of the room sees the body on two.
+    components = ndimage.label(air, _IN_PLANE)[0]
+    touches = np.zeros(components.max() + 1, bool)
+    touches[components[:, [0, -1], :]] = True
+    touches[components[:, :, [0, -1]]] = True
+    touches[0] = False
+    _, enclosed_part = _volumes_and_means(components, enclosed)
+    _, gas_part = _volumes_and_means(components, coarse < GAS_HU)
+    return (touches & ((enclosed_part <= 0.5) | (gas_part > 0.25)))[components]
+
+
+def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Of each label, in voxels and in the values' unit; the background, label 0, has volume 0.
+    labels = components.ravel()
+    volumes = np.bincount(labels)
+    means = np.bincount(labels, weights=values.ravel()) / np.maximum(volumes, 1)
+    volumes[0] = 0
+    return volumes, means
+
+
+def _trachea(
+    coarse: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    # Trachea and main bronchi: small round gas in a slice, apart from the lungs.
+    components, number = ndimage.label(air, _IN_PLANE)
+    labels = np.arange(1, number + 1)
+    areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
+    areas_cm2 = areas_cm2 * spacing_mm[1] * spacing_mm[2] / 100.0
+    small = labels[areas_cm2 < TRACHEA_CM2]
+    if not small.size:
+        return np.zeros_like(air)
+    # Its darkest spot, not its mean: the rim of a small tube is partial volume.
+    darkest = ndimage.minimum(ndimage.uniform_filter(coarse, (1, 2, 2)), components, small)
+    return np.isin(components, small[darkest < TRACHEA_HU])
+
+
+def _separate_lungs(
+    parenchyma: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> list[np.ndarray]:
+    """Right and left lung, also where they touch in front of or behind the heart."""
+    components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
+    if number != 1:
+        return [components == label for label in range(1, number + 1)]
+    depth = _distance_in_plane(parenchyma, spacing_mm)
+    for erosion_mm in (2.0, 4.0, 7.0, 11.0, 16.0, 22.0):
+        cores, number = cc3d.largest_k(depth > erosion_mm, k=2, connectivity=6, return_N=True)
+        volumes = np.bincount(cores.ravel(), minlength=3)[1:]
+        if number == 2 and volumes.min() > 0.15 * volumes.max():
+            distances = [edt.edt(cores != label, anisotropy=spacing_mm) for label in (1, 2)]
+            first = distances[0] <= distances[1]
+            return [parenchyma & first, parenchyma & ~first]
+    return [parenchyma]
+
+
+def _complete_lung(
+    lung: np.ndarray, coarse: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Adds to one lung what the threshold lost: vessels, holes, consolidation at the pleura."""
+    box = ndimage.find_objects(lung.astype(np.uint8))[0]
+    part, hu = lung[box], coarse[box]
+    closed = _fill_holes(_close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
+    wide = _close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
+    # The outline is straighter from top to bottom than round the chest: what has lung above and
+    # below it reaches further out than the wide closing.
+    lost = (wide & _has_lung_below(closed, spacing_mm)) | _between_lung(closed)
+    lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
+    # Bone is no lung whatever its place.
+    added = lost & ~closed & (hu < 150) & ~_touches_border(lung)[box[0], None, None]
+    added = ndimage.binary_opening(added, _IN_PLANE)
+    result = np.zeros_like(lung)
+    result[box] = _fill_holes(_close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
+    return result
+
+
+def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
+    # x grows to the patient's left.
+    return (box[2].start + box[2].stop) / 2 < lung.shape[2] / 2
+
+
+def _has_lung_below(lung: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    # Liver, spleen and stomach have none under them; a consolidation at the ribs has the recess
+    # under it, or close by.
+    below = np.logical_or.accumulate(lung, axis=0)
+    return _distance_in_plane(~below, spacing_mm) <= BELOW_MM
+
+
+def _between_lung(lung: np.ndarray) -> np.ndarray:
+    above = np.logical_or.accumulate(lung[::-1], axis=0)[::-1]
+    return above & np.logical_or.accumulate(lung, axis=0)
+
+
+def _touches_border(lung: np.ndarray) -> np.ndarray:
+    # (Z,): slices in which the image's border cuts the lung off, so that its ribs are not seen.
+    return lung[:, [0, -1], :].any(axis=(1, 2)) | lung[:, :, [0, -1]].any(axis=(1, 2))
+
+
+def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:
+    """Voxels with this lung medial to them and none lateral, or in front of them and none behind.
+
+    The second rule holds for the posterior half of the slice's lung only, because the liver too
+    lies behind the anterior recess.
+    """
+    toward_left = lung if is_right else lung[:, :, ::-1]
+    medial = np.logical_or.accumulate(toward_left[:, :, ::-1], axis=2)[:, :, ::-1]
+    lateral = np.logical_or.accumulate(toward_left, axis=2)
+    beside = medial & ~lateral
+    beside = beside if is_right else beside[:, :, ::-1]
+    in_front = np.logical_or.accumulate(lung, axis=1)
+    behind = np.logical_or.accumulate(lung[:, ::-1], axis=1)[:, ::-1]
+    rows = np.arange(lung.shape[1])[None, :]
+    areas = lung.sum(axis=2)
+    centre = (areas * rows).sum(axis=1) / np.maximum(areas.sum(axis=1), 1)
+    posterior = rows > centre[:, None]
+    return beside | (in_front & ~behind & posterior[:, :, None])
+
+
+def _distance_in_plane(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    # mm to the nearest voxel outside the mask in the same slice: neighbouring slices are put out
+    # of reach, and no further, because edt squares in float32.
+    anisotropy = (4 * RIB_SIDE_CLOSING_MM, spacing_mm[1], spacing_mm[2])
+    return edt.edt(mask, anisotropy=anisotropy)
+
+
+def _close_in_plane(
+    mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Closing by a disk of radius_mm, slice by slice, as two distance transforms."""
+    pad = [(0, 0)] + [(int(radius_mm / spacing) + 2,) * 2 for spacing in spacing_mm[1:]]
+    inner = (slice(None), *(slice(before, -before) for before, _ in pad[1:]))
+    dilated = _distance_in_plane(~np.pad(mask, pad), spacing_mm) <= radius_mm
+    return mask | (_distance_in_plane(dilated, spacing_mm)[inner] > radius_mm)
+
+
+def _fill_holes(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Fills closed cavities, and what sees the lung on all four sides in its slice and below it.
+
+    The latter up to 20 cm² a slice. It need not be a closed hole: the rim of lung between a
+    consolidation and the pleura may be too thin to see. The liver's dome has no lung below.
+    """
+    filled = ndimage.binary_fill_holes(mask)
+    surrounded = ~filled & (_count_sides(filled) == 4) & np.logical_or.accumulate(filled, axis=0)
+    holes = ndimage.label(surrounded, _IN_PLANE)[0]
+    areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
+    fill = areas_cm2 < MAXIMUM_HOLE_CM2
+    fill[0] = False
+    return filled | fill[holes]

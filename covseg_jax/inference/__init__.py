@@ -1,0 +1,1 @@
+"""Trained networks to pseudo-masks and NIfTI masks."""

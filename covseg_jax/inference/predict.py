@@ -1,0 +1,147 @@
+"""NIfTI in -> NIfTI out on the same grid, with lesion ml, lung ml and infection %."""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from covseg_jax import atomic
+from covseg_jax.data.cases import Case
+from covseg_jax.errors import InputError
+from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging.geometry import Geometry
+from covseg_jax.imaging.nifti import write_volume
+from covseg_jax.imaging.prepare import PrepareSettings, prepare_volume
+from covseg_jax.imaging.studies import Study
+from covseg_jax.inference.synthesize import drop_small_components
+
+Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
+
+COLUMNS = ('study_id', 'status', 'lesion_ml', 'lung_ml', 'infection_percent', 'mask')
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSettings:
+    """From probability to mask: the least probability of a lesion, the least component in ml."""
+
+    threshold: float = 0.5
+    min_component_ml: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyMask:
+    """A study's result on its own grid, canonical (Z, Y, X)."""
+
+    mask: np.ndarray  # bool
+    probability: np.ndarray  # float32
+    lungs: np.ndarray  # bool
+
+
+def mask_on_study_grid(
+    probability: np.ndarray, lungs: np.ndarray, geometry: Geometry, settings: MaskSettings
+) -> StudyMask:
+    """Brings (D, H, W) lesion probability and lungs back onto the study's own voxels, cuts, and
+    drops small components."""
+    native_lungs = geometries.to_study_grid(lungs, geometry) >= 0.5
+    native = geometries.to_study_grid(probability, geometry) * native_lungs
+    mask = drop_small_components(
+        native >= settings.threshold, settings.min_component_ml / geometry.study_voxel_ml
+    )
+    return StudyMask(mask, native, native_lungs)
+
+
+def predict_study(
+    study: Study,
+    probability: Probability,
+    preparation: PrepareSettings,
+    settings: MaskSettings,
+    output: pathlib.Path,
+    *,
+    write_probability: bool = False,
+) -> dict[str, str | float]:
+    """Reads, prepares and segments one study; writes `<study_id>_mask.nii.gz` (uint8, the study's
+    shape and affine) and, if asked, `<study_id>_probability.nii.gz` (float32).
+
+    Returns:
+      A row of results.csv.
+
+    Raises:
+      InputError: the study cannot be used; nothing is written.
+    """
+    case = prepare_volume(study, preparation)
+    found = mask_on_study_grid(
+        probability(case.image, case.lungs), case.lungs, case.geometry, settings
+    )
+    affine = np.asarray(case.geometry.affine)
+    path = output / f'{study.study_id}_mask.nii.gz'
+    if write_probability:
+        write_volume(
+            output / f'{study.study_id}_probability.nii.gz',
+            geometries.from_canonical(found.probability.astype(np.float32), affine),
+            affine,
+        )
+    write_volume(path, geometries.from_canonical(found.mask.astype(np.uint8), affine), affine)
+    lesion_ml = float(found.mask.sum()) * case.geometry.study_voxel_ml
+    lung_ml = float(found.lungs.sum()) * case.geometry.study_voxel_ml
+    return {
+        'study_id': study.study_id,
+        'status': 'ok',
+        'lesion_ml': lesion_ml,
+        'lung_ml': lung_ml,
+        'infection_percent': 100 * lesion_ml / lung_ml,
+        'mask': path.name,
+    }
+
+
+def predict_studies(
+    studies: Sequence[Study],
+    probability: Probability,
+    preparation: PrepareSettings,
+    settings: MaskSettings,
+    output: pathlib.Path,
+    *,
+    write_probability: bool = False,
+) -> tuple[list[dict], list[str]]:
+    """Segments studies one by one and writes results.csv; a study that cannot be used is named in
+    it and passed over.
+
+    Returns:
+      The rows of results.csv, and the messages of the studies passed over.
+    """
+    rows, faults = [], []
+    for study in tqdm(studies, desc='predict', unit='study', disable=None):
+        try:
+            row = predict_study(
+                study, probability, preparation, settings, output,
+                write_probability=write_probability,
+            )  # fmt: skip
+        except InputError as error:
+            faults.append(str(error))
+            row = {'study_id': study.study_id, 'status': str(error)}
+        rows.append(row)
+    with atomic.new_file(output / 'results.csv') as temporary, temporary.open('w', newline='') as f:
+        writer = csv.DictWriter(f, COLUMNS, restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows, faults
+
+
+def calibrate_threshold(
+    probability: Probability,
+    cases: Sequence[Case],
+    read_target: Callable[[Case], np.ndarray],
+    candidates: Sequence[float] = tuple(np.linspace(0.1, 0.9, 17).round(2).tolist()),
+) -> float:
+    """The cut with the best mean Dice of `cases` against their own pseudo-masks: found without any
+    human mask, and never on evaluation subjects."""
+    scores = []
+    for case in cases:
+        target = np.asarray(read_target(case)) >= 0.5
+        found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
+        if target.any():
+            masks = [found >= cut for cut in candidates]
+            scores.append([2 * (target & m).sum() / (target.sum() + m.sum()) for m in masks])
+    return candidates[int(np.argmax(np.mean(scores, axis=0)))] if scores else 0.5

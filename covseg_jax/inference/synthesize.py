@@ -1,0 +1,161 @@
+"""GAN -> pseudo-masks: scan minus healthy version, inside the lungs, thresholded on healthy scans.
+
+score = smooth(relu(scan − healthy)) inside the slightly eroded lungs; the threshold is a percentile
+of the score in held-out *healthy* lungs; the pseudo-mask is score / (2 · threshold) clipped to
+[0, 1], so that 0.5 is the threshold; components of the binary mask under a least volume are zeroed.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from covseg_jax import atomic
+from covseg_jax.data.cases import Case
+from covseg_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoMaskSettings:
+    """How a difference becomes a pseudo-mask.
+
+    Attributes:
+      smoothing_mm: standard deviation of the in-plane Gaussian.
+      erosion_mm: how far from the lungs' edge, in plane, a score counts.
+      percentile: of the score in healthy lungs, in (0, 100): the threshold.
+      min_component_ml: smaller components are dropped.
+      num_noise: how many noise inputs the healthy version is averaged over.
+    """
+
+    smoothing_mm: float = 3.0
+    erosion_mm: float = 4.0
+    percentile: float = 99.0
+    min_component_ml: float = 0.1
+    num_noise: int = 1
+
+
+def score_difference(
+    image: np.ndarray,
+    healthy: np.ndarray,
+    lungs: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    settings: PseudoMaskSettings,
+) -> np.ndarray:
+    """(D, H, W) float32 score of a scan against its healthy version; 0 outside the eroded lungs."""
+    difference = np.maximum(image.astype(np.float32) - healthy, 0) * (lungs > 0)
+    _, dy, dx = spacing_mm
+    sigma = (0.0, settings.smoothing_mm / dy, settings.smoothing_mm / dx)
+    smooth = ndimage.gaussian_filter(difference, sigma, mode='constant')
+    # Normalised, so that the lungs' edge is not darkened by the zeros beyond it.
+    weight = ndimage.gaussian_filter((lungs > 0).astype(np.float32), sigma, mode='constant')
+    score = np.divide(smooth, weight, out=np.zeros_like(smooth), where=weight > 1e-3)
+    return score * _eroded(lungs > 0, settings.erosion_mm / dy)
+
+
+def _eroded(lungs: np.ndarray, radius: float) -> np.ndarray:
+    if radius < 0.5:
+        return lungs
+    return np.stack([ndimage.distance_transform_edt(one) > radius for one in lungs])
+
+
+def drop_small_components(mask: np.ndarray, min_voxels: float) -> np.ndarray:
+    """The boolean mask without 26-connected components of fewer than `min_voxels` voxels."""
+    if min_voxels <= 1 or not mask.any():
+        return mask
+    return cc3d.dust(mask, threshold=int(np.ceil(min_voxels)), connectivity=26) > 0
+
+
+def soft_mask(
+    score: np.ndarray, threshold: float, voxel_ml: float, settings: PseudoMaskSettings
+) -> np.ndarray:
+    """Score -> (D, H, W) float16 pseudo-mask in [0, 1], 0.5 at the threshold."""
+    soft = np.clip(score / (2 * threshold), 0, 1)
+    binary = soft >= 0.5
+    kept = drop_small_components(binary, settings.min_component_ml / voxel_ml)
+    soft = np.where(binary & ~kept, 0, soft)
+    # Stored as float16, in which no value under 0.5 may round up to it.
+    return np.where(soft >= 0.5, soft, np.minimum(soft, 0.4995)).astype(np.float16)
+
+
+def synthesize(
+    heal: Callable[[np.ndarray, str], np.ndarray],
+    calibration: Sequence[Case],
+    covid: Sequence[Case],
+    folder: pathlib.Path,
+    settings: PseudoMaskSettings,
+) -> dict:
+    """Writes a pseudo-mask for each COVID case, and summary.json last.
+
+    Args:
+      heal: ((D, H, W) float32 scan, study id) -> healthy version; the id seeds its noise.
+      calibration: held-out healthy cases.
+      covid: the cases to mark.
+      folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1].
+      settings: how.
+
+    Returns:
+      What summary.json holds: the threshold, healthy false positives and each study's infection %.
+
+    Raises:
+      InputError: no calibration case, or the generator changes nothing.
+    """
+    if not calibration:
+        raise InputError('no healthy scan is held out; raise data.calibration_fraction')
+
+    def score(case: Case) -> tuple[np.ndarray, np.ndarray]:
+        image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
+        healthy = heal(image, case.study_id)
+        spacing_mm = case.geometry.model_spacing_mm
+        return score_difference(image, healthy, lungs, spacing_mm, settings), lungs
+
+    healthy_scores = {
+        case.study_id: score(case) for case in tqdm(calibration, desc='calibrate', disable=None)
+    }
+    in_lungs = np.concatenate([s[lungs > 0] for s, lungs in healthy_scores.values()])
+    threshold = float(np.percentile(in_lungs, settings.percentile))
+    if threshold <= 0:
+        raise InputError(
+            'the generator changes nothing in healthy scans, so no threshold can be found; '
+            'train the GAN longer (gan.num_steps)'
+        )
+    false_positive_ml = []
+    for case in calibration:
+        voxel_ml = case.geometry.voxel_ml
+        mask = soft_mask(healthy_scores[case.study_id][0], threshold, voxel_ml, settings)
+        false_positive_ml.append(float((mask >= 0.5).sum() * voxel_ml))
+    infection = {}
+    for case in tqdm(covid, desc='synthesize', unit='study', disable=None):
+        case_score, lungs = score(case)
+        voxel_ml = case.geometry.voxel_ml
+        mask = soft_mask(case_score, threshold, voxel_ml, settings)
+        with atomic.new_file(folder / f'{case.study_id}.npy') as temporary:
+            np.save(temporary, mask)
+        infection[case.study_id] = float(100 * (mask >= 0.5).sum() / max((lungs > 0).sum(), 1))
+    summary = {
+        'threshold': threshold,
+        'percentile': settings.percentile,
+        'healthy_false_positive_ml': {
+            'mean': float(np.mean(false_positive_ml)),
+            'studies': dict(zip(healthy_scores, false_positive_ml, strict=True)),
+        },
+        'infection_percent': infection,
+    }
+    atomic.write_text(folder / 'summary.json', json.dumps(summary, indent=2))
+    return summary
+
+
+def read_pseudo_mask(folder: pathlib.Path, study_id: str) -> np.ndarray:
+    """(D, H, W) float16 in [0, 1], memory-mapped.
+
+    Raises:
+      InputError: the study has none.
+    """
+    path = folder / f'{study_id}.npy'
+    if not path.exists():
+        raise InputError(f'{path}: no such pseudo-mask; run --stages=synthesize first')
+    return np.load(path, mmap_mode='r')

@@ -1,0 +1,349 @@
+"""Flags to stages: `python -m covseg_jax.main --config=configs/transunet.py`.
+
+Stages import what they need themselves: the processes that prepare studies import this module too
+and must not start JAX.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+
+import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
+
+from covseg_jax import atomic, manifest
+from covseg_jax.errors import InputError, Stopped
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
+_STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
+_INPUT = flags.DEFINE_string('input', None, 'predict: a NIfTI file or a folder of them')
+_OUTPUT = flags.DEFINE_string('output', None, 'predict: the folder for the masks')
+
+Config = ml_collections.ConfigDict
+
+
+def _prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.prepared or workdir / 'prepared')
+
+
+def _data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.folder or workdir / 'studies')
+
+
+def _prepare_settings(config: Config):
+    from covseg_jax.imaging.prepare import PrepareSettings
+
+    return PrepareSettings(
+        grid=tuple(config.prepare.grid),
+        window_hu=tuple(config.prepare.window_hu),
+        margin_mm=config.prepare.margin_mm,
+        lungs_source=config.prepare.lungs_source,
+    )
+
+
+def _splits(config: Config, workdir: pathlib.Path):
+    from covseg_jax.data.cases import find_cases, split_cases
+
+    cases = find_cases(
+        _prepared_folder(config, workdir), subject_pattern=config.data.subject_pattern
+    )
+    return split_cases(
+        cases,
+        seed=config.seed,
+        calibration_fraction=config.data.calibration_fraction,
+        validation_fraction=config.data.validation_fraction,
+    )
+
+
+def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Studies -> prepared cases; makes phantom studies first where the config says so."""
+    from covseg_jax.imaging.prepare import prepare_studies
+    from covseg_jax.imaging.studies import find_studies
+
+    num_workers = config.data.num_workers or os.cpu_count()
+    folder = _data_folder(config, workdir)
+    if config.phantom.make:
+        from covseg_jax.imaging.phantom import write_phantom_data_set
+
+        write_phantom_data_set(
+            folder,
+            num_healthy=config.phantom.num_healthy,
+            num_covid=config.phantom.num_covid,
+            num_masked=config.phantom.num_masked,
+            seed=config.phantom.seed,
+            shape=tuple(config.phantom.shape),
+            spacing_mm=tuple(config.phantom.spacing_mm),
+            num_workers=num_workers,
+        )
+    prepared = _prepared_folder(config, workdir)
+    report = prepare_studies(
+        find_studies(folder),
+        prepared,
+        _prepare_settings(config),
+        num_workers=num_workers,
+        on_bad_study=config.data.on_bad_study,
+    )
+    print(f'prepare: {len(report.made)} made, {len(report.kept)} kept, {len(report.bad)} set aside')
+    for message in report.bad.values():
+        print(f'prepare: set aside: {message}')
+    return [prepared / study_id / 'geometry.json' for study_id in (*report.made, *report.kept)]
+
+
+def run_gan(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Trains the GAN."""
+    from covseg_jax.training.gan import train_gan
+
+    train_gan(config, _splits(config, workdir), workdir / 'gan')
+    return [workdir / 'gan' / 'metrics.jsonl']
+
+
+def run_synthesize(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """GAN -> pseudo-masks of all COVID studies."""
+    from covseg_jax.inference.synthesize import PseudoMaskSettings, synthesize
+    from covseg_jax.training.gan import load_generator
+
+    splits = _splits(config, workdir)
+    folder = workdir / 'pseudo_masks'
+    summary = synthesize(
+        load_generator(config, workdir / 'gan'),
+        splits.healthy_calibration,
+        splits.train + splits.validation + splits.evaluation,
+        folder,
+        PseudoMaskSettings(**config.synthesize.to_dict()),
+    )
+    print(
+        f'synthesize: threshold {summary["threshold"]:.4f}, false positives in held-out healthy '
+        f'lungs {summary["healthy_false_positive_ml"]["mean"]:.1f} ml'
+    )
+    return [*(folder / f'{name}.npy' for name in summary['infection_percent']),
+            folder / 'summary.json']  # fmt: skip
+
+
+def _pseudo_mask_reader(workdir: pathlib.Path):
+    from covseg_jax.inference.synthesize import read_pseudo_mask
+
+    return lambda case: read_pseudo_mask(workdir / 'pseudo_masks', case.study_id)
+
+
+def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Trains the segmentation network on pseudo-masks, and finds its threshold on them."""
+    from covseg_jax.inference.predict import calibrate_threshold
+    from covseg_jax.training.segmentation import load_probability, train_segmentation
+
+    splits, folder = _splits(config, workdir), workdir / 'transunet'
+    read_target = _pseudo_mask_reader(workdir)
+    train_segmentation(config, splits, read_target, folder)
+    probability, step = load_probability(config, folder)
+    threshold = calibrate_threshold(probability, splits.validation or splits.train, read_target)
+    calibration = {'threshold': threshold, 'checkpoint_step': step}
+    atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    print(f'train: threshold {threshold}, found on held-out COVID scans against pseudo-masks')
+    return [folder / 'metrics.jsonl', folder / 'calibration.json']
+
+
+def _load_segmenter(config: Config, workdir: pathlib.Path):
+    """The trained network's probability function, its mask settings, its checkpoint's step."""
+    from covseg_jax.inference.predict import MaskSettings
+    from covseg_jax.training.segmentation import load_probability
+
+    calibration = workdir / 'transunet' / 'calibration.json'
+    if not calibration.exists():
+        raise InputError(
+            f'{calibration}: no trained network in {workdir}; run the stages up to train first'
+        )
+    threshold = json.loads(calibration.read_text(encoding='utf-8'))['threshold']
+    probability, step = load_probability(config, workdir / 'transunet')
+    return probability, MaskSettings(threshold, config.predict.min_component_ml), step
+
+
+def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Scores the network and the pseudo-masks on the studies with a true mask."""
+    from covseg_jax.evaluation.cohort import evaluate_cohort, format_summary
+
+    splits = _splits(config, workdir)
+    if not splits.evaluation:
+        raise InputError(
+            f'{_data_folder(config, workdir)}: no study has a lesion mask, so there is nothing to '
+            'evaluate against; leave evaluate out of --stages'
+        )
+    probability, settings, step = _load_segmenter(config, workdir)
+    folder = workdir / 'evaluation'
+    summary = evaluate_cohort(
+        splits.evaluation,
+        probability,
+        _pseudo_mask_reader(workdir),
+        settings,
+        folder,
+        {
+            'config': f'{config.name}:{config.variant}',
+            'threshold': settings.threshold,
+            'checkpoint_step': step,
+        },
+    )
+    print(format_summary(summary))
+    names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
+    return [folder / name for name in names]
+
+
+def run_predict(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """NIfTI in -> NIfTI out on the same grid."""
+    if not _INPUT.value or not _OUTPUT.value:
+        raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
+    from covseg_jax.imaging.studies import find_inputs
+    from covseg_jax.inference.predict import predict_studies
+
+    studies = find_inputs(pathlib.Path(_INPUT.value))
+    probability, settings, _ = _load_segmenter(config, workdir)
+    output = pathlib.Path(_OUTPUT.value)
+    rows, faults = predict_studies(
+        studies,
+        probability,
+        _prepare_settings(config),
+        settings,
+        output,
+        write_probability=config.predict.write_probability,
+    )
+    for row in rows:
+        if row['status'] == 'ok':
+            print(
+                f'predict: {row["study_id"]}: lesion {row["lesion_ml"]:.1f} ml, lungs '
+                f'{row["lung_ml"]:.0f} ml, infection {row["infection_percent"]:.2f} %'
+            )
+    if len(faults) == 1 and len(rows) == 1:
+        raise InputError(faults[0])
+    if faults:
+        raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
+    return []
+
+
+# Stages in their order, with the groups of the config that each one's result depends on, beside
+# what the stages before it depend on.
+PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
+    'gan': (run_gan, ('seed', 'gan')),
+    'synthesize': (run_synthesize, ('synthesize',)),
+    'train': (run_train, ('network', 'train')),
+    'evaluate': (run_evaluate, ('predict', 'evaluate')),
+}
+ON_REQUEST: dict[str, Callable] = {'predict': run_predict}
+
+
+def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
+    """For each stage of the pipeline, everything that its result depends on."""
+    settings: dict[str, dict] = {}
+    so_far: dict = {}
+    values = config.to_dict()
+    for stage, (_, groups) in PIPELINE.items():
+        so_far = so_far | {group: values[group] for group in groups}
+        if stage == 'prepare':
+            so_far['studies'] = _describe_files(_data_folder(config, workdir))
+        settings[stage] = so_far
+    return settings
+
+
+def _describe_files(folder: pathlib.Path) -> str:
+    """A fingerprint of the names, sizes and times of a data set's files."""
+    files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
+    rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return manifest.fingerprint(rows)
+
+
+def run_stages(config: Config, workdir: pathlib.Path, stages: Iterable[str]) -> None:
+    """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
+    for stage in stages:
+        if stage in ON_REQUEST:
+            ON_REQUEST[stage](config, workdir)
+            continue
+        settings = _stage_settings(config, workdir)[stage]
+        if manifest.is_done(workdir, stage, manifest.fingerprint(settings)):
+            print(f'{stage}: done before with the same settings, skipped')
+            continue
+        if stage in ('gan', 'train'):
+            manifest.refuse_other_settings(workdir, stage, settings)
+        manifest.begin(workdir, stage, settings)
+        began = time.monotonic()
+        outputs = PIPELINE[stage][0](config, workdir)
+        seconds = time.monotonic() - began
+        # The stage may have made the studies that its settings describe.
+        settings = _stage_settings(config, workdir)[stage]
+        manifest.finish(workdir, stage, settings, outputs, seconds)
+        print(f'{stage}: done in {seconds:.0f} s')
+
+
+def _describe_environment() -> dict:
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'nibabel')
+    revision = subprocess.run(
+        ['git', 'rev-parse', 'HEAD'],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parent,
+    )
+    return {
+        'python': platform.python_version(),
+        'platform': platform.platform(),
+        'packages': {name: metadata.version(name) for name in packages},
+        'git_revision': revision.stdout.strip() or None,
+    }
+
+
+def _check_stages(text: str) -> list[str]:
+    known = [*PIPELINE, *ON_REQUEST]
+    stages = [stage.strip() for stage in text.split(',') if stage.strip()]
+    unknown = [stage for stage in stages if stage not in known]
+    if unknown or not stages:
+        named = ', '.join(unknown) or 'none'
+        raise InputError(f'--stages: {named} is not known; choose from {", ".join(known)}')
+    return sorted(stages, key=known.index)
+
+
+def _run(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise InputError(f'{arguments[1]}: not a flag; flags begin with --')
+    config = _CONFIG.value
+    if config is None:
+        raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
+    stages = _check_stages(_STAGES.value or config.stages)
+    workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
+    if any(stage in PIPELINE for stage in stages):
+        workdir.mkdir(parents=True, exist_ok=True)
+        atomic.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
+        atomic.write_text(
+            workdir / 'environment.json', json.dumps(_describe_environment(), indent=2)
+        )
+    run_stages(config, workdir, stages)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs, and turns what a person can mend into one line and an exit code."""
+    try:
+        _run(arguments)
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
+    except (Stopped, KeyboardInterrupt) as stop:
+        what = str(stop) or 'stopped'
+        print(f'{what}; run the same command again to go on', file=sys.stderr)
+    return 0
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        # A misspelt field, a value of the wrong type, a config file that is not there.
+        text = ' '.join(str(error).split())
+        print(f'error: {text}', file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=_parse_flags)

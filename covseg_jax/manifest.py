@@ -1,0 +1,113 @@
+"""What a stage made, from what, so that a done stage is known as done.
+
+`<workdir>/manifests/<stage>.json` is written once a stage has ended well. Its fingerprint covers
+the settings that the stage depends on and the fingerprints of the stages before it.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from covseg_jax import atomic
+from covseg_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A finished stage: its fingerprint, its outputs with their sizes in bytes, its time."""
+
+    stage: str
+    fingerprint: str
+    outputs: dict[str, int]
+    finished_at: str
+    seconds: float
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-like value; equal for equal values whatever the order of their keys."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    return workdir / 'manifests' / f'{stage}.json'
+
+
+def _begun_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    return workdir / 'manifests' / f'{stage}.begun.json'
+
+
+def read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
+    """The stage's manifest, or None where it has not ended well yet."""
+    path = _path(workdir, stage)
+    if not path.exists():
+        return None
+    return Manifest(**json.loads(path.read_text(encoding='utf-8')))
+
+
+def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
+    """True when the stage ended well with this fingerprint and its outputs are as it left them."""
+    manifest = read_manifest(workdir, stage)
+    if manifest is None or manifest.fingerprint != expected:
+        return False
+    return all(
+        (workdir / name).exists() and (workdir / name).stat().st_size == size
+        for name, size in manifest.outputs.items()
+    )
+
+
+def refuse_other_settings(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
+    """A half-trained network goes on with the settings that it began with.
+
+    Raises:
+      InputError: the stage was begun with other settings; names those that differ.
+    """
+    path = _begun_path(workdir, stage)
+    if not path.exists():
+        return
+    begun = _flatten(json.loads(path.read_text(encoding='utf-8')))
+    now = _flatten(json.loads(json.dumps(settings, default=str)))
+    changed = sorted(key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key))
+    if changed:
+        listed = ', '.join(f'{k} was {begun.get(k)}, is {now.get(k)}' for k in changed[:5])
+        raise InputError(
+            f'{workdir}: stage {stage} was begun with other settings ({listed}); '
+            'use those, or another --workdir'
+        )
+
+
+def _flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def begin(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
+    """The stage is about to run: it is not done until it says so."""
+    _path(workdir, stage).unlink(missing_ok=True)
+    atomic.write_text(_begun_path(workdir, stage), json.dumps(settings, indent=2, default=str))
+
+
+def finish(
+    workdir: pathlib.Path,
+    stage: str,
+    settings: Mapping,
+    outputs: Iterable[pathlib.Path],
+    seconds: float,
+) -> None:
+    """Marks a stage as done. Outputs are files, inside the work directory or not."""
+    sizes = {
+        str(p.relative_to(workdir) if p.is_relative_to(workdir) else p.resolve()): p.stat().st_size
+        for p in outputs
+    }
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    manifest = Manifest(stage, fingerprint(settings), sizes, now, round(seconds, 3))
+    atomic.write_text(_path(workdir, stage), json.dumps(dataclasses.asdict(manifest), indent=2))

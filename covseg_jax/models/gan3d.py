@@ -1,0 +1,229 @@
+"""3D GAN of Shabani et al. 2022: a generator of healthy-looking lungs, and its discriminators.
+
+Volumes are (B, D, H, W, 1) in [0, 1], published size 32 × 128 × 128. Source: METHOD.md section 2.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from covseg_jax.models.layers import Conv3D, ConvTranspose3D, max_pool
+
+
+class Generator(nn.Module):
+    """Encoder with repeated inputs, bottleneck with noise, decoder; 7,861,643 parameters.
+
+    Fields:
+      filters: channels of the encoder's levels, from the finest.
+      bottleneck_filters: channels of the two convolutions around the branches.
+      branch_filters: channels of each of the three branches, which are added to the bottleneck's
+        1 + sum(filters) + bottleneck_filters channels and must be a third of them.
+      noise_channels: channels of the noise.
+      head: 'relu' gives the healthy volume itself, as published; 'residual' gives volume − h, with
+        h linear.
+      input_shift, input_scale: the network sees (volume − shift) · scale; a residual comes back in
+        units of the volume, h / scale.
+      negative_slope: of LeakyReLU.
+      dtype: of the arithmetic. Parameters and output are float32.
+      conv_impl: 'auto', 'native' or 'folded', see `layers`.
+    """
+
+    filters: Sequence[int] = (8, 16, 32, 64)
+    bottleneck_filters: int = 128
+    branch_filters: int = 83
+    noise_channels: int = 10
+    head: str = 'relu'
+    input_shift: float = 0.0
+    input_scale: float = 1.0
+    negative_slope: float = 0.3
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    def noise_shape(self, volume_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape (B, D/s, H/s, W/s, noise_channels) of the noise, s = 2 ** number of levels.
+
+        Args:
+          volume_shape: (B, D, H, W, 1).
+
+        Raises:
+          ValueError: D, H or W is no multiple of s.
+        """
+        step = 2 ** len(self.filters)
+        if any(size % step for size in volume_shape[1:4]):
+            raise ValueError(f'volume of {tuple(volume_shape[1:4])}: use multiples of {step}')
+        batch, depth, height, width = volume_shape[:4]
+        return (batch, depth // step, height // step, width // step, self.noise_channels)
+
+    @nn.compact
+    def __call__(self, volume: jax.Array, noise: jax.Array) -> jax.Array:
+        """Healthy-looking version of each volume.
+
+        Args:
+          volume: (B, D, H, W, 1) in [0, 1].
+          noise: `noise_shape` of it; published U(−0.5, 0.5).
+
+        Returns:
+          (B, D, H, W, 1) float32, in the volume's units.
+
+        Raises:
+          ValueError: sizes that do not fit (see `noise_shape` and branch_filters), unknown head.
+        """
+        self._check(volume.shape, noise.shape)
+        pooled = ((volume - self.input_shift) * self.input_scale).astype(self.dtype)
+        skips = []
+        for level, features in enumerate(self.filters, 1):
+            name = f'encoder_{level}'
+            first = self._conv(pooled, features, f'{name}_conv_1')
+            second = self._conv(_join(pooled, first), features, f'{name}_conv_2')
+            joined = _join(pooled, second)
+            deepest = level == len(self.filters)
+            skips.append(joined if deepest else second)
+            pooled = max_pool(joined)
+
+        x = self._bottleneck(pooled, noise.astype(self.dtype))
+
+        for level, features in reversed(list(enumerate(self.filters, 1))):
+            name = f'decoder_{level}'
+            up = ConvTranspose3D(4 * features, dtype=self.dtype, name=f'{name}_up')(x)
+            up = _join(up, skips[level - 1])
+            first = self._conv(up, features, f'{name}_conv_1')
+            second = self._conv(_join(up, first), features, f'{name}_conv_2')
+            x = _join(up, second)
+
+        head = Conv3D(1, 1, dtype=self.dtype, conv_impl=self.conv_impl, name='head')
+        output = head(x).astype(jnp.float32)
+        if self.head == 'relu':
+            return nn.relu(output)
+        return volume.astype(jnp.float32) - output / self.input_scale
+
+    def _conv(self, x: jax.Array, features: int, name: str, kernel_size: int = 3) -> jax.Array:
+        conv = Conv3D(features, kernel_size, dtype=self.dtype, conv_impl=self.conv_impl, name=name)
+        return nn.leaky_relu(conv(x), self.negative_slope)
+
+    def _bottleneck(self, pooled: jax.Array, noise: jax.Array) -> jax.Array:
+        x = _join(pooled, self._conv(pooled, self.bottleneck_filters, 'bottleneck_conv_1'))
+        noisy = _join(x, noise)
+        branches = [
+            self._conv(noisy, self.branch_filters, f'bottleneck_branch_{size}', size)
+            for size in (1, 3, 5)
+        ]
+        x = x + jnp.concatenate(branches, axis=-1)
+        return _join(pooled, self._conv(x, self.bottleneck_filters, 'bottleneck_conv_2'))
+
+    def _check(self, volume_shape: Sequence[int], noise_shape: Sequence[int]) -> None:
+        if self.head not in ('relu', 'residual'):
+            raise ValueError(f"Generator: head={self.head!r}; use 'relu' or 'residual'")
+        channels = 1 + sum(self.filters) + self.bottleneck_filters
+        if 3 * self.branch_filters != channels:
+            raise ValueError(
+                f'Generator: branch_filters={self.branch_filters}; three branches must fill the '
+                f"bottleneck's 1 + sum(filters) + bottleneck_filters = {channels} channels"
+            )
+        expected = self.noise_shape(volume_shape)
+        if tuple(noise_shape) != expected:
+            raise ValueError(f'Generator: noise of {tuple(noise_shape)}; make it {expected}')
+
+
+class Discriminator(nn.Module):
+    """Published discriminator: is this volume real and healthy? 282,378 parameters.
+
+    Three valid 3×3×3 convolutions, each with ReLU and max-pooling, global average, dense layers
+    with dropout between them. Dropout draws from the 'dropout' key.
+
+    Fields: filters of the convolutions, units of the hidden dense layers, dropout_rate, dtype of
+    the arithmetic, conv_impl.
+    """
+
+    filters: Sequence[int] = (32, 64, 128)
+    units: Sequence[int] = (32, 16, 8)
+    dropout_rate: float = 0.5
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
+        """Probabilities of "generated" and "real healthy".
+
+        Args:
+          volume: (B, D, H, W, 1) in [0, 1], each of D, H, W at least 22 with three filters.
+          train: with dropout.
+
+        Returns:
+          (B, 2) float32 softmax; entry 1 is "real healthy".
+        """
+        x = volume.astype(self.dtype)
+        for index, features in enumerate(self.filters, 1):
+            conv = Conv3D(
+                features,
+                3,
+                padding='VALID',
+                dtype=self.dtype,
+                conv_impl=self.conv_impl,
+                name=f'conv_{index}',
+            )
+            x = max_pool(nn.relu(conv(x)))
+        x = x.mean(axis=(1, 2, 3), dtype=jnp.float32)
+        for index, features in enumerate(self.units, 1):
+            x = nn.relu(_dense(features, f'dense_{index}')(x))
+            if index < len(self.units):
+                x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return nn.softmax(_dense(2, 'head')(x))
+
+
+class PatchDiscriminator(nn.Module):
+    """Discriminator of the default recipe: one logit for each patch, spectrally normalised.
+
+    Strided convolutions of kernel 4 with LeakyReLU 0.2, then a convolution of kernel 3 to one
+    logit; no dropout and no batch statistics, so that real and generated volumes may come in one
+    batch or apart. Patches as in Isola et al. (CVPR 2017), spectral normalisation as in Miyato et
+    al. (ICLR 2018): the collection 'spectral' holds the power iterations' vectors and moves on with
+    train=True where it is mutable.
+
+    Fields: filters, one stride of 2 for each; input_shift and input_scale as in `Generator`; dtype
+    of the arithmetic; conv_impl.
+    """
+
+    filters: Sequence[int] = (16, 32, 64)
+    input_shift: float = 0.0
+    input_scale: float = 1.0
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
+        """Logits, high for "real healthy".
+
+        Args:
+          volume: (B, D, H, W, 1).
+          train: let the power iterations move on.
+
+        Returns:
+          (B, d, h, w, 1) float32, sizes divided by 2 ** len(filters), rounded up.
+        """
+        x = (volume - self.input_shift) * self.input_scale
+        for index, features in enumerate(self.filters, 1):
+            conv = self._conv(features, 4, 2, f'conv_{index}')
+            x = nn.leaky_relu(conv(x, train=train), 0.2)
+        return self._conv(1, 3, 1, 'head')(x, train=train).astype(jnp.float32)
+
+    def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> Conv3D:
+        return Conv3D(
+            features,
+            kernel_size,
+            stride,
+            use_spectral_norm=True,
+            dtype=self.dtype,
+            conv_impl=self.conv_impl,
+            name=name,
+        )
+
+
+def _dense(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, kernel_init=nn.initializers.glorot_uniform(), name=name)
+
+
+def _join(*parts: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts, axis=-1)

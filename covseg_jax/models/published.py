@@ -1,0 +1,227 @@
+"""Weights of the published PyTorch and Keras models as variables of the models here.
+
+Pure functions on mappings of names to arrays; reading files is somebody else's work. Layouts:
+PyTorch has convolutions (O, I, H, W) and linear layers (O, I), Keras convolutions (D, H, W, I, O)
+and transposed convolutions (D, H, W, O, I). Names: mkara44/transunet_pytorch's own, and for Keras
+the layers numbered in the order in which they are applied.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from covseg_jax.models.gan3d import Discriminator, Generator
+from covseg_jax.models.transunet import GRID_STEP, TransUNet
+
+Path = tuple[str, ...]  # collection and then names inside it, or names inside a collection
+Convert = Callable[[np.ndarray], np.ndarray]
+Target = tuple[Path, Convert]
+
+
+def transunet_variables(torch_state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Variables of `TransUNet(published_attention=True)` from the published model's state_dict.
+
+    Widths and depth are read from the tensors, so that models of other sizes come along.
+    num_batches_tracked, which PyTorch keeps and nothing needs, is passed over.
+
+    Args:
+      torch_state: PyTorch's names ('encoder.conv1.weight', …) to arrays.
+
+    Returns:
+      {'params': …, 'batch_stats': …}, float32.
+
+    Raises:
+      ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
+    """
+    state = {
+        name: array
+        for name, array in torch_state.items()
+        if not name.endswith('num_batches_tracked')
+    }
+    model, size = _transunet_like(state)
+    image = jnp.zeros((1, *size, 1))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    return _convert(state, transunet_targets(model.num_blocks), shapes, 'TransUNet')
+
+
+def generator_params(keras_weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Params of `Generator()` from the published generator's weights.
+
+    Args:
+      keras_weights: 'conv3d_0/kernel', 'conv3d_transpose_0/bias', … to arrays, in Keras's layout.
+
+    Returns:
+      The 'params' collection, float32.
+
+    Raises:
+      ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
+    """
+    model, volume = Generator(), jnp.zeros((1, 16, 16, 16, 1))
+    noise = jnp.zeros(model.noise_shape(volume.shape))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), volume, noise)['params']
+    levels = range(1, len(model.filters) + 1)
+    convs = [f'encoder_{level}_conv_{part}' for level in levels for part in (1, 2)]
+    convs += ['bottleneck_conv_1', *(f'bottleneck_branch_{size}' for size in (1, 3, 5))]
+    convs += ['bottleneck_conv_2']
+    convs += [f'decoder_{level}_conv_{part}' for level in reversed(levels) for part in (1, 2)]
+    convs += ['head']
+    targets = dict(_keras_targets('conv3d', convs))
+    ups = [f'decoder_{level}_up' for level in reversed(levels)]
+    targets |= _keras_targets('conv3d_transpose', ups, lambda kernel: kernel.swapaxes(3, 4))
+    return _convert(keras_weights, targets, shapes, 'Generator')
+
+
+def discriminator_params(keras_weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Params of `Discriminator()` from the published discriminator's weights.
+
+    Args:
+      keras_weights: 'conv3d_0/kernel', 'dense_0/bias', … to arrays, in Keras's layout.
+
+    Returns:
+      The 'params' collection, float32.
+
+    Raises:
+      ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
+    """
+    model, volume = Discriminator(), jnp.zeros((1, 32, 32, 32, 1))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), volume)['params']
+    targets = dict(_keras_targets('conv3d', ['conv_1', 'conv_2', 'conv_3']))
+    targets |= _keras_targets('dense', ['dense_1', 'dense_2', 'dense_3', 'head'])
+    return _convert(keras_weights, targets, shapes, 'Discriminator')
+
+
+def _as_it_is(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+def _conv_kernel(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def _keras_targets(kind: str, layers: list[str], kernel: Convert = _as_it_is) -> dict[str, Target]:
+    targets = {}
+    for index, layer in enumerate(layers):
+        targets[f'{kind}_{index}/kernel'] = ((layer, 'kernel'), kernel)
+        targets[f'{kind}_{index}/bias'] = ((layer, 'bias'), _as_it_is)
+    return targets
+
+
+def _transunet_like(state: Mapping[str, np.ndarray]) -> tuple[TransUNet, tuple[int, int]]:
+    """The TransUNet, and the square image's size, that most of the tensors were made for.
+
+    Tensors vote, so that a single mis-shaped one is named by the comparison of all shapes instead
+    of being followed.
+    """
+
+    def vote(ending: str, axis: int, published: int) -> int:
+        shapes = [np.shape(array) for name, array in state.items() if name.endswith(ending)]
+        sizes = Counter(shape[axis] for shape in shapes if len(shape) > axis)
+        return max(sizes, key=sizes.get) if sizes else published
+
+    block = 'encoder.vit.transformer.layer_blocks.'
+    blocks = {name.removeprefix(block).split('.')[0] for name in state if name.startswith(block)}
+    side = round((vote('vit.embedding', 0, 65) - 1) ** 0.5)
+    model = TransUNet(
+        width=max(vote('layer_norm1.weight', 0, 1024) // 8, 8),
+        num_heads=1,  # no shape depends on it
+        mlp_dim=vote('mlp_layers.0.bias', 0, 512),
+        num_blocks=len(blocks) or 8,
+        num_classes=vote('decoder.conv1.bias', 0, 1),
+    )
+    return model, (max(side, 1) * GRID_STEP, max(side, 1) * GRID_STEP)
+
+
+def transunet_targets(num_blocks: int) -> dict[str, Target]:
+    """PyTorch's names → where they go and how they are turned."""
+    targets: dict[str, Target] = {}
+    for name, layer in _transunet_convs():
+        targets[f'{name}.weight'] = (('params', *layer, 'kernel'), _conv_kernel)
+        if not name.startswith('encoder.') or name == 'encoder.conv2':
+            targets[f'{name}.bias'] = (('params', *layer, 'bias'), _as_it_is)
+    for name, layer in _transunet_batch_norms():
+        targets[f'{name}.weight'] = (('params', *layer, 'scale'), _as_it_is)
+        targets[f'{name}.bias'] = (('params', *layer, 'bias'), _as_it_is)
+        targets[f'{name}.running_mean'] = (('batch_stats', *layer, 'mean'), _as_it_is)
+        targets[f'{name}.running_var'] = (('batch_stats', *layer, 'var'), _as_it_is)
+    vit = ('params', 'vit')
+    targets['encoder.vit.embedding'] = ((*vit, 'position_embedding'), _as_it_is)
+    targets['encoder.vit.cls_token'] = ((*vit, 'class_token'), lambda array: array.reshape(-1))
+    linear = [('projection', ('projection',), True)]
+    for index in range(num_blocks):
+        block, layer = f'transformer.layer_blocks.{index}', f'block_{index}'
+        linear += [
+            (f'{block}.multi_head_attention.qkv_layer', (layer, 'qkv'), False),
+            (f'{block}.multi_head_attention.out_attention', (layer, 'out'), False),
+            (f'{block}.mlp.mlp_layers.0', (layer, 'mlp_1'), True),
+            (f'{block}.mlp.mlp_layers.3', (layer, 'mlp_2'), True),
+        ]
+        for part in (1, 2):
+            name = f'encoder.vit.{block}.layer_norm{part}'
+            path = (*vit, layer, f'norm_{part}')
+            targets[f'{name}.weight'] = ((*path, 'scale'), _as_it_is)
+            targets[f'{name}.bias'] = ((*path, 'bias'), _as_it_is)
+    for name, layer, has_bias in linear:
+        targets[f'encoder.vit.{name}.weight'] = ((*vit, *layer, 'kernel'), np.transpose)
+        if has_bias:
+            targets[f'encoder.vit.{name}.bias'] = ((*vit, *layer, 'bias'), _as_it_is)
+    return targets
+
+
+def _transunet_convs() -> Iterator[tuple[str, Path]]:
+    yield 'encoder.conv1', ('stem_conv',)
+    yield 'encoder.conv2', ('neck_conv',)
+    for level in (1, 2, 3):
+        name, layer = f'encoder.encoder{level}', f'encoder_{level}'
+        yield f'{name}.downsample.0', (layer, 'shortcut_conv')
+        for part, number in (('first', 1), ('second', 2), ('third', 3)):
+            yield f'{name}.conv{number}', (layer, f'{part}_conv')
+    for level in (1, 2, 3, 4):
+        name, layer = f'decoder.decoder{level}', f'decoder_{level}'
+        yield f'{name}.layer.0', (layer, 'first_conv')
+        yield f'{name}.layer.3', (layer, 'second_conv')
+    yield 'decoder.conv1', ('head',)
+
+
+def _transunet_batch_norms() -> Iterator[tuple[str, Path]]:
+    yield 'encoder.norm1', ('stem_norm',)
+    yield 'encoder.norm2', ('neck_norm',)
+    for level in (1, 2, 3):
+        name, layer = f'encoder.encoder{level}', f'encoder_{level}'
+        yield f'{name}.downsample.1', (layer, 'shortcut_norm')
+        for part, number in (('first', 1), ('second', 2), ('third', 3)):
+            yield f'{name}.norm{number}', (layer, f'{part}_norm')
+    for level in (1, 2, 3, 4):
+        name, layer = f'decoder.decoder{level}', f'decoder_{level}'
+        yield f'{name}.layer.1', (layer, 'first_norm')
+        yield f'{name}.layer.4', (layer, 'second_norm')
+
+
+def _convert(
+    state: Mapping[str, np.ndarray], targets: Mapping[str, Target], shapes: Any, model: str
+) -> dict[str, Any]:
+    """Nested arrays in the structure of `shapes`; every tensor accounted for, or ValueError."""
+    faults = [f'{name}: missing' for name in targets if name not in state]
+    faults += [f'{name}: not a tensor of this model' for name in state if name not in targets]
+    converted: dict[str, Any] = {}
+    for name, (path, convert) in targets.items():
+        if name not in state:
+            continue
+        *folders, leaf = path
+        expected = shapes
+        for key in path:
+            expected = expected[key]
+        array = np.asarray(state[name], np.float32)
+        turned = convert(array) if array.ndim else array
+        if turned.shape != expected.shape:
+            faults.append(f'{name}: shape {array.shape} does not fit {"/".join(path)}')
+        place = converted
+        for key in folders:
+            place = place.setdefault(key, {})
+        place[leaf] = jnp.asarray(turned)
+    if faults:
+        raise ValueError(f'weights do not fit the published {model}: ' + '; '.join(faults))
+    return converted

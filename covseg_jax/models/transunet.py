@@ -1,0 +1,301 @@
+"""TransUNet: convolutional encoder, vision transformer on its coarsest grid, decoder with skips.
+
+Chen et al., TransUNet (arXiv 2102.04306), in the form of the published PyTorch code (METHOD.md
+section 3). Images are (B, H, W, 1) in [0, 1].
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from covseg_jax.models.layers import BatchNorm, Conv2D, torch_uniform, upsample_bilinear
+
+GRID_STEP = 16  # pixels a patch token stands for, in H and in W
+
+
+class Segmentation(NamedTuple):
+    """What a segmentation network returns.
+
+    logits: (B, H, W, num_classes) float32, before the sigmoid.
+    features: (B, F) float32, one vector an image, for the contrastive loss.
+    """
+
+    logits: jax.Array
+    features: jax.Array
+
+
+class TransUNet(nn.Module):
+    """TransUNet; 66,870,129 parameters at 128 × 128 with the default fields.
+
+    Fields:
+      width: channels C of the stem; the transformer has 8 C.
+      num_heads, mlp_dim, num_blocks: of the transformer.
+      num_classes: channels of the logits.
+      published_attention: multiply the attention scores by √(head width), as the published code
+        does, instead of dividing. Published weights need it.
+      dropout_rate: in the transformer, from the 'dropout' key.
+      dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
+      conv_impl: 'auto', 'native' or 'folded', see `layers`.
+
+    Variables: 'params' and 'batch_stats'. The position embedding has 1 + (H/16)(W/16) tokens of the
+    size at init; `interpolate_positions` fits it to another.
+    """
+
+    width: int = 128
+    num_heads: int = 4
+    mlp_dim: int = 512
+    num_blocks: int = 8
+    num_classes: int = 1
+    published_attention: bool = False
+    dropout_rate: float = 0.1
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
+        """Segment a batch of slices.
+
+        Args:
+          image: (B, H, W, 1) in [0, 1]; H and W multiples of 16.
+          train: statistics of the batch, and dropout.
+
+        Returns:
+          Segmentation: logits (B, H, W, num_classes), features (B, 8 · width), the mean of the
+          transformer's patch tokens; float32.
+
+        Raises:
+          ValueError: H or W is no multiple of 16, or the position embedding is for another size.
+        """
+        _check_size(image)
+        form = {'dtype': self.dtype, 'conv_impl': self.conv_impl}
+        x = image.astype(self.dtype)
+        x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', **form)(x)
+        x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train=train))
+        skips = [x]
+        for level in (1, 2, 3):
+            block = EncoderBottleneck(2**level * self.width, name=f'encoder_{level}', **form)
+            x = block(x, train=train)
+            skips.append(x)
+        tokens = VisionTransformer(
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            num_blocks=self.num_blocks,
+            published_attention=self.published_attention,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            name='vit',
+        )(x.reshape(x.shape[0], -1, x.shape[-1]), train=train)
+        x = Conv2D(4 * self.width, 3, name='neck_conv', **form)(tokens.reshape(x.shape))
+        x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
+        channels = (2 * self.width, self.width, self.width // 2, self.width // 8)
+        for level, features, skip in zip(
+            (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
+        ):
+            x = DecoderBottleneck(features, name=f'decoder_{level}', **form)(x, skip, train=train)
+        head = Conv2D(self.num_classes, 1, conv_impl=self.conv_impl, name='head')
+        features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
+        return Segmentation(logits=head(x), features=features)
+
+
+class EncoderBottleneck(nn.Module):
+    """Residual bottleneck of stride 2: 1×1, 3×3 stride 2, 1×1, beside a strided 1×1 shortcut."""
+
+    features: int
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(B, H, W, C) → (B, H/2, W/2, features)."""
+
+        def convolve(x, name, kernel_size, stride=1):
+            conv = Conv2D(
+                self.features,
+                kernel_size,
+                stride,
+                use_bias=False,
+                dtype=self.dtype,
+                conv_impl=self.conv_impl,
+                name=f'{name}_conv',
+            )
+            return BatchNorm(self.dtype, name=f'{name}_norm')(conv(x), train=train)
+
+        shortcut = convolve(x, 'shortcut', 1, 2)
+        x = nn.relu(convolve(x, 'first', 1))
+        x = nn.relu(convolve(x, 'second', 3, 2))
+        return nn.relu(convolve(x, 'third', 1) + shortcut)
+
+
+class DecoderBottleneck(nn.Module):
+    """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU."""
+
+    features: int
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skip: jax.Array | None, *, train: bool) -> jax.Array:
+        """x (B, H, W, C), skip (B, 2H, 2W, c) or None → (B, 2H, 2W, features)."""
+        x = upsample_bilinear(x, conv_impl=self.conv_impl)
+        if skip is not None:
+            x = jnp.concatenate([skip, x], axis=-1)
+        for name in ('first', 'second'):
+            conv = Conv2D(
+                self.features,
+                3,
+                dtype=self.dtype,
+                conv_impl=self.conv_impl,
+                name=f'{name}_conv',
+            )
+            x = nn.relu(BatchNorm(self.dtype, name=f'{name}_norm')(conv(x), train=train))
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Post-norm transformer over the patch tokens of one grid, with a class token on the way."""
+
+    num_heads: int
+    mlp_dim: int
+    num_blocks: int
+    published_attention: bool
+    dropout_rate: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
+        """(B, T, F) → (B, T, F): the class token is put in front and dropped at the end."""
+        batch, count, features = tokens.shape
+        shape = (1 + count, features)
+        _check_positions(self, shape)
+        uniform = nn.initializers.uniform(1.0)
+        positions = self.param('position_embedding', uniform, shape).astype(self.dtype)
+        class_token = self.param('class_token', nn.initializers.normal(1.0), (features,))
+        class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, features))
+        x = _dense(features, self.dtype, 'projection')(tokens)
+        x = jnp.concatenate([class_token, x], axis=1) + positions
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        for index in range(self.num_blocks):
+            x = TransformerBlock(
+                num_heads=self.num_heads,
+                mlp_dim=self.mlp_dim,
+                published_attention=self.published_attention,
+                dropout_rate=self.dropout_rate,
+                dtype=self.dtype,
+                name=f'block_{index}',
+            )(x, train=train)
+        return x[:, 1:]
+
+
+class TransformerBlock(nn.Module):
+    """x = LN(x + drop(attention(x))); x = LN(x + MLP(x)), MLP with exact GELU."""
+
+    num_heads: int
+    mlp_dim: int
+    published_attention: bool
+    dropout_rate: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """(B, T, F) → (B, T, F)."""
+
+        def drop(x):
+            return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+        def normalise(x, name):
+            # linen's own epsilon is 1e-6, PyTorch's 1e-5; one pass loses digits
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(
+                x
+            )
+
+        x = normalise(x + drop(self._attend(x)), 'norm_1')
+        y = _dense(self.mlp_dim, self.dtype, 'mlp_1')(x)
+        y = drop(nn.gelu(y, approximate=False))
+        y = drop(_dense(x.shape[-1], self.dtype, 'mlp_2')(y))
+        return normalise(x + y, 'norm_2')
+
+    def _attend(self, x: jax.Array) -> jax.Array:
+        batch, count, features = x.shape
+        head_width = features // self.num_heads
+        fused = _dense(3 * features, self.dtype, 'qkv', use_bias=False)(x)
+        # the published layout of the fused output: (head width, q k v, heads), heads fastest
+        fused = fused.reshape(batch, count, head_width, 3, self.num_heads)
+        query, key, value = (fused[:, :, :, part] for part in range(3))
+        root = head_width**0.5
+        scale = root if self.published_attention else 1 / root
+        scores = jnp.einsum('bqdh,bkdh->bhqk', query, key, preferred_element_type=jnp.float32)
+        weights = nn.softmax(scores * scale).astype(self.dtype)
+        mixed = jnp.einsum('bhqk,bkdh->bqhd', weights, value).reshape(x.shape)
+        return _dense(features, self.dtype, 'out', use_bias=False)(mixed)
+
+
+class ProjectionHead(nn.Module):
+    """Two-layer perceptron between an image's features and the contrastive loss.
+
+    As in Chen et al., SimCLR (ICML 2020), section 4.2; its parameters are apart from the network's.
+    Fields: dim of the output, hidden width (None: that of the features), dtype of the arithmetic.
+    """
+
+    dim: int = 128
+    hidden: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """(B, F) → (B, dim) float32."""
+        hidden = self.hidden or features.shape[-1]
+        x = nn.relu(_dense(hidden, self.dtype, 'first')(features))
+        return _dense(self.dim, self.dtype, 'second')(x).astype(jnp.float32)
+
+
+def interpolate_positions(
+    params: Mapping[str, Any], from_grid: tuple[int, int], to_grid: tuple[int, int]
+) -> dict[str, Any]:
+    """Fit a TransUNet's position embedding to images of another size.
+
+    The grid's embeddings are interpolated bilinearly (half-pixel centres, without anti-aliasing);
+    the class token's is kept.
+
+    Args:
+      params: the 'params' of a TransUNet; they are not changed.
+      from_grid, to_grid: (H / 16, W / 16) of the two image sizes.
+
+    Returns:
+      The params with another vit/position_embedding, (1 + rows · columns, 8 · width).
+
+    Raises:
+      ValueError: the embedding is not one of from_grid.
+    """
+    positions = jnp.asarray(params['vit']['position_embedding'])
+    tokens, features = positions.shape
+    if tokens != 1 + from_grid[0] * from_grid[1]:
+        raise ValueError(f'position embedding of {tokens} tokens: not 1 + {from_grid}')
+    grid = positions[1:].reshape(*from_grid, features)
+    grid = jax.image.resize(grid, (*to_grid, features), 'linear', antialias=False)
+    positions = jnp.concatenate([positions[:1], grid.reshape(-1, features)])
+    return {**params, 'vit': {**params['vit'], 'position_embedding': positions}}
+
+
+def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name)
+
+
+def _check_size(image: jax.Array) -> None:
+    if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
+        raise ValueError(
+            f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
+        )
+
+
+def _check_positions(module: nn.Module, shape: tuple[int, int]) -> None:
+    if not module.has_variable('params', 'position_embedding'):
+        return
+    found = module.get_variable('params', 'position_embedding').shape
+    if found[0] != shape[0]:
+        raise ValueError(
+            f'TransUNet: position embedding of {found[0]} tokens, this image has {shape[0]}; '
+            'use interpolate_positions'
+        )

@@ -1,0 +1,78 @@
+"""Plain 2D U-Net, the baseline that a TransUNet has to beat; same interface."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from covseg_jax.models.layers import BatchNorm, Conv2D, max_pool, upsample_bilinear
+from covseg_jax.models.transunet import Segmentation
+
+
+class UNet(nn.Module):
+    """U-Net of Ronneberger et al. (MICCAI 2015) with BatchNorm, padding and bilinear up-sampling.
+
+    Fields:
+      widths: channels of the levels, from the finest; the last is the bottleneck.
+      num_classes: channels of the logits.
+      dtype: of the arithmetic. Parameters, statistics and outputs are float32.
+      conv_impl: 'auto', 'native' or 'folded', see `layers`.
+
+    Variables: 'params' and 'batch_stats'.
+    """
+
+    widths: Sequence[int] = (32, 64, 128, 256)
+    num_classes: int = 1
+    dtype: Any = jnp.float32
+    conv_impl: str = 'auto'
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
+        """Segment a batch of slices.
+
+        Args:
+          image: (B, H, W, 1) in [0, 1]; H and W multiples of 2 ** (len(widths) − 1).
+          train: statistics of the batch.
+
+        Returns:
+          Segmentation: logits (B, H, W, num_classes), features (B, widths[-1]), the mean of the
+          bottleneck; float32.
+
+        Raises:
+          ValueError: H or W is no such multiple.
+        """
+        step = 2 ** (len(self.widths) - 1)
+        if image.ndim != 4 or any(size % step for size in image.shape[1:3]):
+            raise ValueError(
+                f'UNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of {step}'
+            )
+        x = image.astype(self.dtype)
+        skips = []
+        for level, width in enumerate(self.widths[:-1], 1):
+            x = self._convolve_twice(x, width, f'encoder_{level}', train)
+            skips.append(x)
+            x = max_pool(x)
+        x = self._convolve_twice(x, self.widths[-1], 'bottleneck', train)
+        features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        for level in range(len(skips), 0, -1):
+            x = upsample_bilinear(x, conv_impl=self.conv_impl)
+            x = jnp.concatenate([skips[level - 1], x], axis=-1)
+            x = self._convolve_twice(x, self.widths[level - 1], f'decoder_{level}', train)
+        logits = Conv2D(self.num_classes, 1, conv_impl=self.conv_impl, name='head')(x)
+        return Segmentation(logits=logits, features=features)
+
+    def _convolve_twice(self, x: jax.Array, width: int, name: str, train: bool) -> jax.Array:
+        for part in ('first', 'second'):
+            conv = Conv2D(
+                width,
+                3,
+                use_bias=False,
+                dtype=self.dtype,
+                conv_impl=self.conv_impl,
+                name=f'{name}_{part}_conv',
+            )
+            norm = BatchNorm(self.dtype, name=f'{name}_{part}_norm')
+            x = nn.relu(norm(conv(x), train=train))
+        return x

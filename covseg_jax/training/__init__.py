@@ -1,0 +1,1 @@
+"""Losses, sharded steps, checkpoints and the one training loop."""

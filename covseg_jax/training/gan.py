@@ -1,0 +1,194 @@
+"""The GAN's run: taken from the config, fed, trained, and given back as a function."""
+
+import dataclasses
+import pathlib
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from covseg_jax.data import pipeline
+from covseg_jax.data.cases import Splits
+from covseg_jax.data.opacities import OpacityModel
+from covseg_jax.models.gan3d import Generator, PatchDiscriminator
+from covseg_jax.training import gan_steps, loop, optim, sharding
+from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.logging import image_strip
+from covseg_jax.training.state import GANState
+
+
+@dataclasses.dataclass(frozen=True)
+class GANParts:
+    """What a config's `gan` group describes."""
+
+    generator: Generator
+    discriminator: PatchDiscriminator
+    optimizers: tuple[Any, Any]  # of the generator and of the discriminator
+    learning_rate: Callable[[jax.Array], jax.Array]
+    opacities: OpacityModel
+    make_state: Callable[[], GANState]
+    abstract_state: GANState
+    mesh: jax.sharding.Mesh
+
+
+def build_gan(config: ml_collections.ConfigDict) -> GANParts:
+    """Networks, optimizers and the shape of the state; nothing is computed yet."""
+    gan = config.gan
+    dtype = jnp.dtype(gan.compute_dtype)
+    generator = Generator(
+        filters=tuple(gan.filters),
+        bottleneck_filters=gan.bottleneck_filters,
+        # The bottleneck's three branches together are as wide as what they are added to.
+        branch_filters=(1 + sum(gan.filters) + gan.bottleneck_filters) // 3,
+        noise_channels=gan.noise_channels,
+        head=gan.head,
+        input_shift=gan.input_shift,
+        input_scale=gan.input_scale,
+        dtype=dtype,
+    )
+    discriminator = PatchDiscriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
+    learning_rate = optim.learning_rate_schedule(
+        peak=gan.learning_rate,
+        schedule='cosine',
+        warmup_steps=gan.warmup_steps,
+        num_steps=gan.num_steps,
+    )
+    optimizers = (
+        optim.make_adam(learning_rate, clip_norm=gan.clip_norm),
+        # A short memory of gradients: the generator that D judges keeps moving.
+        optim.make_adam(gan.discriminator_learning_rate, b1=0.5),
+    )
+    mesh = sharding.make_mesh()
+    _, height, width = config.prepare.grid
+    make_state, abstract_state = gan_steps.init_gan(
+        generator,
+        discriminator,
+        *optimizers,
+        seed=config.seed,
+        volume_size=(gan.depth, height, width),
+        mesh=mesh,
+    )
+    opacities = OpacityModel(window_hu=tuple(config.prepare.window_hu), **gan.opacities.to_dict())
+    return GANParts(
+        generator, discriminator, optimizers, learning_rate, opacities, make_state, abstract_state,
+        mesh,
+    )  # fmt: skip
+
+
+def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib.Path) -> None:
+    """Trains the GAN of the default recipe, from the newest checkpoint in `folder` where there is
+    one.
+
+    Raises:
+      InputError: batch size and devices do not fit, or the loss is not finite.
+      Stopped: asked to stop; saved.
+    """
+    gan = config.gan
+    parts = build_gan(config)
+    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
+    weights = gan_steps.GANLosses(
+        gan.reconstruction, gan.adversarial, gan.identity, gan.aerated_below, gan.input_shift,
+        gan.input_scale,
+    )  # fmt: skip
+    steps = {
+        adversarial: gan_steps.make_gan_step(
+            parts.generator,
+            parts.discriminator,
+            *parts.optimizers,
+            parts.learning_rate,
+            parts.opacities,
+            weights,
+            adversarial=adversarial,
+            ema_decay=gan.ema_decay,
+        )
+        for adversarial in (False, True)
+    }
+
+    def step_at(step: int):
+        return steps[gan.adversarial_every > 0 and step % gan.adversarial_every == 0]
+
+    data = pipeline.paired_volume_feed(
+        splits.healthy_train,
+        splits.train,
+        batch_size=gan.batch_size,
+        depth=gan.depth,
+        seed=config.seed,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
+    )
+    loop.run(
+        name='gan',
+        folder=folder,
+        state=parts.make_state(),
+        abstract_state=parts.abstract_state,
+        data=data,
+        step_at=step_at,
+        shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
+        evaluate=_make_evaluation(parts, splits),
+        schedule=loop.Schedule(gan.num_steps, gan.log_every, gan.evaluate_every, gan.save_every),
+        best='validation/removed',
+    )
+
+
+def _make_evaluation(parts: GANParts, splits: Splits):
+    """Evaluation on held-out healthy scans with fixed synthetic opacities, and pictures."""
+    evaluate_step = gan_steps.make_gan_evaluation(parts.generator, parts.opacities)
+    heal = gan_steps.make_heal(parts.generator)
+    healthy = pipeline.Volumes(splits.healthy_calibration)
+    covid = pipeline.Volumes(splits.validation[:1] or splits.train[:1])
+
+    def evaluate(state: GANState):
+        collected = []
+        for number in range(len(healthy)):
+            batch = {k: v[None] for k, v in healthy[number].items()}
+            metrics, (corrupted, restored) = evaluate_step(state.ema, batch, jax.random.key(number))
+            collected.append(metrics)
+        values = loop.mean_metrics(collected)
+        scan = covid[0][pipeline.IMAGE][None]
+        healed = np.asarray(heal(state.ema, scan, jax.random.key(0)))
+        pictures = {
+            'synthetic: corrupted | restored | difference': _strip(corrupted, restored),
+            'covid: scan | healthy | difference': _strip(scan, healed),
+        }
+        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+
+    return evaluate
+
+
+def _strip(scan: Any, healthy: Any) -> np.ndarray:
+    """Three slices of (1, D, H, W, 1) arrays: scan | healthy | difference, ×2 and ×4 brighter."""
+    scan, healthy = np.asarray(scan)[0, ..., 0], np.asarray(healthy)[0, ..., 0]
+    depth = scan.shape[0]
+    return image_strip(
+        [
+            [2 * scan[z], 2 * healthy[z], 4 * np.maximum(scan[z] - healthy[z], 0)]
+            for z in (depth // 4, depth // 2, 3 * depth // 4)
+        ]
+    )
+
+
+def load_generator(
+    config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> Callable[[np.ndarray, str], np.ndarray]:
+    """The trained generator of a run as ((D, H, W) scan, study id) -> (D, H, W) healthy version,
+    averaged over `synthesize.num_noise` noise inputs that the study id seeds.
+
+    Raises:
+      InputError: there is no checkpoint that fits.
+    """
+    parts = build_gan(config)
+    state, _ = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
+    heal_step = gan_steps.make_heal(parts.generator)
+
+    def heal(scan: np.ndarray, study_id: str) -> np.ndarray:
+        key = jax.random.key(zlib.crc32(study_id.encode()))
+        keys = jax.random.split(key, config.synthesize.num_noise)
+        volume = np.asarray(scan, np.float32)[None, ..., None]
+        healthy = [np.asarray(heal_step(state.ema, volume, k))[0, ..., 0] for k in keys]
+        return np.mean(healthy, axis=0)
+
+    return heal

@@ -1,0 +1,273 @@
+"""The segmentation network's run: taken from the config, fed with pseudo-masks, trained."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from covseg_jax.data import pipeline
+from covseg_jax.data.augment import Augmentation
+from covseg_jax.data.cases import Case, Splits
+from covseg_jax.errors import InputError
+from covseg_jax.models.transunet import ProjectionHead, TransUNet
+from covseg_jax.models.unet import UNet
+from covseg_jax.training import loop, optim, sharding, steps
+from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.logging import image_strip
+from covseg_jax.training.state import SegmentationState
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationParts:
+    """What a config's `network` and `train` groups describe."""
+
+    network: nn.Module
+    projection: nn.Module
+    optimizer: Any
+    learning_rate: Callable[[jax.Array], jax.Array]
+    plateau: Any
+    make_state: Callable[[], SegmentationState]
+    abstract_state: SegmentationState
+    mesh: jax.sharding.Mesh
+
+
+def make_network(config: ml_collections.ConfigDict) -> nn.Module:
+    """The TransUNet or U-Net of a config.
+
+    Raises:
+      InputError: another name.
+    """
+    network, dtype = config.network, jnp.dtype(config.train.compute_dtype)
+    if network.name == 'transunet':
+        return TransUNet(
+            width=network.width,
+            num_heads=network.num_heads,
+            mlp_dim=network.mlp_dim,
+            num_blocks=network.num_blocks,
+            dropout_rate=network.dropout_rate,
+            published_attention=network.published_attention,
+            dtype=dtype,
+        )
+    if network.name == 'unet':
+        return UNet(widths=tuple(network.unet_widths), dtype=dtype)
+    raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
+
+
+def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
+    """Network, optimizer and the shape of the state; nothing is computed yet.
+
+    Raises:
+      InputError: a setting is not one that exists.
+    """
+    train = config.train
+    network = make_network(config)
+    projection = ProjectionHead(dim=config.network.projection_dim)
+    try:
+        learning_rate = optim.learning_rate_schedule(
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup_steps=train.warmup_steps,
+            num_steps=train.num_steps,
+        )
+    except ValueError as error:
+        raise InputError(f'train.schedule: {error}') from error
+    optimizer = optim.make_adam(learning_rate, clip_norm=train.clip_norm)
+    plateau = optim.reduce_on_plateau(
+        patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
+    )
+    mesh = sharding.make_mesh()
+    make_state, abstract_state = steps.init_segmentation(
+        network,
+        projection,
+        optimizer,
+        plateau,
+        seed=config.seed,
+        image_size=tuple(config.prepare.grid[1:]),
+        mesh=mesh,
+    )
+    return SegmentationParts(
+        network, projection, optimizer, learning_rate, plateau, make_state, abstract_state, mesh
+    )
+
+
+def _training_slices(
+    config: ml_collections.ConfigDict,
+    splits: Splits,
+    read_target: Callable[[Case], np.ndarray],
+) -> pipeline.Slices:
+    cases = list(splits.train)
+    targets: list[np.ndarray | None] = [read_target(case) for case in cases]
+    if config.train.binary_targets:
+        targets = [(target >= 0.5).astype(np.uint8) for target in targets]
+    if config.train.use_healthy:
+        cases += splits.healthy_train
+        targets += [None] * len(splits.healthy_train)
+    return pipeline.rank_slices(pipeline.all_slices(cases, targets))
+
+
+def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
+    """Step number -> compiled step: METHOD.md section 4's two-phase epoch, or one sum."""
+    train = config.train
+    settings = steps.SegmentationLosses(
+        contrastive=train.contrastive,
+        mse=train.mse,
+        sensitivity=train.sensitivity,
+        temperature=train.temperature,
+        positive_weight=train.positive_weight,
+        beta=train.beta,
+        mse_on=train.mse_on,
+    )
+    augmentation = None
+    if train.augment:
+        augmentation = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
+
+    def make(terms: tuple[str, ...]):
+        return steps.make_segmentation_step(
+            parts.network,
+            parts.projection,
+            parts.optimizer,
+            parts.learning_rate,
+            settings,
+            augmentation,
+            terms=terms,
+            ema_decay=train.ema_decay,
+        )
+
+    if train.mode == 'combined':
+        combined = make(steps.COMBINED)
+        return lambda step: combined
+    if train.mode == 'two_phase':
+        contrastive, segmentation = make(steps.CONTRASTIVE), make(steps.SEGMENTATION)
+        return lambda step: (
+            contrastive if step % train.epoch_steps < train.contrastive_steps else segmentation
+        )
+    raise InputError(f"train.mode={train.mode!r} is not one of 'two_phase', 'combined'")
+
+
+def train_segmentation(
+    config: ml_collections.ConfigDict,
+    splits: Splits,
+    read_target: Callable[[Case], np.ndarray],
+    folder: pathlib.Path,
+) -> None:
+    """Trains the network on pseudo-masks, from the newest checkpoint in `folder` where there is
+    one.
+
+    Args:
+      config: the whole config.
+      splits: who trains and who validates.
+      read_target: case -> its (D, H, W) pseudo-mask in [0, 1].
+      folder: gets checkpoints/, tensorboard/ and metrics.jsonl.
+
+    Raises:
+      InputError: a setting does not exist, batch and devices do not fit, no high- or no
+        low-infection slice is there, or the loss is not finite.
+      Stopped: asked to stop; saved.
+    """
+    train = config.train
+    parts = build_segmentation(config)
+    sharding.check_batch_size(train.batch_size, parts.mesh, 'train.batch_size')
+    data = pipeline.balanced_feed(
+        _training_slices(config, splits, read_target),
+        batch_size=train.batch_size,
+        seed=config.seed,
+        host=jax.process_index(),
+        num_hosts=jax.process_count(),
+    )
+    validation = splits.validation or splits.train[:1]
+    validation = pipeline.all_slices(validation, [read_target(case) for case in validation])
+    loop.run(
+        name='train',
+        folder=folder,
+        state=parts.make_state(),
+        abstract_state=parts.abstract_state,
+        data=data,
+        step_at=_step_chooser(config, parts),
+        shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
+        evaluate=_make_evaluation(config, parts, validation),
+        schedule=loop.Schedule(
+            train.num_steps, train.log_every, train.evaluate_every, train.save_every
+        ),
+        best='validation/dice',
+    )
+
+
+def _make_evaluation(
+    config: ml_collections.ConfigDict, parts: SegmentationParts, validation: pipeline.Slices
+):
+    """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
+    evaluate_step = steps.make_evaluation_step(parts.network)
+    predict = steps.make_predict(parts.network)
+    use_plateau = config.train.schedule == 'plateau'
+
+    @jax.jit
+    def step_plateau(state: SegmentationState, value: jax.Array) -> SegmentationState:
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        _, plateau = parts.plateau.update(zeros, state.plateau, value=value)
+        return state.replace(plateau=plateau)
+
+    def evaluate(state: SegmentationState):
+        collected, shown = [], None
+        for batch in pipeline.evaluation_batches(validation, batch_size=config.predict.batch_size):
+            collected.append(evaluate_step(state.ema, batch))
+            most = batch[pipeline.TARGET].sum()
+            if shown is None or most > shown[pipeline.TARGET].sum():
+                shown = batch
+        values = loop.mean_metrics(collected)
+        if use_plateau:
+            state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
+        probability = np.asarray(predict(state.ema, shown[pipeline.IMAGE]))
+        pictures = {'slice | pseudo-mask | prediction': _strip(shown, probability)}
+        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+
+    return evaluate
+
+
+def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4) -> np.ndarray:
+    most = np.argsort(-batch[pipeline.TARGET].sum((1, 2, 3)), kind='stable')[:rows]
+    return image_strip(
+        [
+            [2 * batch[pipeline.IMAGE][i, ..., 0], batch[pipeline.TARGET][i, ..., 0],
+             probability[i, ..., 0]]
+            for i in most
+        ]
+    )  # fmt: skip
+
+
+def load_probability(
+    config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
+    """The trained network as (image, lungs), both (D, H, W), -> (D, H, W) float32 lesion
+    probability, 0 outside the lungs; and the checkpoint's step.
+
+    Slices are predicted `predict.batch_size` at a time; with `predict.flip`, together with their
+    mirror images.
+
+    Raises:
+      InputError: there is no checkpoint that fits.
+    """
+    parts = build_segmentation(config)
+    state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
+    predict = steps.make_predict(parts.network)
+    size = config.predict.batch_size
+
+    def predict_slices(slices: np.ndarray) -> np.ndarray:
+        padded = np.zeros((-(-len(slices) // size) * size, *slices.shape[1:], 1), np.float32)
+        padded[: len(slices), ..., 0] = slices
+        found = [predict(state.ema, padded[i : i + size]) for i in range(0, len(padded), size)]
+        return np.concatenate([np.asarray(f)[..., 0] for f in found])[: len(slices)]
+
+    def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+        image = np.asarray(image, np.float32)
+        found = predict_slices(image)
+        if config.predict.flip:
+            found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
+        return found * (np.asarray(lungs) > 0)
+
+    return probability, step

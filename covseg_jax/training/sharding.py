@@ -1,0 +1,51 @@
+"""One mesh axis, 'data': batches are split over it, states are copied."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from covseg_jax.errors import InputError
+
+
+def make_mesh() -> Mesh:
+    """All devices of all hosts along the axis 'data'."""
+    # Under the default Explicit axes linen's Dropout fails.
+    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of states: a copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_state(init: Callable[[], Any], mesh: Mesh) -> tuple[Callable[[], Any], Any]:
+    """Turns a function that makes a state into one that makes it on the mesh, and gives the
+    state's shapes, types and shardings without making it."""
+    sharding = replicated(mesh)
+    # Made inside jit, so that no leaf shares memory with another and all may be donated.
+    make = jax.jit(init, out_shardings=sharding)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(init),
+    )
+    return make, abstract
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Raises an InputError when the batch cannot be split evenly over the devices."""
+    if batch_size % mesh.size:
+        raise InputError(
+            f'{field}={batch_size} cannot be split over {mesh.size} devices; '
+            f'make it a multiple of {mesh.size}'
+        )
+
+
+def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch -> global arrays split along their first axis."""
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    return {
+        key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()
+    }

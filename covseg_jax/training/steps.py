@@ -1,0 +1,196 @@
+"""The segmentation network's compiled steps: contrastive, segmentation, combined, evaluation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from covseg_jax.data.augment import Augmentation, augment_slices
+from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID
+from covseg_jax.training import losses
+from covseg_jax.training.optim import update_ema
+from covseg_jax.training.sharding import place_state
+from covseg_jax.training.state import SegmentationState
+
+CONTRASTIVE = ('contrastive',)
+SEGMENTATION = ('mse', 'sensitivity')
+COMBINED = CONTRASTIVE + SEGMENTATION
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationLosses:
+    """Weights and settings of METHOD.md section 4's three losses.
+
+    Attributes:
+      contrastive, mse, sensitivity: weights in the sum.
+      temperature: of the contrastive loss.
+      positive_weight: w of the enhanced contrastive loss.
+      beta: extra weight of missed lesion in the BCE.
+      mse_on: 'probability' or, as published, 'logits'.
+    """
+
+    contrastive: float = 1.0
+    mse: float = 1.0
+    sensitivity: float = 1.0
+    temperature: float = 0.1
+    positive_weight: float = 1.5
+    beta: float = 2.0
+    mse_on: str = 'probability'
+
+
+def init_segmentation(
+    network: nn.Module,
+    projection: nn.Module,
+    optimizer: optax.GradientTransformation,
+    plateau: optax.GradientTransformationExtraArgs,
+    *,
+    seed: int,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+) -> tuple[Callable[[], SegmentationState], SegmentationState]:
+    """How to make a fresh state, and the state's shapes and shardings.
+
+    Args:
+      network: maps (B, H, W, 1) to a Segmentation; has batch statistics.
+      projection: maps its features to the contrastive space.
+      optimizer: of both.
+      plateau: `optim.reduce_on_plateau`.
+      seed: of weights and of everything random in the steps.
+      image_size: (H, W).
+      mesh: where the state lives; a copy on each device.
+
+    Returns:
+      A function that makes the state on the devices, and its abstract form.
+    """
+
+    def init() -> SegmentationState:
+        key = jax.random.key(seed)
+        network_key, projection_key, steps_key = jax.random.split(key, 3)
+        image = jnp.zeros((1, *image_size, 1))
+        variables = network.init(network_key, image)
+        features = network.apply(variables, image).features
+        params = {
+            'network': variables['params'],
+            'projection': projection.init(projection_key, features)['params'],
+        }
+        return SegmentationState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables['batch_stats'],
+            opt_state=optimizer.init(params),
+            ema={'params': variables['params'], 'batch_stats': variables['batch_stats']},
+            plateau=plateau.init(params),
+            key=jax.random.key_data(steps_key),
+        )
+
+    return place_state(init, mesh)
+
+
+def make_segmentation_step(
+    network: nn.Module,
+    projection: nn.Module,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    settings: SegmentationLosses,
+    augmentation: Augmentation | None,
+    *,
+    terms: tuple[str, ...],
+    ema_decay: float,
+) -> Callable[[SegmentationState, dict], tuple[SegmentationState, dict]]:
+    """A jitted (state, batch) -> (state, metrics) that minimises the weighted sum of `terms`.
+
+    The batch has IMAGE, TARGET, LUNGS (B, H, W, 1) and LABEL (B,), split over the mesh or not; the
+    state is donated. Metrics are (sum, count) pairs.
+    """
+
+    def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
+        output, updated = network.apply(
+            {'params': params['network'], 'batch_stats': batch_stats},
+            batch[IMAGE],
+            train=True,
+            rngs={'dropout': key},
+            mutable=['batch_stats'],
+        )
+        values = {}
+        if 'contrastive' in terms:
+            embedded = projection.apply({'params': params['projection']}, output.features)
+            values['contrastive'] = losses.contrastive_loss(
+                embedded,
+                batch[LABEL],
+                temperature=settings.temperature,
+                sensitivity_weight=settings.positive_weight,
+            )
+        if 'mse' in terms:
+            values['mse'] = losses.mse_loss(output.logits, batch[TARGET], on=settings.mse_on)
+        if 'sensitivity' in terms:
+            values['sensitivity'] = losses.sensitivity_loss(
+                output.logits, batch[TARGET], beta=settings.beta
+            )
+        total = sum(getattr(settings, name) * value for name, value in values.items())
+        return total, (values, updated['batch_stats'])
+
+    def step(state: SegmentationState, batch: dict) -> tuple[SegmentationState, dict]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        if augmentation is not None:
+            batch = augment_slices(augment_key, batch, augmentation)
+        (total, (values, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, state.batch_stats, batch, dropout_key
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        scale = state.plateau.scale
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+        averaged = {'params': params['network'], 'batch_stats': batch_stats}
+        metrics = {f'loss/{name}': (value, 1.0) for name, value in values.items()}
+        metrics |= {
+            'loss/total': (total, 1.0),
+            'optimizer/gradient_norm': (optax.global_norm(gradients), 1.0),
+            'optimizer/learning_rate': (learning_rate(state.step) * scale, 1.0),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=update_ema(state.ema, averaged, state.step, ema_decay),
+        )
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_predict(network: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
+    """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) probabilities."""
+
+    @jax.jit
+    def predict(variables: Any, image: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(network.apply(variables, image).logits)
+
+    return predict
+
+
+def make_evaluation_step(network: nn.Module) -> Callable[[Any, dict], dict]:
+    """A jitted (variables, batch) -> (sum, count) pairs, against the batch's pseudo-masks.
+
+    'mse' is of probabilities inside the lungs. 'dice' is that of all slices taken together, both
+    sides cut at 0.5: its sum is 2 TP and its count 2 TP + FP + FN, so that batches merge exactly.
+    """
+
+    @jax.jit
+    def evaluate(variables: Any, batch: dict) -> dict:
+        probability = jax.nn.sigmoid(network.apply(variables, batch[IMAGE]).logits)
+        inside = batch[LUNGS] * batch[VALID][:, None, None, None]
+        truth = (batch[TARGET] >= 0.5) * inside
+        found = (probability >= 0.5) * inside
+        squared = jnp.square(probability - batch[TARGET]) * inside
+        return {
+            'mse': (squared.sum(), inside.sum()),
+            'dice': (2 * (truth * found).sum(), truth.sum() + found.sum()),
+        }
+
+    return evaluate

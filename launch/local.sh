@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Sets up this checkout on a machine with nothing but Python >= 3.11, and runs it.
+#   launch/local.sh run  [flags]   the main job, by default on phantom studies
+#   launch/local.sh test [flags]   lint, import contracts, tests
+# The environment is made in .venv, once; VENV=FOLDER puts it elsewhere, PYTHON=... chooses another
+# interpreter.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+venv="${VENV:-.venv}"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null &&
+      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python >= 3.11 found; install one, or name it: PYTHON=/path/to/python $0" >&2
+  return 1
+}
+
+make_environment() {
+  # The stamp is a copy of the requirements that were installed: other ones install again.
+  local stamp="$venv/requirements.installed" python
+  if cmp -s requirements.txt "$stamp"; then
+    return
+  fi
+  python="$(find_python)"
+  "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  cp requirements.txt "$stamp"
+}
+
+command="${1:-}"
+case "$command" in
+  run)
+    shift
+    make_environment
+    has_config=false
+    for argument in "$@"; do
+      case "$argument" in --config=* | --config) has_config=true ;; esac
+    done
+    if [ "$has_config" = false ]; then
+      set -- --config=configs/transunet.py:phantom "$@"
+    fi
+    exec "$venv/bin/python" -m covseg_jax.main "$@"
+    ;;
+  test)
+    shift
+    make_environment
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    "$venv/bin/lint-imports"
+    exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  *)
+    echo "usage: $0 run|test [flags]" >&2
+    exit 2
+    ;;
+esac

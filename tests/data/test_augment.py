@@ -1,0 +1,85 @@
+"""Augmentation and synthetic opacities: what they may and may not change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covseg_jax.data.augment import Augmentation, augment_slices
+from covseg_jax.data.opacities import OpacityModel, add_opacities
+from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    lungs = np.zeros((6, 32, 32, 1), np.float32)
+    lungs[:, 6:26, 6:26] = 1
+    return {
+        IMAGE: rng.uniform(0.1, 0.3, lungs.shape).astype(np.float32) * lungs,
+        TARGET: (rng.uniform(0, 1, lungs.shape) > 0.5).astype(np.float32) * lungs,
+        LUNGS: lungs,
+        LABEL: np.arange(6, dtype=np.int32),
+    }
+
+
+def test_augment_slices_with_nothing_allowed_only_flips(batch):
+    still = Augmentation(zoom=0, shift=0, gain=0, bias=0, noise=0)
+    out = augment_slices(jax.random.key(0), batch, still)
+    flipped = 0
+    for row in range(6):
+        same = np.allclose(out[IMAGE][row], batch[IMAGE][row], atol=1e-6)
+        mirrored = np.allclose(out[IMAGE][row], batch[IMAGE][row][:, ::-1], atol=1e-6)
+        assert same or mirrored
+        flipped += mirrored
+        side = slice(None, None, -1 if mirrored else 1)
+        np.testing.assert_allclose(out[TARGET][row], batch[TARGET][row][:, side], atol=1e-6)
+    assert 0 < flipped < 6
+
+
+def test_augment_slices_stays_in_range_and_inside_the_lungs(batch):
+    strong = Augmentation(zoom=0.3, shift=0.2, gain=0.9, bias=0.5, noise=0.3)
+    out = augment_slices(jax.random.key(1), batch, strong)
+    assert out[IMAGE].min() >= 0
+    assert out[IMAGE].max() <= 1
+    outside = np.asarray(out[LUNGS]) == 0
+    assert np.all(np.asarray(out[IMAGE])[outside] == 0)
+    assert np.all(np.asarray(out[TARGET])[outside] == 0)
+    np.testing.assert_array_equal(out[LABEL], batch[LABEL])
+
+
+def test_augment_slices_moves_image_and_target_together(batch):
+    # The target is the image itself, so that it must be so afterwards, wherever it went.
+    batch = batch | {TARGET: batch[IMAGE]}
+    moved = augment_slices(
+        jax.random.key(2), batch, Augmentation(zoom=0.2, shift=0.1, gain=0, bias=0, noise=0)
+    )
+    np.testing.assert_allclose(moved[TARGET], moved[IMAGE], atol=1e-6)
+    assert np.abs(np.asarray(moved[IMAGE]) - batch[IMAGE]).max() > 0.05
+
+
+@pytest.fixture(scope='module')
+def opacities():
+    image = jnp.full((16, 16, 32, 32, 1), 0.12)
+    lungs = jnp.zeros_like(image).at[:, 2:-2, 4:-4, 4:-4].set(1.0)
+    image = image * lungs
+    corrupted, mask = jax.jit(
+        lambda key: add_opacities(key, image, lungs, OpacityModel(clean_fraction=0.25))
+    )(jax.random.key(0))
+    return np.asarray(image), np.asarray(lungs), np.asarray(corrupted), np.asarray(mask)
+
+
+def test_add_opacities_never_darkens_and_stays_in_the_lungs(opacities):
+    image, lungs, corrupted, mask = opacities
+    assert np.all(corrupted >= image)
+    assert corrupted.max() <= 1
+    np.testing.assert_array_equal(corrupted[lungs == 0], image[lungs == 0])
+    np.testing.assert_array_equal(corrupted[mask == 0], image[mask == 0])
+
+
+def test_add_opacities_leaves_some_samples_clean_and_covers_a_part_of_others(opacities):
+    _, lungs, _, mask = opacities
+    coverage = (mask > 0.5).sum((1, 2, 3, 4)) / lungs.sum((1, 2, 3, 4))
+    assert 1 <= (coverage == 0).sum() <= 9  # 4 of 16 expected
+    assert coverage.max() < 0.5
+    assert coverage.max() > 0.02

@@ -1,0 +1,95 @@
+"""Feeds: balanced, in one global order, and resumable."""
+
+import numpy as np
+import pytest
+
+from covseg_jax.data import pipeline
+from covseg_jax.data.cases import find_cases
+from covseg_jax.errors import InputError
+
+
+@pytest.fixture
+def slices(prepared):
+    cases = [case for case in find_cases(prepared) if case.category == 'CT-2']
+    healthy = [case for case in find_cases(prepared) if case.is_healthy]
+    rng = np.random.default_rng(0)
+    targets = [rng.uniform(0, 1, (16, 1, 1)) * np.ones((16, 32, 32)) for _ in cases]
+    return pipeline.rank_slices(
+        pipeline.all_slices(cases + healthy, targets + [None] * len(healthy))
+    )
+
+
+def test_all_slices_leaves_out_slices_without_lung(prepared):
+    cases = find_cases(prepared)[:2]
+    found = pipeline.all_slices(cases, [None, None])
+    # The box of lungs spans slices 2 to 13 of each of two cases.
+    assert found.index.tolist() == [[c, z] for c in range(2) for z in range(2, 14)]
+
+
+def test_rank_slices_labels_by_quartiles(slices):
+    # Eight COVID cases with 12 slices each: a quarter above the third quartile, a quarter below
+    # the first is left out, the half between is low; and 72 healthy slices, low.
+    assert (slices.labels == 1).sum() == 24
+    assert (slices.labels == 0).sum() == 48 + 72
+    sums = np.array([slices[i][pipeline.TARGET].sum() for i in range(len(slices))])
+    low_covid = (slices.labels == 0) & (sums > 0)
+    assert sums[slices.labels == 1].min() > sums[low_covid].max()
+
+
+def test_balanced_feed_is_half_high_half_low(slices):
+    feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
+    for _ in range(5):
+        batch = next(feed)
+        assert batch[pipeline.LABEL].sum() == 4
+        assert batch[pipeline.IMAGE].shape == (8, 32, 32, 1)
+        assert batch[pipeline.IMAGE].dtype == np.float32
+
+
+def test_balanced_feed_gives_two_hosts_the_rows_of_one(slices):
+    def rows(feed):
+        return sorted(float(image.sum()) for image in next(feed)[pipeline.IMAGE])
+
+    one = pipeline.balanced_feed(slices, batch_size=8, seed=3)
+    two = [
+        pipeline.balanced_feed(slices, batch_size=8, seed=3, host=host, num_hosts=2)
+        for host in range(2)
+    ]
+    for _ in range(4):
+        assert sorted(rows(two[0]) + rows(two[1])) == rows(one)
+
+
+def test_balanced_feed_goes_on_where_its_state_says(slices):
+    feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
+    for _ in range(7):
+        next(feed)
+    state = feed.get_state()
+    expected = [next(feed)[pipeline.IMAGE] for _ in range(3)]
+    again = pipeline.balanced_feed(slices, batch_size=8, seed=0)
+    again.set_state(state)
+    for image in expected:
+        np.testing.assert_array_equal(next(again)[pipeline.IMAGE], image)
+
+
+def test_balanced_feed_refuses_an_empty_group(prepared):
+    healthy = [case for case in find_cases(prepared) if case.is_healthy]
+    only_low = pipeline.all_slices(healthy, [None] * len(healthy))
+    with pytest.raises(InputError, match='0 high'):
+        pipeline.balanced_feed(only_low, batch_size=8, seed=0)
+
+
+def test_paired_volume_feed_crops_both_sides(prepared):
+    cases = find_cases(prepared)
+    healthy = [case for case in cases if case.is_healthy]
+    covid = [case for case in cases if case.category == 'CT-2']
+    feed = pipeline.paired_volume_feed(healthy, covid, batch_size=2, depth=8, seed=0)
+    batch = next(feed)
+    for key in (pipeline.IMAGE, pipeline.LUNGS, pipeline.COVID, pipeline.COVID_LUNGS):
+        assert batch[key].shape == (2, 8, 32, 32, 1)
+    # Image and lungs of one row are cropped at the same place: the image is 0 where no lungs are.
+    assert np.all(batch[pipeline.IMAGE][batch[pipeline.LUNGS] == 0] == 0)
+
+
+def test_evaluation_batches_mark_the_rows_that_fill_up(slices):
+    batches = list(pipeline.evaluation_batches(slices, batch_size=50))
+    assert sum(batch[pipeline.VALID].sum() for batch in batches) == len(slices)
+    assert batches[-1][pipeline.IMAGE].shape[0] == 50

@@ -1,0 +1,149 @@
+"""Study grid and model grid belong together exactly where they can, closely where they cannot."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from covseg_jax.imaging import geometry
+
+GRID = (32, 128, 128)
+
+
+def _affines():
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((-1, 1), repeat=3):
+            affine = np.eye(4)
+            affine[:3, :3] = np.eye(3)[:, order] * signs
+            yield affine
+
+
+def test_canonical_order_is_exact_and_undone_for_all_48_orientations():
+    data = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    axes = np.indices(data.shape)
+    affines = list(_affines())
+    assert len(affines) == 48
+    for affine in affines:
+        canonical = geometry.to_canonical(data, affine)
+        np.testing.assert_array_equal(geometry.from_canonical(canonical, affine), data)
+        # World coordinates (RAS) of each voxel, carried along: z up, y back, x left.
+        world = np.einsum('ij,jxyz->ixyz', affine[:3, :3], axes)
+        right, front, up = (geometry.to_canonical(values, affine) for values in world)
+        assert (np.diff(up, axis=0) == 1).all()
+        assert (np.diff(front, axis=1) == -1).all()
+        assert (np.diff(right, axis=2) == -1).all()
+
+
+def test_canonical_spacing_follows_the_axes():
+    affine = np.zeros((4, 4))
+    # File axes: 0 to Superior at 8 mm, 1 to Right at 0.5 mm, 2 to Posterior at 0.7 mm.
+    affine[2, 0], affine[0, 1], affine[1, 2], affine[3, 3] = 8.0, 0.5, -0.7, 1.0
+    assert geometry.canonical_spacing(affine) == pytest.approx((8.0, 0.7, 0.5))
+
+
+def test_oblique_grid_takes_the_closest_axes_and_is_undone():
+    angle = np.deg2rad(20)
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]])
+    affine = np.eye(4)
+    affine[:2, :3] = turn
+    affine[:3, :3] *= (-0.7, 0.8, 5.0)
+    data = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    canonical = geometry.to_canonical(data, affine)
+    # x grows to the left already, y to the front: flipped.
+    np.testing.assert_array_equal(canonical, data[:, ::-1].T)
+    np.testing.assert_array_equal(geometry.from_canonical(canonical, affine), data)
+    assert geometry.canonical_spacing(affine) == pytest.approx((5.0, 0.8, 0.7))
+
+
+@pytest.fixture(scope='module')
+def mosmed_geometry():
+    """A MosMed-like grid: 512 × 512 × 41 at 0.7 and 8 mm, lungs in a part of it."""
+    lungs = np.zeros((41, 512, 512), bool)
+    lungs[3:38, 100:400, 60:450] = True
+    return geometry.fit_geometry(lungs, (512, 512, 41), np.diag([-0.7, 0.7, 8.0, 1.0]), GRID)
+
+
+def test_box_margin_and_spacing_are_those_worked_out_by_hand(mosmed_geometry):
+    # 4 mm are 5 voxels of 0.7 mm, and no slice of 8 mm.
+    assert mosmed_geometry.box == ((3, 38), (95, 405), (55, 455))
+    # Depth: 35 slices · 8 mm / 32; in plane the longer side: 400 · 0.7 mm / 128.
+    assert mosmed_geometry.model_spacing_mm == pytest.approx((8.75, 2.1875, 2.1875))
+    assert mosmed_geometry.voxel_ml == pytest.approx(8.75 * 2.1875**2 / 1000)
+    assert mosmed_geometry.study_voxel_ml == pytest.approx(8 * 0.7**2 / 1000)
+    assert mosmed_geometry.canonical_shape == (41, 512, 512)
+
+
+def test_geometry_survives_json(mosmed_geometry):
+    text = json.dumps(mosmed_geometry.to_json())
+    assert geometry.Geometry.from_json(json.loads(text)) == mosmed_geometry
+
+
+@pytest.mark.parametrize('radius_mm', [16.0, 40.0])
+def test_lesion_comes_back_from_the_model_grid(mosmed_geometry, radius_mm):
+    z, y, x = (
+        (spacing * (np.arange(length, dtype=np.float32) - middle)) ** 2
+        for length, spacing, middle in ((41, 8.0, 19.3), (512, 0.7, 250.2), (512, 0.7, 180.7))
+    )
+    lesion = z[:, None, None] + y[:, None] + x < radius_mm**2  # 17 and 268 ml
+    model = geometry.to_model_grid(lesion, mosmed_geometry)
+    back = geometry.to_study_grid(model, mosmed_geometry) >= 0.5
+    assert 2 * (back & lesion).sum() / (back.sum() + lesion.sum()) >= 0.95
+    binary = geometry.to_study_grid(model >= 0.5, mosmed_geometry) >= 0.5
+    assert 2 * (binary & lesion).sum() / (binary.sum() + lesion.sum()) >= 0.90
+    # Nothing is lost in between: the volume on the model's grid is that of the study.
+    assert model.sum() * mosmed_geometry.voxel_ml == pytest.approx(
+        lesion.sum() * mosmed_geometry.study_voxel_ml, rel=0.02
+    )
+
+
+def test_shape_is_kept_and_the_shorter_side_padded_on_both_sides(mosmed_geometry):
+    model = geometry.to_model_grid(np.ones((41, 512, 512), np.float32), mosmed_geometry)
+    rows = np.flatnonzero(model[16].any(axis=1))
+    # The box is 310 voxels of 0.7 mm high: 99.2 rows of 2.1875 mm, 14.4 free on either side.
+    assert (rows[0], rows[-1]) == (14, 113)
+    np.testing.assert_allclose(model[:, 14:114], 1.0, rtol=1e-6)
+
+
+def test_values_stay_in_the_range_of_the_input():
+    rng = np.random.default_rng(1)
+    image = rng.uniform(-1000, 400, (9, 40, 50)).astype(np.float32)
+    lungs = np.zeros(image.shape, bool)
+    lungs[1:8, 5:35, 5:45] = True
+    plan = geometry.fit_geometry(lungs, (50, 40, 9), np.diag([-2.0, 2.0, 5.0, 1.0]), (16, 24, 24))
+    for array in (
+        geometry.to_model_grid(image, plan, weights=lungs),
+        geometry.to_study_grid(geometry.to_model_grid(image, plan), plan),
+    ):
+        assert image.min() - 1e-2 <= array.min()
+        assert array.max() <= image.max() + 1e-2
+
+
+def test_weighted_resampling_keeps_the_chest_wall_out():
+    image = np.full((8, 64, 64), 40.0, np.float32)
+    lungs = np.zeros(image.shape, bool)
+    lungs[1:7, 13:50, 9:57] = True
+    image[lungs] = -850.0
+    plan = geometry.fit_geometry(lungs, (64, 64, 8), np.diag([-3.0, 3.0, 8.0, 1.0]), (8, 32, 32))
+    model = geometry.to_model_grid(image, plan, weights=lungs)
+    inside = geometry.to_model_grid(lungs, plan) >= 0.5
+    assert inside.any()
+    np.testing.assert_allclose(model[inside], -850.0, rtol=1e-5)
+    assert (model[~inside] == 0).all()
+
+
+def test_nearest_order_returns_only_labels_that_went_in(mosmed_geometry):
+    labels = np.random.default_rng(2).integers(0, 3, GRID)
+    back = geometry.to_study_grid(labels, mosmed_geometry, order='nearest')
+    assert set(np.unique(back)) == {0.0, 1.0, 2.0}
+    # The middle of the box is the middle of the grid.
+    assert back[38 - 18, 250, 255] == labels[16, 64, 64]
+
+
+def test_arrays_of_another_shape_are_refused(mosmed_geometry):
+    with pytest.raises(ValueError, match='canonical grid'):
+        geometry.to_model_grid(np.zeros((512, 512, 41)), mosmed_geometry)
+    with pytest.raises(ValueError, match='model grid'):
+        geometry.to_study_grid(np.zeros((32, 64, 64)), mosmed_geometry)
+    with pytest.raises(ValueError, match='no lung voxel'):
+        geometry.fit_geometry(np.zeros((4, 4, 4), bool), (4, 4, 4), np.eye(4), GRID)

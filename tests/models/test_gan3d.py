@@ -1,0 +1,106 @@
+"""The GAN's networks: published sizes and outputs, and the recipe's own variants."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covseg_jax.models import published
+from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
+
+TINY = {'filters': (2, 3, 4, 5), 'bottleneck_filters': 6, 'branch_filters': 7}  # 1 + 14 + 6 = 21
+
+
+def count_parameters(model, *shapes):
+    inputs = [jnp.zeros(shape) for shape in shapes]
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+
+
+@pytest.fixture(scope='module')
+def reference_inputs():
+    generator = np.random.default_rng(zlib.crc32(b'input'))
+    volume = generator.uniform(0, 1, (2, 16, 32, 32, 1)).astype(np.float32)
+    noise = generator.uniform(-0.5, 0.5, (2, 1, 2, 2, 10)).astype(np.float32)
+    larger = generator.uniform(0, 1, (2, 32, 64, 64, 1)).astype(np.float32)
+    return volume, noise, larger
+
+
+def test_generator_has_the_published_number_of_parameters():
+    assert count_parameters(Generator(), (1, 32, 128, 128, 1), (1, 2, 8, 8, 10)) == 7_861_643
+
+
+def test_discriminator_has_the_published_number_of_parameters():
+    assert count_parameters(Discriminator(), (1, 32, 128, 128, 1)) == 282_378
+
+
+def test_generator_equals_keras(reference, keras_weights, reference_inputs):
+    volume, noise, _ = reference_inputs
+    expected = np.load(reference / 'gan3d_reference.npz')['generator_output']
+    params = published.generator_params(keras_weights['generator'])
+    actual = jax.jit(Generator().apply)({'params': params}, volume, noise)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # reached: 1.4e-6
+
+
+def test_discriminator_equals_keras(reference, keras_weights, reference_inputs):
+    expected = np.load(reference / 'gan3d_reference.npz')['discriminator_output']
+    params = published.discriminator_params(keras_weights['discriminator'])
+    actual = jax.jit(Discriminator().apply)({'params': params}, reference_inputs[2])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # reached: 2e-7
+
+
+def test_residual_head_gives_the_volume_back_where_h_is_zero():
+    model = Generator(**TINY, head='residual', input_shift=0.12, input_scale=6.0)
+    volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
+    noise = jnp.zeros(model.noise_shape(volume.shape))
+    params = model.init(jax.random.key(1), volume, noise)['params']
+    params['head'] = {'kernel': 0 * params['head']['kernel'], 'bias': jnp.array([3.0])}
+    # h = 3 in the network's units is 3 / 6 in the volume's
+    actual = jax.jit(model.apply)({'params': params}, volume, noise)
+    np.testing.assert_allclose(actual, volume - 0.5, atol=1e-6)
+
+
+def test_generator_sees_the_shifted_and_scaled_volume():
+    volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
+    plain, shifted = Generator(**TINY), Generator(**TINY, input_shift=0.12, input_scale=6.0)
+    noise = jnp.ones(plain.noise_shape(volume.shape))
+    variables = plain.init(jax.random.key(1), volume, noise)
+    expected = plain.apply(variables, (volume - 0.12) * 6, noise)
+    assert float(jnp.abs(expected).max()) > 0
+    np.testing.assert_allclose(shifted.apply(variables, volume, noise), expected, atol=1e-5)
+
+
+def test_generator_names_what_does_not_fit():
+    volume = jnp.zeros((1, 16, 16, 16, 1))
+    with pytest.raises(ValueError, match='multiples of 16'):
+        Generator().noise_shape((1, 24, 32, 32, 1))
+    with pytest.raises(ValueError, match='= 21 channels'):
+        Generator(**{**TINY, 'branch_filters': 8}).init(jax.random.key(0), volume, volume)
+    with pytest.raises(ValueError, match='noise of'):
+        Generator(**TINY).init(jax.random.key(0), volume, volume)
+
+
+def test_discriminator_drops_out_only_in_training():
+    model = Discriminator(filters=(2, 2), units=(16, 16))
+    volume = jax.random.uniform(jax.random.key(0), (2, 10, 10, 10, 1))
+    variables = model.init(jax.random.key(1), volume)
+    first, second = (
+        model.apply(variables, volume, train=True, rngs={'dropout': jax.random.key(seed)})
+        for seed in (2, 3)
+    )
+    assert not np.allclose(first, second)
+    np.testing.assert_allclose(model.apply(variables, volume).sum(axis=1), 1, rtol=1e-6)
+
+
+def test_patch_discriminator_judges_patches_and_moves_its_vectors_in_training_only():
+    model = PatchDiscriminator(filters=(3, 4))
+    volume = jax.random.uniform(jax.random.key(0), (2, 8, 16, 12, 1))
+    variables = model.init(jax.random.key(1), volume)
+    logits, moved = model.apply(variables, volume, train=True, mutable=['spectral'])
+    _, kept = model.apply(variables, volume, mutable=['spectral'])
+    assert logits.shape == (2, 2, 4, 3, 1)
+    before = np.asarray(variables['spectral']['conv_1']['vector'])
+    assert not np.allclose(moved['spectral']['conv_1']['vector'], before)
+    np.testing.assert_array_equal(kept['spectral']['conv_1']['vector'], before)

@@ -1,0 +1,164 @@
+"""Fast forms against plain ones, and layers against numbers worked out by hand or by NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covseg_jax.models import layers
+
+
+def draw(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def assert_forms_agree(function, *arguments):
+    """function(conv_impl, *arguments): value and gradients of 'folded' and 'native' to 1e-5."""
+    weights = draw(9, *jax.eval_shape(lambda *a: function('native', *a), *arguments).shape)
+
+    def value_and_gradients(conv_impl):
+        def total(*arguments):
+            output = function(conv_impl, *arguments)
+            return jnp.sum(output * weights), output
+
+        numbers = tuple(range(len(arguments)))
+        (_, output), gradients = jax.jit(jax.value_and_grad(total, numbers, has_aux=True))(
+            *arguments
+        )
+        return output, *gradients
+
+    for fast, plain in zip(
+        value_and_gradients('folded'), value_and_gradients('native'), strict=True
+    ):
+        assert fast.shape == plain.shape
+        np.testing.assert_allclose(fast, plain, atol=1e-5 * float(jnp.abs(plain).max()))
+
+
+@pytest.mark.parametrize(
+    ('channels', 'features', 'size', 'stride', 'padding'),
+    [
+        (5, 2, 3, 1, 'SAME'),  # taps as outputs
+        (2, 5, 3, 1, 'SAME'),  # taps as inputs
+        (3, 2, 5, 1, 'SAME'),
+        (3, 4, 1, 1, 'SAME'),
+        (4, 2, 3, 1, 'VALID'),
+        (1, 4, 3, 1, 'VALID'),
+        (2, 3, 4, 2, 'SAME'),
+        (2, 3, 4, 1, 'SAME'),  # an even kernel pads unevenly
+    ],
+)
+def test_conv3d_folded_equals_native(channels, features, size, stride, padding):
+    def convolve(conv_impl, x, kernel):
+        return layers.conv3d(x, kernel, stride=stride, padding=padding, conv_impl=conv_impl)
+
+    assert_forms_agree(
+        convolve, draw(0, 2, 6, 5, 8, channels), draw(1, size, size, size, channels, features)
+    )
+
+
+def test_conv3d_with_fewer_slices_than_taps_equals_native():
+    def convolve(conv_impl, x, kernel):
+        return layers.conv3d(x, kernel, conv_impl=conv_impl)
+
+    assert_forms_agree(convolve, draw(0, 1, 1, 4, 4, 3), draw(1, 5, 5, 5, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ('channels', 'size', 'stride'), [(1, 7, 2), (6, 1, 2), (6, 3, 1), (512, 3, 2), (512, 3, 1)]
+)
+def test_conv2d_folded_equals_native(channels, size, stride):
+    def convolve(conv_impl, x, kernel):
+        return layers.conv2d(x, kernel, stride=stride, conv_impl=conv_impl)
+
+    assert_forms_agree(convolve, draw(0, 2, 8, 8, channels), draw(1, size, size, channels, 3))
+
+
+def test_conv_impl_misspelt_is_refused():
+    with pytest.raises(ValueError, match="conv_impl='fast'"):
+        layers.is_folded('fast')
+
+
+def test_transposed_convolution_equals_placing_each_voxel():
+    x, kernel = draw(0, 1, 2, 1, 3, 4), draw(1, 2, 2, 2, 4, 5)
+    expected = np.zeros((1, 4, 2, 6, 5), np.float32)
+    for d, h, w in np.ndindex(2, 1, 3):
+        for i, j, k in np.ndindex(2, 2, 2):
+            expected[0, 2 * d + i, 2 * h + j, 2 * w + k] = x[0, d, h, w] @ kernel[i, j, k] + 1
+    params = {'kernel': kernel, 'bias': jnp.ones(5)}
+    actual = layers.ConvTranspose3D(5).apply({'params': params}, x)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_max_pool_takes_maxima_and_drops_an_odd_row():
+    x = jnp.arange(15.0).reshape(1, 3, 5, 1)  # rows 0-4, 5-9, 10-14
+    np.testing.assert_array_equal(layers.max_pool(x)[0, ..., 0], [[6, 8]])
+    volume = jnp.arange(16.0).reshape(1, 2, 4, 2, 1)
+    np.testing.assert_array_equal(layers.max_pool(volume).ravel(), [11, 15])
+
+
+def test_max_pool_shares_the_gradient_of_ties():
+    x = jnp.array([3.0, 3.0, 1.0, 3.0]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+    np.testing.assert_allclose(gradient.ravel(), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize('conv_impl', ['folded', 'native'])
+def test_upsample_keeps_corners_and_interpolates_between(conv_impl):
+    # n = 3: output i lies at i · 2/5; along [0, 5, 10] the values are 2 i
+    x = jnp.array([0.0, 5.0, 10.0]).reshape(1, 1, 3, 1)
+    actual = layers.upsample_bilinear(x, conv_impl=conv_impl)
+    np.testing.assert_allclose(actual[0, :, :, 0], [[0, 2, 4, 6, 8, 10]] * 2, atol=1e-5)
+
+
+def test_upsample_folded_equals_native():
+    def upsample(conv_impl, x):
+        return layers.upsample_bilinear(x, conv_impl=conv_impl)
+
+    assert_forms_agree(upsample, draw(0, 2, 4, 7, 3))
+
+
+def test_batch_norm_keeps_the_unbiased_variance():
+    # values 1, 2, 3, 6: mean 3, biased variance 14/4 = 3.5, unbiased 14/3
+    x = jnp.array([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1, 1)
+    norm = layers.BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    y, updated = norm.apply(variables, x, train=True, mutable=['batch_stats'])
+    np.testing.assert_allclose(y.ravel(), (x.ravel() - 3) / np.sqrt(3.5 + 1e-5), rtol=1e-6)
+    np.testing.assert_allclose(updated['batch_stats']['mean'], [0.3], rtol=1e-6)
+    np.testing.assert_allclose(updated['batch_stats']['var'], [0.9 + 0.1 * 14 / 3], rtol=1e-6)
+    # evaluation: running mean 0 and variance 1
+    np.testing.assert_allclose(norm.apply(variables, x), x / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+def test_batch_norm_gradient_equals_automatic_differentiation():
+    x, scale, bias, weights = draw(0, 3, 4, 5), draw(1, 5), draw(2, 5), draw(3, 3, 4, 5)
+
+    def plain(x, scale, bias):
+        mean, var = x.mean((0, 1)), x.var((0, 1))
+        return jnp.sum(weights * ((x - mean) / jnp.sqrt(var + 1e-5) * scale + bias))
+
+    def own(x, scale, bias):
+        norm, params = layers.BatchNorm(), {'scale': scale, 'bias': bias}
+        stats = {'mean': jnp.zeros(5), 'var': jnp.ones(5)}
+        variables = {'params': params, 'batch_stats': stats}
+        return jnp.sum(weights * norm.apply(variables, x, train=True, mutable=['batch_stats'])[0])
+
+    for actual, expected in zip(
+        jax.grad(own, (0, 1, 2))(x, scale, bias),
+        jax.grad(plain, (0, 1, 2))(x, scale, bias),
+        strict=True,
+    ):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_spectral_norm_finds_the_largest_singular_value():
+    conv = layers.Conv3D(4, 2, padding='VALID', use_spectral_norm=True)
+    x = jnp.zeros((1, 2, 2, 2, 3)).at[0, 0, 1, 0, 2].set(1.0)
+    variables = conv.init(jax.random.key(0), x)
+    for _ in range(50):
+        _, updated = conv.apply(variables, x, train=True, mutable=['spectral'])
+        variables = {**variables, **updated}
+    kernel = np.asarray(variables['params']['kernel'])
+    largest = np.linalg.svd(kernel.reshape(-1, 4), compute_uv=False)[0]
+    actual = conv.apply(variables, x)[0, 0, 0, 0]
+    np.testing.assert_allclose(actual, kernel[0, 1, 0, 2] / largest, rtol=1e-4)

@@ -1,0 +1,181 @@
+"""The program as a person runs it: every stage on tiny phantoms, twice, and its complaints."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(*flags):
+    return [sys.executable, '-m', 'covseg_jax.main', *map(str, flags)]
+
+
+def environment():
+    # One device, as a person's CPU has; conftest.py simulates eight for the other tests.
+    return {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+
+
+def run(*flags):
+    return subprocess.run(
+        command(*flags),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def assert_one_line_error(done, *parts):
+    """An exit code that is not 0, one line that says what is wrong, no traceback."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A work directory in which every stage of the tiny variant has run."""
+    workdir = tmp_path_factory.mktemp('tiny')
+    done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done
+
+
+def test_main_runs_every_stage_to_a_summary(finished):
+    workdir, _ = finished
+    summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
+    assert {'protocols', 'pseudo_masks', 'threshold', 'checkpoint_step', 'studies'} <= set(summary)
+    assert set(summary['protocols']) == {'volume', 'slice_infection_over_1pct', 'slice_all'}
+    assert summary['studies'] == 2
+    assert summary['checkpoint_step'] == 8
+    for name in ('cases.csv', 'slices.csv', 'report.html', 'figures/dice_vs_infection.png'):
+        assert (workdir / 'evaluation' / name).stat().st_size > 0
+    for name in ('gan', 'transunet'):
+        steps = [
+            json.loads(line)['step']
+            for line in (workdir / name / 'metrics.jsonl').read_text().splitlines()
+        ]
+        assert steps == sorted(steps)
+        assert steps[-1] == 8
+        assert list((workdir / name / 'tensorboard').iterdir())
+    assert json.loads((workdir / 'environment.json').read_text())['packages']['jax']
+
+
+def test_main_leaves_nothing_that_needs_pickle(finished):
+    workdir, _ = finished
+    for path in workdir.rglob('*.npy'):
+        np.load(path, allow_pickle=False)
+    assert not [p for p in workdir.rglob('*') if p.suffix in ('.pkl', '.pickle', '.pt')]
+
+
+def test_main_run_twice_does_nothing_and_says_so(finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
+    again = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
+    assert again.returncode == 0
+    for stage in ('prepare', 'gan', 'synthesize', 'train', 'evaluate'):
+        assert f'{stage}: done before with the same settings, skipped' in again.stdout
+    after = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
+    changed = {p.name for p in after if after[p] != before.get(p)}
+    assert changed <= {'config.json', 'environment.json'}
+
+
+def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
+    workdir, _ = finished
+    scans = tmp_path / 'scans'
+    scans.mkdir()
+    source = next((workdir / 'studies' / 'studies').rglob('*.nii.gz'))
+    (scans / source.name).write_bytes(source.read_bytes())
+    (scans / 'broken.nii.gz').write_bytes(source.read_bytes()[:-100])
+    done = run(
+        '--config=configs/transunet.py:tiny',
+        f'--workdir={workdir}',
+        '--stages=predict',
+        f'--input={scans}',
+        f'--output={tmp_path / "masks"}',
+        '--config.predict.write_probability=true',
+    )
+    # One study is damaged: it is named, the other is done all the same.
+    assert_one_line_error(done, '1 of 2', 'broken.nii.gz')
+    image = nibabel.load(source)
+    stem = source.name.removesuffix('.nii.gz')
+    for kind, dtype in (('mask', np.uint8), ('probability', np.float32)):
+        found = nibabel.load(tmp_path / 'masks' / f'{stem}_{kind}.nii.gz')
+        assert found.shape == image.shape
+        assert found.get_data_dtype() == dtype
+        np.testing.assert_allclose(found.affine, image.affine, atol=1e-6)
+    rows = (tmp_path / 'masks' / 'results.csv').read_text().splitlines()
+    assert rows[0].startswith('study_id,status,lesion_ml,lung_ml,infection_percent')
+    assert len(rows) == 3
+
+
+def test_main_refuses_to_train_on_under_other_settings(finished):
+    workdir, _ = finished
+    done = run(
+        '--config=configs/transunet.py:tiny',
+        f'--workdir={workdir}',
+        '--stages=train',
+        '--config.train.learning_rate=0.5',
+    )
+    assert_one_line_error(done, 'train.learning_rate', '0.001', '0.5', '--workdir')
+
+
+@pytest.mark.parametrize(
+    ('flags', 'parts'),
+    [
+        (['--config=configs/transunet.py:huge'], ['huge', 'tiny']),
+        (['--config=configs/nothing.py'], ['nothing.py']),
+        (['--config=configs/transunet.py:tiny', '--config.train.batchsize=3'], ['batchsize']),
+        (['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'], ['x']),
+        (['--config=configs/transunet.py:tiny', '--stages=trian'], ['trian', 'train']),
+        ([], ['--config']),
+        (['--config=configs/transunet.py:tiny', '--stages=predict'], ['--input']),
+        (['--config=configs/transunet.py', '--config.data.folder={tmp}/none'], ['none', 'folder']),
+        (['--config=configs/transunet.py', '--config.data.folder={tmp}'], ['{tmp}']),
+    ],
+)
+def test_main_says_what_is_wrong_in_one_line(flags, parts, tmp_path):
+    def fill(text):
+        return text.replace('{tmp}', str(tmp_path))
+
+    work = [] if any('stages=predict' in f for f in flags) else [f'--workdir={tmp_path / "w"}']
+    assert_one_line_error(run(*map(fill, flags), *work), *map(fill, parts))
+
+
+def test_main_stopped_by_ctrl_c_goes_on(tmp_path):
+    flags = ('--config=configs/transunet.py:tiny', f'--workdir={tmp_path}', '--stages=prepare,gan',
+             '--config.gan.num_steps=400', '--config.gan.save_every=1000')  # fmt: skip
+    process = subprocess.Popen(
+        command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / 'gan' / 'metrics.jsonl'
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count('\n') >= 3):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert 'run the same command again' in process.stderr.read()
+    stopped_at = max(int(p.name) for p in (tmp_path / 'gan' / 'checkpoints').iterdir())
+    assert 0 < stopped_at < 400
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    steps = [
+        row['step'] for row in map(json.loads, log.read_text().splitlines()) if 'loss/total' in row
+    ]
+    assert steps == list(range(2, 401, 2))

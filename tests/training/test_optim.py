@@ -1,0 +1,50 @@
+"""Schedules and the plateau rule."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covseg_jax.training import optim
+
+
+def test_reduce_on_plateau_cuts_after_more_than_patience_bad_evaluations():
+    transform = optim.reduce_on_plateau(patience=2, factor=0.5)
+    updates = {'w': jnp.ones(3)}
+    state = transform.init(updates)
+    scales = []
+    for value in (1.0, 1.0, 1.0, 1.0, 0.5, 0.5):
+        _, state = transform.update(updates, state, value=value)
+        scales.append(float(state.scale))
+    # PyTorch counts bad evaluations 1, 2, 3 at the second to fourth, and cuts at 3 > 2.
+    assert scales == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+def test_learning_rate_schedule_warms_up_and_falls_to_a_hundredth():
+    rate = optim.learning_rate_schedule(
+        peak=1e-2, schedule='cosine', warmup_steps=10, num_steps=110
+    )
+    assert float(rate(0)) == 0
+    assert float(rate(5)) == pytest.approx(5e-3)
+    assert float(rate(10)) == pytest.approx(1e-2)
+    # Half-way down the cosine: the mean of both ends.
+    assert float(rate(60)) == pytest.approx((1e-2 + 1e-4) / 2)
+    assert float(rate(110)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize('schedule', ['plateau', 'constant'])
+def test_learning_rate_schedule_stays_at_its_peak(schedule):
+    rate = optim.learning_rate_schedule(peak=1e-2, schedule=schedule, warmup_steps=0, num_steps=100)
+    assert [float(rate(step)) for step in (0, 50, 1000)] == pytest.approx([1e-2] * 3)
+
+
+def test_learning_rate_schedule_refuses_another_name():
+    with pytest.raises(ValueError, match='linear'):
+        optim.learning_rate_schedule(peak=1, schedule='linear', warmup_steps=0, num_steps=1)
+
+
+def test_update_ema_forgets_its_start():
+    ema = jnp.float32(100.0)
+    for step in range(50):
+        ema = optim.update_ema(ema, jnp.float32(1.0), jnp.int32(step), 0.99)
+    # At step 0 the decay is 1/10, so that nine tenths of a wrong start are gone at once.
+    np.testing.assert_allclose(ema, 1.0, atol=0.01)
