@@ -59,8 +59,10 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.gan = gan = ml_collections.ConfigDict()
     gan.filters = (8, 16, 32, 64)
-    gan.bottleneck_filters = 128  # 1 + sum(filters) + this must be a multiple of 3
+    gan.bottleneck_filters = 128  # patch² + sum(filters) + this: a multiple of 3
     gan.noise_channels = 10
+    gan.patch = 1  # in-plane voxels that enter as channels of one; 2 is cheaper
+    gan.use_norm = True  # group normalisation; the published network has none
     gan.head = 'residual'  # healthy = scan - head; 'relu' is the published one
     gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
     gan.input_scale = 6.0
@@ -160,7 +162,8 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.data.calibration_fraction = 0.3
     config.data.validation_fraction = 0.15
     config.prepare.grid = (32, 96, 96)
-    config.gan.filters = (8, 16, 24, 32)
+    config.gan.patch = 2
+    config.gan.filters = (8, 16, 32, 48)
     config.gan.bottleneck_filters = 48
     config.gan.depth = 16
     config.gan.batch_size = 2

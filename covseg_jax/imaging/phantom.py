@@ -68,7 +68,7 @@ def _draw_vessels_and_airways(rng, grid, subject, lungs):
     for left in (False, True):
         sign = 1 if left else -1
         hilum = place(sign * 36, -12, 0.57 + 0.03 * left)
-        for count, tip, shift in ((560, 0.58, (0, 4, 6)), (360, 0.58, (0, 8, -12))):
+        for count, tip, shift in ((560, 0.62, (0, 4, 6)), (360, 0.62, (0, 8, -12))):
             targets = _sample_points(rng, grid, lungs, count, left=left)
             vessels.append(phantom_vessels.grow_tree(rng, hilum + shift, targets, tip * s + 0.05))
         main = np.array([[*carina, *hilum, 5.5 * s]], np.float32)

@@ -89,8 +89,10 @@ def _draw_batch(share, segments, index, centre, reach, grid) -> None:
     square = (dx - t * ax) ** 2 + (dy - t * ay) ** 2 + (dz - t * az) ** 2
     radius = segments[:, 6, None, None]
     pixel = np.float32(grid.pixel_mm)
-    # A vessel thinner than a pixel fills it in part: its diameter over the pixel's side.
-    full = np.minimum(1, 2 * radius / pixel)
+    # A vessel thinner than a pixel fills it in part: as the diameter where it runs in the slice, as
+    # the diameter squared where it stands on it.
+    upright = np.abs(az) / np.sqrt(ax * ax + ay * ay + az * az + np.float32(1e-6))
+    full = np.minimum(1, 2 * radius / pixel) ** (1 + upright)
     blurred = np.maximum(radius, pixel / 2)
     cover = full * np.clip((blurred - np.sqrt(square)) / pixel + np.float32(0.5), 0, 1)
     inside = ((ix >= 0) & (ix < grid.x.size))[:, None, :] & ((iy >= 0) & (iy < grid.y.size))[

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.models.layers import BatchNorm, Conv2D, torch_uniform, upsample_bilinear
+from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform, upsample_bilinear
 
 GRID_STEP = 16  # pixels a patch token stands for, in H and in W
 
@@ -38,7 +38,7 @@ class TransUNet(nn.Module):
         does, instead of dividing. Published weights need it.
       dropout_rate: in the transformer, from the 'dropout' key.
       dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
-      conv_impl: 'auto', 'native' or 'folded', see `layers`.
+      conv_impl: 'auto', 'native' or 'folded', see `convolution`.
 
     Variables: 'params' and 'batch_stats'. The position embedding has 1 + (H/16)(W/16) tokens of the
     size at init; `interpolate_positions` fits it to another.
@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, features))
         x = _dense(features, self.dtype, 'projection')(tokens)
         x = jnp.concatenate([class_token, x], axis=1) + positions
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = Dropout(self.dropout_rate)(x, train=train)
         for index in range(self.num_blocks):
             x = TransformerBlock(
                 num_heads=self.num_heads,
@@ -203,7 +203,7 @@ class TransformerBlock(nn.Module):
         """(B, T, F) → (B, T, F)."""
 
         def drop(x):
-            return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+            return Dropout(self.dropout_rate)(x, train=train)
 
         def normalise(x, name):
             # linen's own epsilon is 1e-6, PyTorch's 1e-5; one pass loses digits

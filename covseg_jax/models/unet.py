@@ -18,7 +18,7 @@ class UNet(nn.Module):
       widths: channels of the levels, from the finest; the last is the bottleneck.
       num_classes: channels of the logits.
       dtype: of the arithmetic. Parameters, statistics and outputs are float32.
-      conv_impl: 'auto', 'native' or 'folded', see `layers`.
+      conv_impl: 'auto', 'native' or 'folded', see `convolution`.
 
     Variables: 'params' and 'batch_stats'.
     """

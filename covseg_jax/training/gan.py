@@ -43,11 +43,13 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         filters=tuple(gan.filters),
         bottleneck_filters=gan.bottleneck_filters,
         # The bottleneck's three branches together are as wide as what they are added to.
-        branch_filters=(1 + sum(gan.filters) + gan.bottleneck_filters) // 3,
+        branch_filters=(gan.patch**2 + sum(gan.filters) + gan.bottleneck_filters) // 3,
         noise_channels=gan.noise_channels,
         head=gan.head,
         input_shift=gan.input_shift,
         input_scale=gan.input_scale,
+        patch=gan.patch,
+        use_norm=gan.use_norm,
         dtype=dtype,
     )
     discriminator = PatchDiscriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)

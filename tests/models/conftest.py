@@ -39,8 +39,8 @@ def keras_weights(reference) -> dict[str, dict[str, np.ndarray]]:
         weights[model] = {}
         for name, shape in shapes:
             normal = draw_normal(f'{model}/{name}', shape)
-            output_axis = 3 if 'transpose' in name else len(shape) - 1
-            fan = np.prod(shape) / shape[output_axis]
+            features = shape[-2] if 'transpose' in name and len(shape) == 5 else shape[-1]
+            fan = np.prod(shape) / features
             scale = 0.1 if name.endswith('bias') else np.sqrt(2 / fan)
             weights[model][name] = (scale * normal).astype(np.float32)
     return weights

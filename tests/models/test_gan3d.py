@@ -1,5 +1,6 @@
 """The GAN's networks: published sizes and outputs, and the recipe's own variants."""
 
+import functools
 import zlib
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from covseg_jax.models import published
 from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 
-TINY = {'filters': (2, 3, 4, 5), 'bottleneck_filters': 6, 'branch_filters': 7}  # 1 + 14 + 6 = 21
+TINY = {'filters': (2, 3), 'bottleneck_filters': 3, 'branch_filters': 3}  # 1 + 5 + 3 = 3 · 3
 
 
 def count_parameters(model, *shapes):
@@ -51,33 +52,39 @@ def test_discriminator_equals_keras(reference, keras_weights, reference_inputs):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)  # reached: 2e-7
 
 
-def test_residual_head_gives_the_volume_back_where_h_is_zero():
+@pytest.fixture(scope='module')
+def tiny_inputs():
+    """Params of a small generator, a volume and noise for it."""
+    model = Generator(**TINY)
+    volume = jax.random.uniform(jax.random.key(0), (1, 4, 8, 8, 1))
+    noise = jnp.ones(model.noise_shape(volume.shape))
+    return jax.jit(model.init)(jax.random.key(1), volume, noise)['params'], volume, noise
+
+
+def test_residual_head_gives_the_volume_back_where_h_is_zero(tiny_inputs):
+    params, volume, noise = tiny_inputs
     model = Generator(**TINY, head='residual', input_shift=0.12, input_scale=6.0)
-    volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
-    noise = jnp.zeros(model.noise_shape(volume.shape))
-    params = model.init(jax.random.key(1), volume, noise)['params']
-    params['head'] = {'kernel': 0 * params['head']['kernel'], 'bias': jnp.array([3.0])}
+    head = {'kernel': 0 * params['head']['kernel'], 'bias': jnp.array([3.0])}
     # h = 3 in the network's units is 3 / 6 in the volume's
-    actual = jax.jit(model.apply)({'params': params}, volume, noise)
+    actual = jax.jit(model.apply)({'params': {**params, 'head': head}}, volume, noise)
     np.testing.assert_allclose(actual, volume - 0.5, atol=1e-6)
 
 
-def test_generator_sees_the_shifted_and_scaled_volume():
-    volume = jax.random.uniform(jax.random.key(0), (1, 16, 16, 16, 1))
+def test_generator_sees_the_shifted_and_scaled_volume(tiny_inputs):
+    params, volume, noise = tiny_inputs
     plain, shifted = Generator(**TINY), Generator(**TINY, input_shift=0.12, input_scale=6.0)
-    noise = jnp.ones(plain.noise_shape(volume.shape))
-    variables = plain.init(jax.random.key(1), volume, noise)
-    expected = plain.apply(variables, (volume - 0.12) * 6, noise)
+    expected = jax.jit(plain.apply)({'params': params}, (volume - 0.12) * 6, noise)
     assert float(jnp.abs(expected).max()) > 0
-    np.testing.assert_allclose(shifted.apply(variables, volume, noise), expected, atol=1e-5)
+    actual = jax.jit(shifted.apply)({'params': params}, volume, noise)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_generator_names_what_does_not_fit():
-    volume = jnp.zeros((1, 16, 16, 16, 1))
-    with pytest.raises(ValueError, match='multiples of 16'):
+    volume = jnp.zeros((1, 4, 8, 8, 1))
+    with pytest.raises(ValueError, match=r'multiples of \(16, 16, 16\)'):
         Generator().noise_shape((1, 24, 32, 32, 1))
-    with pytest.raises(ValueError, match='= 21 channels'):
-        Generator(**{**TINY, 'branch_filters': 8}).init(jax.random.key(0), volume, volume)
+    with pytest.raises(ValueError, match='= 9 channels'):
+        Generator(**{**TINY, 'branch_filters': 4}).init(jax.random.key(0), volume, volume)
     with pytest.raises(ValueError, match='noise of'):
         Generator(**TINY).init(jax.random.key(0), volume, volume)
 
@@ -85,21 +92,25 @@ def test_generator_names_what_does_not_fit():
 def test_discriminator_drops_out_only_in_training():
     model = Discriminator(filters=(2, 2), units=(16, 16))
     volume = jax.random.uniform(jax.random.key(0), (2, 10, 10, 10, 1))
-    variables = model.init(jax.random.key(1), volume)
-    first, second = (
-        model.apply(variables, volume, train=True, rngs={'dropout': jax.random.key(seed)})
-        for seed in (2, 3)
-    )
-    assert not np.allclose(first, second)
-    np.testing.assert_allclose(model.apply(variables, volume).sum(axis=1), 1, rtol=1e-6)
+    variables = jax.jit(model.init)(jax.random.key(1), volume)
+
+    @functools.partial(jax.jit, static_argnames='train')
+    def judge(seed, train):
+        rngs = {'dropout': jax.random.key(seed)}
+        return model.apply(variables, volume, train=train, rngs=rngs)
+
+    assert not np.allclose(judge(2, train=True), judge(3, train=True))
+    np.testing.assert_array_equal(judge(2, train=False), judge(3, train=False))
+    np.testing.assert_allclose(judge(2, train=False).sum(axis=1), 1, rtol=1e-6)
 
 
 def test_patch_discriminator_judges_patches_and_moves_its_vectors_in_training_only():
     model = PatchDiscriminator(filters=(3, 4))
     volume = jax.random.uniform(jax.random.key(0), (2, 8, 16, 12, 1))
-    variables = model.init(jax.random.key(1), volume)
-    logits, moved = model.apply(variables, volume, train=True, mutable=['spectral'])
-    _, kept = model.apply(variables, volume, mutable=['spectral'])
+    variables = jax.jit(model.init)(jax.random.key(1), volume)
+    judge = jax.jit(model.apply, static_argnames=('train', 'mutable'))
+    logits, moved = judge(variables, volume, train=True, mutable='spectral')
+    _, kept = judge(variables, volume, train=False, mutable='spectral')
     assert logits.shape == (2, 2, 4, 3, 1)
     before = np.asarray(variables['spectral']['conv_1']['vector'])
     assert not np.allclose(moved['spectral']['conv_1']['vector'], before)

@@ -12,8 +12,8 @@ from covseg_jax.training import losses
 def test_unet_gives_logits_and_bottleneck_features():
     model = UNet(widths=(2, 4, 8))
     image = jax.random.uniform(jax.random.key(0), (2, 8, 12, 1))
-    variables = model.init(jax.random.key(1), image)
-    output = model.apply(variables, image)
+    variables = jax.jit(model.init)(jax.random.key(1), image)
+    output = jax.jit(model.apply)(variables, image)
     assert output.logits.shape == (2, 8, 12, 1)
     assert output.features.shape == (2, 8)
     # 3×3 kernels 1→2→2→4→4→8→8, 12→4→4, 6→2→2, two numbers a BatchNorm channel, head 2 + 1
@@ -22,7 +22,7 @@ def test_unet_gives_logits_and_bottleneck_features():
     count = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
     assert count == kernels + scales + 3
     with pytest.raises(ValueError, match='multiples of 4'):
-        model.apply(variables, jnp.ones((1, 10, 12, 1)))
+        jax.eval_shape(model.apply, variables, jnp.ones((1, 10, 12, 1)))
 
 
 def test_batch_over_eight_devices_equals_one_device():
@@ -31,7 +31,7 @@ def test_batch_over_eight_devices_equals_one_device():
     image = generator.uniform(size=(8, 8, 8, 1)).astype(np.float32)
     target = (generator.uniform(size=image.shape) > 0.7).astype(np.float32)
     labels = np.arange(8) % 2
-    variables = model.init(jax.random.key(0), image)
+    variables = jax.jit(model.init)(jax.random.key(0), image)
 
     @jax.jit
     def step(variables, image, target, labels):

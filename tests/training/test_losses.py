@@ -9,6 +9,13 @@ from hypothesis import strategies as st
 
 from covseg_jax.training import losses
 
+# compiled, so that a call costs one compilation and not one for each operation
+contrastive_loss = jax.jit(
+    losses.contrastive_loss, static_argnames=('temperature', 'sensitivity_weight', 'include_self')
+)
+sensitivity_loss = jax.jit(losses.sensitivity_loss, static_argnames='beta')
+mse_loss = jax.jit(losses.mse_loss, static_argnames='on')
+
 
 @pytest.fixture(scope='module')
 def numbers(reference):
@@ -19,7 +26,7 @@ def numbers(reference):
 @pytest.mark.parametrize('weight', [1.0, 1.5])
 def test_contrastive_loss_equals_reference(numbers, temperature, weight):
     def loss(features):
-        return losses.contrastive_loss(
+        return contrastive_loss(
             features,
             numbers['labels'],
             temperature=temperature,
@@ -38,7 +45,7 @@ def test_contrastive_loss_equals_reference(numbers, temperature, weight):
 @pytest.mark.parametrize('beta', [0.0, 2.0])
 def test_sensitivity_loss_equals_reference(numbers, beta):
     def loss(logits):
-        return losses.sensitivity_loss(logits, numbers['targets'], beta=beta)
+        return sensitivity_loss(logits, numbers['targets'], beta=beta)
 
     with jax.enable_x64(True):
         value, gradient = jax.value_and_grad(loss)(jnp.asarray(numbers['logits']))
@@ -52,9 +59,7 @@ def test_contrastive_loss_of_three_vectors_by_hand():
     # cosines: (0, 1) 1, (0, 2) and (1, 2) 0. Anchor 2 has no positive and is left out;
     # anchors 0 and 1: −log(w e / (w e + 1)) with w = 2
     features = jnp.array([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]])
-    loss = losses.contrastive_loss(
-        features, jnp.array([1, 1, 0]), temperature=1.0, sensitivity_weight=2.0
-    )
+    loss = contrastive_loss(features, jnp.array([1, 1, 0]), temperature=1.0, sensitivity_weight=2.0)
     np.testing.assert_allclose(loss, np.log1p(1 / (2 * np.e)), rtol=1e-6)
 
 
@@ -64,7 +69,7 @@ def test_contrastive_loss_ignores_the_order_of_the_batch(order, include_self):
     features = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
     labels, order = jnp.array([0, 1, 1, 0, 2, 1, 0, 3]), jnp.array(order)
     first, second = (
-        losses.contrastive_loss(f, n, temperature=0.1, include_self=include_self)
+        contrastive_loss(f, n, temperature=0.1, include_self=include_self)
         for f, n in ((features, labels), (features[order], labels[order]))
     )
     np.testing.assert_allclose(first, second, rtol=1e-5)
@@ -80,7 +85,7 @@ EDGES = {
 @pytest.mark.parametrize('edge', EDGES)
 def test_contrastive_loss_without_anchors_is_zero_with_zero_gradient(edge):
     features, labels = (jnp.asarray(array) for array in EDGES[edge])
-    value, gradient = jax.value_and_grad(losses.contrastive_loss)(
+    value, gradient = jax.value_and_grad(contrastive_loss)(
         features.astype(jnp.float32), labels, temperature=0.1
     )
     assert float(value) == 0
@@ -93,7 +98,7 @@ def test_contrastive_loss_is_finite_at_the_edges(dtype, scale):
     features = np.random.default_rng(0).standard_normal((6, 4))
     features[1] = 0  # a vector without direction among the others
     features = jnp.asarray(scale * features, dtype)
-    value, gradient = jax.value_and_grad(losses.contrastive_loss)(
+    value, gradient = jax.value_and_grad(contrastive_loss)(
         features, jnp.array([0, 0, 0, 1, 1, 1]), temperature=0.01
     )
     assert value.dtype == jnp.float32
@@ -108,7 +113,7 @@ def test_contrastive_loss_is_finite_at_the_edges(dtype, scale):
 def test_opposite_features_at_low_temperature_keep_their_gradient():
     # anchors 0 and 1 opposite, so that P underflows without the stable form
     features = jnp.array([[1.0, 0.1], [-1.0, 0.1], [1.0, 0.2], [1.0, -0.2]])
-    value, gradient = jax.value_and_grad(losses.contrastive_loss)(
+    value, gradient = jax.value_and_grad(contrastive_loss)(
         features, jnp.array([0, 0, 1, 1]), temperature=0.01
     )
     assert 10 < float(value) < 200
@@ -120,11 +125,11 @@ def test_pixel_losses_are_exact_at_huge_logits(dtype):
     logits = jnp.array([1e4, 1e4, -1e4, -1e4], dtype).reshape(4, 1, 1, 1)
     targets = jnp.array([0.0, 1.0, 0.0, 1.0]).reshape(4, 1, 1, 1)
     size = float(logits[0, 0, 0, 0])
-    value, gradient = jax.value_and_grad(losses.sensitivity_loss)(logits, targets, beta=2.0)
+    value, gradient = jax.value_and_grad(sensitivity_loss)(logits, targets, beta=2.0)
     # |z| for the false positive, 3 |z| for the miss
     np.testing.assert_allclose(value, size, rtol=1e-6)
     np.testing.assert_allclose(gradient.astype(jnp.float32).ravel(), [0.25, 0, 0, -0.75], atol=1e-6)
-    value, gradient = jax.value_and_grad(losses.mse_loss)(logits, targets)
+    value, gradient = jax.value_and_grad(mse_loss)(logits, targets)
     np.testing.assert_allclose(value, 0.5, rtol=1e-6)
     assert np.isfinite(gradient.astype(jnp.float32)).all()
 
@@ -133,16 +138,14 @@ def test_mse_loss_compares_probabilities_or_logits():
     logits = jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1)
     targets = jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)  # clipped to 1
     sigma = 1 / (1 + np.exp(-2.0))
-    np.testing.assert_allclose(
-        losses.mse_loss(logits, targets), (0.25 + (sigma - 1) ** 2) / 2, rtol=1e-6
-    )
-    np.testing.assert_allclose(losses.mse_loss(logits, targets, on='logits'), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(mse_loss(logits, targets), (0.25 + (sigma - 1) ** 2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(mse_loss(logits, targets, on='logits'), 1.0, rtol=1e-6)
     with pytest.raises(ValueError, match="'probability' or 'logits'"):
-        losses.mse_loss(logits, targets, on='sigmoid')
+        mse_loss(logits, targets, on='sigmoid')
 
 
 @pytest.mark.parametrize(
-    'loss', [lambda z, t, **k: losses.sensitivity_loss(z, t, beta=2.0, **k), losses.mse_loss]
+    'loss', [lambda z, t, **k: sensitivity_loss(z, t, beta=2.0, **k), mse_loss]
 )
 def test_weights_leave_padded_rows_out(loss):
     generator = np.random.default_rng(0)

@@ -1,0 +1,235 @@
+"""Convolutions as functions: XLA's own, and forms that are faster on a CPU.
+
+conv_impl chooses the form: 'native' is XLA's own convolution, 'folded' builds it from thinner ones
+and products of matrices, and 'auto' is 'folded' on a CPU (where XLA's 3D convolution is ten times
+slower) and 'native' elsewhere. All forms compute the same from the same kernels. Measured choices:
+KERNELS.md, and the comments here.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pads = tuple[tuple[int, int], ...]  # (before, after) for each spatial axis
+
+
+def is_folded(conv_impl: str) -> bool:
+    """True where conv_impl means the CPU forms.
+
+    Raises:
+      ValueError: conv_impl is none of 'auto', 'native', 'folded'.
+    """
+    if conv_impl not in ('auto', 'native', 'folded'):
+        raise ValueError(f"conv_impl={conv_impl!r}; use 'auto', 'native' or 'folded'")
+    return conv_impl == 'folded' or (conv_impl == 'auto' and jax.default_backend() == 'cpu')
+
+
+# --- 2D convolution
+
+
+def conv2d(
+    x: jax.Array, kernel: jax.Array, *, stride: int = 1, conv_impl: str = 'auto'
+) -> jax.Array:
+    """2D convolution padded by (k − 1) / 2 on every side, as PyTorch's padding=k//2.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (k, k, C, n), k odd.
+      stride: step in H and W; they must be multiples of it.
+      conv_impl: form, see the module's docstring. 'folded' computes 1×1 convolutions as products.
+
+    Returns:
+      (B, H / stride, W / stride, n).
+    """
+    size = kernel.shape[0]
+    pad = (size // 2, size // 2)
+    if is_folded(conv_impl):
+        if size == 1:
+            return x[:, ::stride, ::stride] @ kernel[0, 0]
+        if x.shape[3] == 1:
+            # sums row by row: XLA adds all k² products one after the other, and the rounding of
+            # the TransUNet's stem is what its gradients differ by from those in float64
+            rows = (_conv2d_patches(x, kernel, stride, (row,)) for row in range(size))
+            return sum(rows)
+        if x.shape[3] >= 512 and (stride > 1 or x.shape[1] * x.shape[2] <= 64):
+            return _conv2d_patches(x, kernel, stride, range(size))
+    return _conv_nd(x, kernel, (stride, stride), (pad, pad))
+
+
+def _conv2d_patches(x: jax.Array, kernel: jax.Array, stride: int, rows: Sequence[int]) -> jax.Array:
+    """The part of a 2D convolution that `rows` of its kernel do, as one product of patches.
+
+    All rows at once pay where C is large and H × W small.
+    """
+    size, channels = kernel.shape[0], kernel.shape[2]
+    pad = (size // 2, size // 2)
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
+    windows = [
+        x[:, i : i + height : stride, j : j + width : stride] for i in rows for j in range(size)
+    ]
+    flat = kernel[rows[0] : rows[-1] + 1].reshape(len(rows) * size * channels, -1)
+    return jnp.concatenate(windows, axis=-1) @ flat
+
+
+def _conv_nd(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:
+    """XLA's convolution, channels last, 2D or 3D by the rank of x."""
+    axes = 'DHW'[-(x.ndim - 2) :]
+    numbers = (f'N{axes}C', f'{axes}IO', f'N{axes}C')
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=numbers)
+
+
+# --- 3D convolution
+
+
+def conv3d(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: str = 'SAME',
+    conv_impl: str = 'auto',
+) -> jax.Array:
+    """3D convolution.
+
+    The folded form puts the depth taps of the kernel into the channels of one 2D convolution: into
+    its inputs where C < n or with a stride, else into its outputs, which are then shifted in depth
+    and added. Its gradients are forms of the same kind (`_conv3d_thin`).
+
+    Args:
+      x: (B, D, H, W, C).
+      kernel: (k, k, k, C, n).
+      stride: step in D, H and W.
+      padding: 'SAME' or 'VALID', as XLA and Keras mean them.
+      conv_impl: form, see the module's docstring.
+
+    Returns:
+      (B, d, h, w, n): D, H, W divided by the stride ('SAME', rounded up) or k − 1 less ('VALID').
+    """
+    size = kernel.shape[0]
+    pads = tuple(lax.padtype_to_pads(x.shape[1:4], (size,) * 3, (stride,) * 3, padding))
+    if not is_folded(conv_impl):
+        return _conv_nd(x, kernel, (stride,) * 3, pads)
+    if size == 1 and stride == 1:
+        return x @ kernel[0, 0, 0]
+    if stride > 1 and size % stride == 0:
+        return _conv3d_blocks(x, kernel, stride, pads)
+    if stride > 1:
+        return _conv3d_taps_in(x, kernel, stride, pads)
+    return _conv3d_thin(x, kernel, pads)
+
+
+def _conv3d_blocks(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """3D convolution whose stride divides its kernel's size: blocks of stride³ voxels become
+    channels, the stride 1, and the kernel smaller by the stride. XLA's gradients of strided
+    convolutions are slow on CPU."""
+    size, channels, features = kernel.shape[0], *kernel.shape[3:]
+    # Only whole blocks: what is left over at the far end reaches no output.
+    sizes = [
+        ((n + sum(pad) - size) // stride + 1) * stride + size - stride
+        for n, pad in zip(x.shape[1:4], pads, strict=True)
+    ]
+    edges = [
+        (before, total - n - before, 0)
+        for total, n, (before, _) in zip(sizes, x.shape[1:4], pads, strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    depth, height, width = (total // stride for total in sizes)
+    x = x.reshape(-1, depth, stride, height, stride, width, stride, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, depth, height, width, stride**3 * channels)
+    taps = size // stride
+    kernel = kernel.reshape(taps, stride, taps, stride, taps, stride, channels, features)
+    kernel = kernel.transpose(0, 2, 4, 1, 3, 5, 6, 7)
+    kernel = kernel.reshape(taps, taps, taps, stride**3 * channels, features)
+    return _conv3d_thin(x, kernel, ((0, 0),) * 3)
+
+
+def _conv3d_taps_in(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """3D convolution whose depth taps are input channels of one 2D convolution."""
+    size, channels, features = kernel.shape[0], *kernel.shape[3:]
+    batch = x.shape[0]
+    depth = (x.shape[1] + sum(pads[0]) - size) // stride + 1
+    x = jnp.pad(x, ((0, 0), pads[0], (0, 0), (0, 0), (0, 0)))
+    slices = [x[:, tap : tap + stride * (depth - 1) + 1 : stride] for tap in range(size)]
+    folded = jnp.concatenate(slices, axis=-1)  # (B, d, H, W, k·C)
+    flat = kernel.transpose(1, 2, 0, 3, 4).reshape(*kernel.shape[1:3], size * channels, features)
+    y = _conv_nd(folded.reshape(-1, *folded.shape[2:]), flat, (stride, stride), pads[1:])
+    return y.reshape(batch, depth, *y.shape[1:])
+
+
+def _conv3d_taps_out(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """3D convolution, stride 1, whose depth taps are output channels of one 2D convolution."""
+    size, channels, features = kernel.shape[0], *kernel.shape[3:]
+    batch, depth = x.shape[:2]
+    flat = kernel.transpose(1, 2, 3, 0, 4).reshape(*kernel.shape[1:3], channels, size * features)
+    y = _conv_nd(x.reshape(-1, *x.shape[2:]), flat, (1, 1), pads[1:])
+    y = y.reshape(batch, depth, *y.shape[1:])
+    before, after = pads[0]
+    out_depth = depth + before + after - size + 1
+    total = None
+    for tap in range(size):
+        # output slice d takes tap t of input slice d + t − before; missing slices add nothing
+        part = y[..., tap * features : (tap + 1) * features]
+        edges = (before - tap, out_depth - depth - before + tap, 0)
+        none = (0, 0, 0)
+        part = lax.pad(part, jnp.zeros((), y.dtype), (none, edges, none, none, none))
+        total = part if total is None else total + part
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv3d_thin(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """3D convolution of stride 1 by whichever of the two forms has fewer folded channels."""
+    if kernel.shape[3] < kernel.shape[4]:
+        return _conv3d_taps_in(x, kernel, 1, pads)
+    return _conv3d_taps_out(x, kernel, pads)
+
+
+def _conv3d_thin_forward(x, kernel, pads):
+    return _conv3d_thin(x, kernel, pads), (x, kernel)
+
+
+def _conv3d_thin_backward(pads, saved, dy):
+    x, kernel = saved
+    size = kernel.shape[0]
+    mirrored = tuple((size - 1 - before, size - 1 - after) for before, after in pads)
+    dx = _conv3d_thin(dy, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4), mirrored)
+    return dx, _kernel_gradient(x, dy, size, pads)
+
+
+_conv3d_thin.defvjp(_conv3d_thin_forward, _conv3d_thin_backward)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, size: int, pads: Pads) -> jax.Array:
+    """Gradient (k, k, k, C, n) of a 3D convolution of stride 1 with respect to its kernel.
+
+    A scan over depth: the k×k patches of a slice of x against the k slices of dy that it reaches,
+    one matrix product a slice (about 4 × faster than XLA's own where slices are large).
+    """
+    depth, channels = x.shape[1], x.shape[-1]
+    out_depth, height, width, features = dy.shape[1:]
+    # input slice e meets tap t in output slice e − t + before
+    before = pads[0][0]
+    edge = (size - 1 - before, depth + before - out_depth, 0)
+    none = (0, 0, 0)
+    dy = lax.pad(dy, jnp.zeros((), dy.dtype), (none, edge, none, none, none))
+    x = jnp.pad(x, ((0, 0), (0, 0), *pads[1:], (0, 0)))
+
+    def add_slice(total, index):
+        image = lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
+        windows = [
+            image[:, i : i + height, j : j + width] for i in range(size) for j in range(size)
+        ]
+        patches = jnp.concatenate(windows, axis=-1).reshape(-1, size * size * channels)
+        reached = lax.dynamic_slice_in_dim(dy, index, size, axis=1)  # taps in falling order
+        reached = jnp.moveaxis(reached, 1, 3).reshape(-1, size * features)
+        product = jnp.matmul(patches.T, reached, preferred_element_type=jnp.float32)
+        return total + product, None
+
+    zeros = jnp.zeros((size * size * channels, size * features), jnp.float32)
+    total, _ = lax.scan(add_slice, zeros, jnp.arange(depth))
+    gradient = total.reshape(size, size, channels, size, features)
+    return jnp.flip(gradient, 3).transpose(3, 0, 1, 2, 4).astype(dy.dtype)
