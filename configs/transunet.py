@@ -81,7 +81,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.identity = 0.2
     gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
     gan.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-750.0, -50.0)
+    opacities.target_hu = (-780.0, -250.0)
     opacities.opacity = (0.5, 1.0)
     opacities.coverage_threshold = (0.7, 2.6)
     opacities.grain_voxels = (4.0, 20.0)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 
 import ml_collections
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from covseg_jax import atomic, manifest
@@ -233,6 +233,8 @@ PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'train': (run_train, ('network', 'train')),
     'evaluate': (run_evaluate, ('predict', 'evaluate')),
 }
+# Fields that change how a stage runs and not what it makes.
+_HARMLESS = ('num_workers', 'on_bad_study', 'log_every', 'save_every')
 ON_REQUEST: dict[str, Callable] = {'predict': run_predict}
 
 
@@ -240,7 +242,12 @@ def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
     """For each stage of the pipeline, everything that its result depends on."""
     settings: dict[str, dict] = {}
     so_far: dict = {}
-    values = config.to_dict()
+    values = {
+        group: {k: v for k, v in fields.items() if k not in _HARMLESS}
+        if isinstance(fields, dict)
+        else fields
+        for group, fields in config.to_dict().items()
+    }
     for stage, (_, groups) in PIPELINE.items():
         so_far = so_far | {group: values[group] for group in groups}
         if stage == 'prepare':
@@ -324,6 +331,7 @@ def _run(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Runs, and turns what a person can mend into one line and an exit code."""
+    logging.set_verbosity(logging.ERROR)  # Orbax tells of each file that it opens and closes
     try:
         _run(arguments)
     except InputError as error:

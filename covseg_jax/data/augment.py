@@ -56,10 +56,14 @@ def augment_slices(
     num, height, width, _ = batch[IMAGE].shape
     keys = jax.random.split(key, 8)
 
-    def uniform(k: jax.Array, most: float, shape: tuple[int, ...] = (num,)) -> jax.Array:
-        return jax.random.uniform(k, shape, minval=-most, maxval=most)
+    # Drawn flat: XLA compiles draws of many axes slowly on CPU.
+    def uniform(k: jax.Array, most: float) -> jax.Array:
+        return jax.random.uniform(k, (num,), minval=-most, maxval=most)
 
-    flip = jax.random.bernoulli(keys[0], 0.5, (num, 1, 1, 1))
+    def per_slice(values: jax.Array) -> jax.Array:
+        return values[:, None, None, None]
+
+    flip = per_slice(uniform(keys[0], 1.0) < 0)
     rows = _resampling_matrix(
         height, 1 + uniform(keys[1], settings.zoom), uniform(keys[2], settings.shift)
     )
@@ -73,10 +77,10 @@ def augment_slices(
 
     image, target, lungs = (move(batch[name]) for name in (IMAGE, TARGET, LUNGS))
     lungs = (lungs >= 0.5).astype(jnp.float32)
-    gain = 1 + uniform(keys[5], settings.gain, (num, 1, 1, 1))
-    bias = uniform(keys[6], settings.bias, (num, 1, 1, 1))
+    gain = 1 + per_slice(uniform(keys[5], settings.gain))
+    bias = per_slice(uniform(keys[6], settings.bias))
     noise_key, size_key = jax.random.split(keys[7])
-    noise_size = jax.random.uniform(size_key, (num, 1, 1, 1), maxval=settings.noise)
-    noise = noise_size * jax.random.normal(noise_key, image.shape)
+    noise = jax.random.normal(noise_key, (image.size,)).reshape(image.shape)
+    noise *= per_slice(uniform(size_key, settings.noise))
     image = jnp.clip(image * gain + bias + noise, 0.0, 1.0) * lungs
     return batch | {IMAGE: image, TARGET: jnp.clip(target, 0.0, 1.0) * lungs, LUNGS: lungs}

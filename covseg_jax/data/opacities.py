@@ -6,6 +6,7 @@ removes *opacities*, where zero-mean noise, as published, teaches it to smooth e
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ class OpacityModel:
     """
 
     window_hu: tuple[float, float] = (-1000.0, 400.0)
-    target_hu: tuple[float, float] = (-750.0, -50.0)
+    target_hu: tuple[float, float] = (-780.0, -250.0)
     opacity: tuple[float, float] = (0.5, 1.0)
     coverage_threshold: tuple[float, float] = (0.7, 2.6)
     grain_voxels: tuple[float, float] = (4.0, 16.0)
@@ -42,7 +43,8 @@ class OpacityModel:
 def _smooth_field(key: jax.Array, shape: tuple[int, ...], spacing: tuple[float, ...]) -> jax.Array:
     """(B, D, H, W) Gaussian field, zero mean and unit variance, its nodes `spacing` apart."""
     nodes = tuple(max(2, round(n / s)) for n, s in zip(shape[1:], spacing, strict=True))
-    coarse = jax.random.normal(key, (shape[0], *nodes))
+    # Drawn flat: XLA compiles draws of many axes slowly on CPU.
+    coarse = jax.random.normal(key, (shape[0] * math.prod(nodes),)).reshape(shape[0], *nodes)
     field = jax.image.resize(coarse, shape, 'cubic')
     axes = (1, 2, 3)
     return (field - field.mean(axes, keepdims=True)) / (field.std(axes, keepdims=True) + 1e-6)
@@ -86,7 +88,8 @@ def add_opacities(
     keys = jax.random.split(key, 7)
 
     def uniform(k: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-        return jax.random.uniform(k, per_sample, minval=bounds[0], maxval=bounds[1])
+        drawn = jax.random.uniform(k, shape[:1], minval=bounds[0], maxval=bounds[1])
+        return drawn.reshape(per_sample)
 
     low, high = model.window_hu
     target_hu = uniform(keys[0], model.target_hu)
@@ -100,7 +103,7 @@ def add_opacities(
     field = _field_of_mixed_grain(keys[3], shape, model)
     mask = jax.nn.sigmoid((field - threshold) / model.edge)
     mask = jnp.where(mask < 0.05, 0.0, mask)
-    present = jax.random.bernoulli(keys[4], 1.0 - model.clean_fraction, per_sample)
+    present = uniform(keys[4], (0.0, 1.0)) >= model.clean_fraction
     mask = mask * present * lungs[..., 0]
 
     fine = (model.grain_slices[0], model.grain_voxels[0] / 2, model.grain_voxels[0] / 2)

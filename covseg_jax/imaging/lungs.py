@@ -20,6 +20,7 @@ MINIMUM_ML = 300.0
 CLOSING_MM = 10.0
 RIB_SIDE_CLOSING_MM = 50.0
 BELOW_MM = 10.0
+DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
 MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
@@ -222,9 +223,25 @@ def _complete_lung(
     # Bone is no lung whatever its place.
     added = lost & ~closed & (hu < 150) & ~_touches_border(lung)[box[0], None, None]
     added = ndimage.binary_opening(added, _IN_PLANE)
+    complete = _fill_holes(_close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
+    rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
     result = np.zeros_like(lung)
-    result[box] = _fill_holes(_close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
+    result[box] = complete & ~_mediastinal(complete, hu, rib_side)
     return result
+
+
+def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.ndarray:
+    """What the closings took from heart, aorta and hilum: dense, thick, and in its slice connected
+    to dense tissue outside the lung that is not on the side of the ribs."""
+    dense = hu > DENSE_HU
+    thick = ndimage.binary_opening(dense & lung, _IN_PLANE, iterations=2)
+    thick = ndimage.binary_dilation(thick, _IN_PLANE, iterations=2, mask=dense & lung)
+    labels = ndimage.label(thick, _IN_PLANE)[0]
+    outside = ndimage.binary_dilation(dense & ~lung & ~rib_side, _IN_PLANE)
+    attached = np.zeros(labels.max() + 1, bool)
+    attached[labels[outside]] = True
+    attached[0] = False
+    return attached[labels]
 
 
 def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:

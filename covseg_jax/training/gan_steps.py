@@ -1,6 +1,7 @@
 """The GAN's compiled steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,10 @@ class GANLosses:
 
 def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.Array:
     """The generator's noise for one batch: z ~ U(−0.5, 0.5), METHOD.md section 2."""
-    return jax.random.uniform(key, generator.noise_shape(volume.shape), minval=-0.5, maxval=0.5)
+    shape = generator.noise_shape(volume.shape)
+    # Drawn flat: XLA compiles draws of many axes slowly on CPU.
+    drawn = jax.random.uniform(key, (math.prod(shape),), minval=-0.5, maxval=0.5)
+    return drawn.reshape(shape)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
