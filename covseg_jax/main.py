@@ -318,7 +318,10 @@ def _run(arguments: list[str]) -> None:
     config = _CONFIG.value
     if config is None:
         raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
-    stages = _check_stages(_STAGES.value or config.stages)
+    try:
+        stages = _check_stages(_STAGES.value or config.stages)
+    except OSError as error:  # config_flags tells of a missing file at the first use only
+        raise InputError(f'--config: {_last_line(error)}') from error
     workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
     if any(stage in PIPELINE for stage in stages):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -347,10 +350,19 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # A misspelt field, a value of the wrong type, a config file that is not there.
-        text = ' '.join(str(error).split())
-        print(f'error: {text}', file=sys.stderr)
+        # A misspelt field, a value of the wrong type, a variant that is not there.
+        print(f'error: {_last_line(error)}', file=sys.stderr)
         sys.exit(2)
+
+
+def _last_line(error: Exception) -> str:
+    # config_flags wraps errors in errors, and puts whole tracebacks into its messages; their last
+    # line says what was wrong.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if 'Traceback' in text or isinstance(error, OSError) else '; '.join(lines)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,9 @@ import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+    os.environ.get('XLA_FLAGS', '')
+    + ' --xla_force_host_platform_device_count=8'
+    + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
 ).strip()
 
 import pytest

@@ -21,7 +21,7 @@ def command(*flags):
 
 def environment():
     # One device, as a person's CPU has; conftest.py simulates eight for the other tests.
-    return {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    return os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=1'}
 
 
 def run(*flags):

@@ -76,7 +76,9 @@ def test_synthesize_marks_the_difference_that_healthy_scans_do_not_have(cases, t
     assert mask.dtype == np.float16
     binary = np.asarray(mask) >= 0.5
     assert binary[4:8, 8:16, 8:16].all()
-    assert binary.sum() == 4 * 8 * 8
+    # One voxel in a hundred is above the threshold by its definition: few touch the block, and the
+    # others are too small to be kept.
+    assert binary.sum() <= 1.05 * 4 * 8 * 8
     # float16 images blur the 99th percentile of U(0, 0.01) a little.
     assert summary['threshold'] == pytest.approx(0.0099, rel=0.05)
     assert summary == json.loads((folder / 'summary.json').read_text())
