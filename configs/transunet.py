@@ -77,11 +77,12 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.ema_decay = 0.999
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
     gan.reconstruction = 1.0  # weights of the losses
-    gan.adversarial = 0.02
-    gan.identity = 0.2
+    gan.adversarial = 0.1
+    gan.identity = 1.0
     gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
+    gan.error_floor = 5e-4  # squared image value: what a clean sample's error is measured against
     gan.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-780.0, -250.0)
+    opacities.target_hu = (-780.0, -200.0)
     opacities.opacity = (0.5, 1.0)
     opacities.coverage_threshold = (0.7, 2.6)
     opacities.grain_voxels = (4.0, 20.0)
@@ -167,12 +168,12 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.bottleneck_filters = 48
     config.gan.depth = 16
     config.gan.batch_size = 2
-    config.gan.num_steps = 800
+    config.gan.num_steps = 1400
     config.gan.learning_rate = 4e-3
     config.gan.discriminator_learning_rate = 5e-4
     config.gan.warmup_steps = 20
     config.gan.ema_decay = 0.98
-    config.gan.adversarial_every = 4
+    config.gan.adversarial_every = 8
     config.gan.compute_dtype = 'float32'
     config.gan.log_every = 10
     config.gan.evaluate_every = 200

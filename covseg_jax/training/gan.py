@@ -93,9 +93,14 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
     parts = build_gan(config)
     sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
     weights = gan_steps.GANLosses(
-        gan.reconstruction, gan.adversarial, gan.identity, gan.aerated_below, gan.input_shift,
-        gan.input_scale,
-    )  # fmt: skip
+        reconstruction=gan.reconstruction,
+        adversarial=gan.adversarial,
+        identity=gan.identity,
+        aerated_below=gan.aerated_below,
+        error_floor=gan.error_floor,
+        input_shift=gan.input_shift,
+        input_scale=gan.input_scale,
+    )
     steps = {
         adversarial: gan_steps.make_gan_step(
             parts.generator,

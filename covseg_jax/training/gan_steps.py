@@ -21,13 +21,15 @@ from covseg_jax.training.state import GANState
 
 @dataclasses.dataclass(frozen=True)
 class GANLosses:
-    """Weights of the default recipe's losses; image errors are measured in units of the network's
-    scaled input, where a lung's own variation is about 1.
+    """Weights of the default recipe's losses.
 
     Attributes:
-      reconstruction: opacities taken out of healthy lungs, against the untouched scan.
+      reconstruction: opacities taken out of healthy lungs, against the untouched scan
+        (`relative_error`).
       adversarial: G(COVID scan) should look healthy to the discriminator.
-      identity: aerated voxels of a COVID scan should stay as they are.
+      identity: aerated voxels of a COVID scan should stay as they are; squared change in units of
+        the network's scaled input.
+      error_floor: of `relative_error`, a squared image value.
       aerated_below: image value under which a voxel counts as aerated (0.16 is −776 HU in the
         default window).
       input_shift, input_scale: the scaling, as in the generator.
@@ -37,6 +39,7 @@ class GANLosses:
     adversarial: float = 0.02
     identity: float = 0.2
     aerated_below: float = 0.16
+    error_floor: float = 5e-4
     input_shift: float = 0.12
     input_scale: float = 6.0
 
@@ -52,6 +55,22 @@ def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.A
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean where mask is 1; 0 where it is so nowhere."""
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+
+
+def relative_error(
+    restored: jax.Array, healthy: jax.Array, corrupted: jax.Array, lungs: jax.Array, floor: float
+) -> jax.Array:
+    """Mean over samples of the squared error inside the lungs over what was added there.
+
+    Per sample: mean (restored − healthy)² / (mean (corrupted − healthy)² + floor). A faint opacity
+    counts as much as a dense one, whose plain squared error is tens of times larger; the floor,
+    a squared image value, keeps clean and nearly clean samples in.
+    """
+    axes = (1, 2, 3, 4)
+    inside = jnp.maximum(lungs.sum(axes), 1.0)
+    error = (jnp.square(restored - healthy) * lungs).sum(axes) / inside
+    added = (jnp.square(corrupted - healthy) * lungs).sum(axes) / inside
+    return (error / (added + floor)).mean()
 
 
 def init_gan(
@@ -114,8 +133,8 @@ def make_gan_step(
         corrupted, _ = add_opacities(opacity_key, healthy, lungs, opacities)
         noise = draw_noise(generator, noise_key, healthy)
         restored = generator.apply({'params': params}, corrupted, noise)
-        unit = weights.input_scale**2
-        values = {'reconstruction': unit * masked_mean(jnp.square(restored - healthy), lungs)}
+        error = relative_error(restored, healthy, corrupted, lungs, weights.error_floor)
+        values = {'reconstruction': error}
         if not adversarial:
             return weights.reconstruction * values['reconstruction'], (values, None)
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
@@ -126,7 +145,8 @@ def make_gan_step(
         )
         values['adversarial'] = losses.lsgan_generator_loss(logits)
         aerated = covid_lungs * (covid < weights.aerated_below)
-        values['identity'] = unit * masked_mean(jnp.square(fake - covid), aerated)
+        change = weights.input_scale * (fake - covid)
+        values['identity'] = masked_mean(jnp.square(change), aerated)
         total = sum(getattr(weights, name) * value for name, value in values.items())
         return total, (values, fake)
 
