@@ -151,9 +151,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     predict.flip = True  # average with the prediction of the mirrored slices
     predict.min_component_ml = 0.1
     predict.write_probability = False  # probability maps beside the masks
-
-    config.evaluate = evaluate = ml_collections.ConfigDict()
-    evaluate.nsd_tolerance_mm = 2.0
     return config
 
 

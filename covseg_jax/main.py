@@ -231,7 +231,7 @@ PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'gan': (run_gan, ('seed', 'gan')),
     'synthesize': (run_synthesize, ('synthesize',)),
     'train': (run_train, ('network', 'train')),
-    'evaluate': (run_evaluate, ('predict', 'evaluate')),
+    'evaluate': (run_evaluate, ('predict',)),
 }
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = ('num_workers', 'on_bad_study', 'log_every', 'save_every')
