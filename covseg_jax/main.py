@@ -321,7 +321,7 @@ def _run(arguments: list[str]) -> None:
     try:
         stages = _check_stages(_STAGES.value or config.stages)
     except OSError as error:  # config_flags tells of a missing file at the first use only
-        raise InputError(f'--config: {_last_line(error)}') from error
+        raise InputError(f'--config: {_one_line(error)}') from error
     workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
     if any(stage in PIPELINE for stage in stages):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -351,11 +351,11 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # A misspelt field, a value of the wrong type, a variant that is not there.
-        print(f'error: {_last_line(error)}', file=sys.stderr)
+        print(f'error: {_one_line(error)}', file=sys.stderr)
         sys.exit(2)
 
 
-def _last_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     # config_flags wraps errors in errors, and puts whole tracebacks into its messages; their last
     # line says what was wrong.
     while error.args and isinstance(error.args[0], Exception):
