@@ -63,9 +63,10 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.noise_channels = 10
     gan.patch = 1  # in-plane voxels that enter as channels of one; 2 is cheaper
     gan.use_norm = True  # group normalisation; the published network has none
-    gan.head = 'residual'  # healthy = scan - head; 'relu' is the published one
+    gan.head = 'blend'  # or 'residual', or 'relu', the published one; see models/gan3d.py
     gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
     gan.input_scale = 6.0
+    gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
     gan.discriminator_filters = (16, 32, 64)
     gan.depth = 32  # slices of a training crop, a multiple of 16
     gan.batch_size = 8
@@ -82,14 +83,14 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
     gan.error_floor = 5e-4  # squared image value: what a clean sample's error is measured against
     gan.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-780.0, -200.0)
+    opacities.target_hu = (-720.0, -200.0)
     opacities.opacity = (0.5, 1.0)
-    opacities.coverage_threshold = (0.7, 2.6)
+    opacities.coverage_threshold = (0.5, 2.0)
     opacities.grain_voxels = (4.0, 20.0)
     opacities.grain_slices = (1.5, 4.0)
     opacities.edge = 0.25
     opacities.texture = 0.25
-    opacities.clean_fraction = 0.2
+    opacities.clean_fraction = 0.1
     gan.compute_dtype = 'bfloat16'
     gan.log_every = 20  # steps
     gan.evaluate_every = 500
@@ -110,6 +111,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     network.num_blocks = 8
     network.dropout_rate = 0.1
     network.published_attention = False  # scores times sqrt(d), as in published weights
+    network.initial_logit = -3.0  # of every pixel before training; published 0
     network.unet_widths = (32, 64, 128, 256)
     network.projection_dim = 128
 
@@ -165,8 +167,8 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.bottleneck_filters = 48
     config.gan.depth = 16
     config.gan.batch_size = 2
-    config.gan.num_steps = 1400
-    config.gan.learning_rate = 4e-3
+    config.gan.num_steps = 600
+    config.gan.learning_rate = 2e-3
     config.gan.discriminator_learning_rate = 5e-4
     config.gan.warmup_steps = 20
     config.gan.ema_decay = 0.98
@@ -182,8 +184,8 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.network.projection_dim = 64
     config.train.mode = 'combined'  # one compiled step less than two phases
     config.train.batch_size = 16
-    config.train.num_steps = 500
-    config.train.learning_rate = 1e-3
+    config.train.num_steps = 900
+    config.train.learning_rate = 3e-3
     config.train.warmup_steps = 40
     config.train.ema_decay = 0.98
     config.train.compute_dtype = 'float32'

@@ -14,6 +14,8 @@ from covseg_jax.imaging import phantom_anatomy
 # Infected share of the lungs by class (Morozov et al. 2020, MosMedData, arXiv 2005.06465).
 _INFECTION = {'CT-2': (0.25, 0.5), 'CT-3': (0.5, 0.75), 'CT-4': (0.75, 0.9)}
 CATEGORIES = ('CT-0', 'CT-1', *_INFECTION)
+# Mean density of a study's ground glass; patches spread it over METHOD.md's −700 to −300 HU.
+GROUND_GLASS_HU = (-640, -460)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def draw_lesions(
 
     patchy = phantom_anatomy.smooth_field(rng, grid, 26)
     grain = phantom_anatomy.smooth_field(rng, grid, 6)
-    target = rng.uniform(-720, -540) + 90 * patchy + 30 * grain
+    target = rng.uniform(*GROUND_GLASS_HU) + 90 * patchy + 30 * grain
     if rng.random() < 0.35:  # crazy paving: thickened septa within ground glass
         target += 160 * np.exp(-((grain / 0.25) ** 2))
     np.clip(target, -700, -300, out=target)

@@ -23,9 +23,13 @@ class Generator(nn.Module):
         patch² + sum(filters) + bottleneck_filters channels and must be a third of them.
       noise_channels: channels of the noise.
       head: 'relu' gives the healthy volume itself, as published; 'residual' gives volume − h, with
-        h linear.
-      input_shift, input_scale: the network sees (volume − shift) · scale; a residual comes back in
-        units of the volume, h / scale.
+        h linear; 'blend' gives volume − σ(a − 2) · relu(volume − r), with the opacity a and the
+        lung under it r both linear: how an opacity came there, undone. It never brightens. The
+        last two start as (nearly) the identity.
+      input_shift, input_scale: the network sees (volume − shift) · scale; h and r come back in
+        units of the volume, h / scale and shift + r / scale.
+      input_clip: the most that the network sees, after scaling; None for no limit. Dense tissue
+        fills most of the range and says nothing about the lungs.
       negative_slope: of LeakyReLU.
       patch: in-plane voxels, patch × patch, that enter as channels of one and leave the same way: a
         cheaper network for small machines; 1 as published.
@@ -42,6 +46,7 @@ class Generator(nn.Module):
     head: str = 'relu'
     input_shift: float = 0.0
     input_scale: float = 1.0
+    input_clip: float | None = None
     negative_slope: float = 0.3
     patch: int = 1
     use_norm: bool = False
@@ -80,7 +85,10 @@ class Generator(nn.Module):
           ValueError: sizes that do not fit (see `noise_shape` and branch_filters), unknown head.
         """
         self._check(volume.shape, noise.shape)
-        scaled = ((volume - self.input_shift) * self.input_scale).astype(self.dtype)
+        scaled = (volume - self.input_shift) * self.input_scale
+        if self.input_clip is not None:
+            scaled = jnp.minimum(scaled, self.input_clip)
+        scaled = scaled.astype(self.dtype)
         pooled = _patches_to_channels(scaled, self.patch)
         skips = []
         for level, features in enumerate(self.filters, 1):
@@ -102,11 +110,27 @@ class Generator(nn.Module):
             second = self._conv(_join(up, first), features, f'{name}_conv_2')
             x = _join(up, second)
 
-        head = Conv3D(self.patch**2, 1, dtype=self.dtype, conv_impl=self.conv_impl, name='head')
-        output = _channels_to_patches(head(x), self.patch).astype(jnp.float32)
-        if self.head == 'relu':
+        return self._head(x, volume.astype(jnp.float32))
+
+    def _head(self, x: jax.Array, volume: jax.Array) -> jax.Array:
+        published = self.head == 'relu'
+        conv = Conv3D(
+            self.patch**2 * (2 if self.head == 'blend' else 1),
+            1,
+            dtype=self.dtype,
+            conv_impl=self.conv_impl,
+            # Anything but zero starts as harm that has to be unlearned first.
+            kernel_init=keras_uniform if published else nn.initializers.zeros,
+            name='head',
+        )
+        output = _channels_to_patches(conv(x), self.patch).astype(jnp.float32)
+        if published:
             return nn.relu(output)
-        return volume.astype(jnp.float32) - output / self.input_scale
+        if self.head == 'residual':
+            return volume - output / self.input_scale
+        opacity, lung = jnp.split(output, 2, axis=-1)
+        lung = self.input_shift + lung / self.input_scale
+        return volume - nn.sigmoid(opacity - 2.0) * nn.relu(volume - lung)
 
     def _conv(self, x: jax.Array, features: int, name: str, kernel_size: int = 3) -> jax.Array:
         conv = Conv3D(features, kernel_size, dtype=self.dtype, conv_impl=self.conv_impl, name=name)
@@ -127,8 +151,8 @@ class Generator(nn.Module):
         return _join(pooled, self._conv(x, self.bottleneck_filters, 'bottleneck_conv_2'))
 
     def _check(self, volume_shape: Sequence[int], noise_shape: Sequence[int]) -> None:
-        if self.head not in ('relu', 'residual'):
-            raise ValueError(f"Generator: head={self.head!r}; use 'relu' or 'residual'")
+        if self.head not in ('relu', 'residual', 'blend'):
+            raise ValueError(f"Generator: head={self.head!r}; use 'relu', 'residual' or 'blend'")
         channels = self.patch**2 + sum(self.filters) + self.bottleneck_filters
         if 3 * self.branch_filters != channels:
             raise ValueError(

@@ -59,7 +59,7 @@ class Conv2D(nn.Module):
     """2D convolution with parameters `kernel` (k, k, C, n) and `bias` (n,).
 
     Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic; conv_impl;
-    kernel_init. Padding is (k − 1) / 2 on every side.
+    kernel_init, bias_init. Padding is (k − 1) / 2 on every side.
     """
 
     features: int
@@ -69,6 +69,7 @@ class Conv2D(nn.Module):
     dtype: Dtype = jnp.float32
     conv_impl: str = 'auto'
     kernel_init: Initializer = torch_uniform
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,7 +78,7 @@ class Conv2D(nn.Module):
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
         y = conv2d(x.astype(self.dtype), kernel, stride=self.stride, conv_impl=self.conv_impl)
         if self.use_bias:
-            y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y += self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
         return y
 
 

@@ -37,6 +37,8 @@ class TransUNet(nn.Module):
       published_attention: multiply the attention scores by √(head width), as the published code
         does, instead of dividing. Published weights need it.
       dropout_rate: in the transformer, from the 'dropout' key.
+      initial_logit: where the head's bias starts; published 0. Lesion is rare, and a bias has to
+        walk down to its log odds first (Lin et al., ICCV 2017, section 3.3).
       dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
       conv_impl: 'auto', 'native' or 'folded', see `convolution`.
 
@@ -51,6 +53,7 @@ class TransUNet(nn.Module):
     num_classes: int = 1
     published_attention: bool = False
     dropout_rate: float = 0.1
+    initial_logit: float = 0.0
     dtype: Any = jnp.float32
     conv_impl: str = 'auto'
 
@@ -95,7 +98,13 @@ class TransUNet(nn.Module):
             (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
         ):
             x = DecoderBottleneck(features, name=f'decoder_{level}', **form)(x, skip, train=train)
-        head = Conv2D(self.num_classes, 1, conv_impl=self.conv_impl, name='head')
+        head = Conv2D(
+            self.num_classes,
+            1,
+            bias_init=nn.initializers.constant(self.initial_logit),
+            conv_impl=self.conv_impl,
+            name='head',
+        )
         features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
         return Segmentation(logits=head(x), features=features)
 

@@ -17,6 +17,7 @@ class UNet(nn.Module):
     Fields:
       widths: channels of the levels, from the finest; the last is the bottleneck.
       num_classes: channels of the logits.
+      initial_logit: where the head's bias starts, see `TransUNet`.
       dtype: of the arithmetic. Parameters, statistics and outputs are float32.
       conv_impl: 'auto', 'native' or 'folded', see `convolution`.
 
@@ -25,6 +26,7 @@ class UNet(nn.Module):
 
     widths: Sequence[int] = (32, 64, 128, 256)
     num_classes: int = 1
+    initial_logit: float = 0.0
     dtype: Any = jnp.float32
     conv_impl: str = 'auto'
 
@@ -60,8 +62,14 @@ class UNet(nn.Module):
             x = upsample_bilinear(x, conv_impl=self.conv_impl)
             x = jnp.concatenate([skips[level - 1], x], axis=-1)
             x = self._convolve_twice(x, self.widths[level - 1], f'decoder_{level}', train)
-        logits = Conv2D(self.num_classes, 1, conv_impl=self.conv_impl, name='head')(x)
-        return Segmentation(logits=logits, features=features)
+        head = Conv2D(
+            self.num_classes,
+            1,
+            bias_init=nn.initializers.constant(self.initial_logit),
+            conv_impl=self.conv_impl,
+            name='head',
+        )
+        return Segmentation(logits=head(x), features=features)
 
     def _convolve_twice(self, x: jax.Array, width: int, name: str, train: bool) -> jax.Array:
         for part in ('first', 'second'):

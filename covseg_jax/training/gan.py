@@ -48,6 +48,7 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         head=gan.head,
         input_shift=gan.input_shift,
         input_scale=gan.input_scale,
+        input_clip=gan.input_clip,
         patch=gan.patch,
         use_norm=gan.use_norm,
         dtype=dtype,

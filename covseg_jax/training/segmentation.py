@@ -52,10 +52,13 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
             num_blocks=network.num_blocks,
             dropout_rate=network.dropout_rate,
             published_attention=network.published_attention,
+            initial_logit=network.initial_logit,
             dtype=dtype,
         )
     if network.name == 'unet':
-        return UNet(widths=tuple(network.unet_widths), dtype=dtype)
+        return UNet(
+            widths=tuple(network.unet_widths), initial_logit=network.initial_logit, dtype=dtype
+        )
     raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
 
 

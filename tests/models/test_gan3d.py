@@ -70,6 +70,27 @@ def test_residual_head_gives_the_volume_back_where_h_is_zero(tiny_inputs):
     np.testing.assert_allclose(actual, volume - 0.5, atol=1e-6)
 
 
+def test_blend_head_takes_a_share_of_what_lies_above_the_lung(tiny_inputs):
+    params, volume, noise = tiny_inputs
+    model = Generator(**TINY, head='blend', input_shift=0.12, input_scale=6.0)
+    kernel = jnp.zeros((1, 1, 1, params['head']['kernel'].shape[-2], 2))
+    # a = 2 is an opacity of one half; r = 0.9 is 0.12 + 0.9 / 6 = 0.27 in the volume's units
+    head = {'kernel': kernel, 'bias': jnp.array([2.0, 0.9])}
+    actual = jax.jit(model.apply)({'params': {**params, 'head': head}}, volume, noise)
+    expected = jnp.where(volume > 0.27, (volume + 0.27) / 2, volume)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_clipped_generator_does_not_see_how_dense_dense_tissue_is(tiny_inputs):
+    params, volume, noise = tiny_inputs
+    model = Generator(**TINY, input_scale=6.0, input_clip=3.0)
+    heal = jax.jit(model.apply)
+    expected = heal({'params': params}, volume, noise)
+    assert float(jnp.abs(expected).max()) > 0
+    dense = jnp.where(volume > 0.5, 1.0, volume)  # 6 · 0.5 is the clip
+    np.testing.assert_array_equal(heal({'params': params}, dense, noise), expected)
+
+
 def test_generator_sees_the_shifted_and_scaled_volume(tiny_inputs):
     params, volume, noise = tiny_inputs
     plain, shifted = Generator(**TINY), Generator(**TINY, input_shift=0.12, input_scale=6.0)
