@@ -61,7 +61,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.filters = (8, 16, 32, 64)
     gan.bottleneck_filters = 128  # patch² + sum(filters) + this: a multiple of 3
     gan.noise_channels = 10
-    gan.patch = 1  # in-plane voxels that enter as channels of one; 2 is cheaper
+    gan.patch = 1  # in-plane voxels that enter as channels of one; 2 or 4 is cheaper
     gan.use_norm = True  # group normalisation; the published network has none
     gan.head = 'blend'  # or 'residual', or 'relu', the published one; see models/gan3d.py
     gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
@@ -86,7 +86,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     opacities.target_hu = (-720.0, -200.0)
     opacities.opacity = (0.5, 1.0)
     opacities.coverage_threshold = (0.5, 2.0)
-    opacities.grain_voxels = (4.0, 20.0)
+    opacities.grain_voxels = (6.0, 24.0)
     opacities.grain_slices = (1.5, 4.0)
     opacities.edge = 0.25
     opacities.texture = 0.25
@@ -97,9 +97,9 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.save_every = 500
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
-    synthesize.smoothing_mm = 3.0  # standard deviation, in plane
-    synthesize.erosion_mm = 4.0
-    synthesize.percentile = 99.0  # of the score in held-out healthy lungs: the threshold
+    synthesize.smoothing_mm = 2.0  # standard deviation, in plane
+    synthesize.erosion_mm = 2.0
+    synthesize.percentile = 99.5  # of the score in held-out healthy lungs: the threshold
     synthesize.min_component_ml = 0.1
     synthesize.num_noise = 1  # noise inputs that the healthy version is averaged over
 
@@ -122,6 +122,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.batch_size = 32  # half high-, half low-infection slices
     train.num_steps = 20_000
     train.use_healthy = True  # healthy training scans join the low group with empty targets
+    train.synthetic_share = 0.5  # of the healthy slices that get opacities with exact masks
     train.binary_targets = True  # cut the pseudo-masks at 0.5
     train.learning_rate = 3e-4
     train.schedule = 'cosine'  # or 'plateau', 'constant'
@@ -161,8 +162,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.phantom.make = True
     config.data.calibration_fraction = 0.3
     config.data.validation_fraction = 0.15
-    config.prepare.grid = (32, 64, 64)
-    config.gan.patch = 2
+    config.gan.patch = 4
     config.gan.filters = (8, 16, 32, 48)
     config.gan.bottleneck_filters = 48
     config.gan.depth = 16
@@ -177,14 +177,13 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.log_every = 10
     config.gan.evaluate_every = 200
     config.gan.save_every = 100
-    config.gan.opacities.grain_voxels = (3.0, 12.0)
-    config.network.width = 32
+    config.network.width = 16
     config.network.mlp_dim = 256
     config.network.num_blocks = 4
     config.network.projection_dim = 64
     config.train.mode = 'combined'  # one compiled step less than two phases
-    config.train.batch_size = 16
-    config.train.num_steps = 900
+    config.train.batch_size = 8
+    config.train.num_steps = 800
     config.train.learning_rate = 3e-3
     config.train.warmup_steps = 40
     config.train.ema_decay = 0.98
@@ -202,7 +201,8 @@ def _shrink_to_tiny(config: ml_collections.ConfigDict) -> None:
     config.phantom.shape = (64, 64, 20)
     config.phantom.spacing_mm = (5.25, 5.25, 16.0)
     config.prepare.grid = (16, 32, 32)
-    config.gan.filters = (2, 2, 4, 4)
+    config.gan.patch = 2
+    config.gan.filters = (2, 4)
     config.gan.bottleneck_filters = 5
     config.gan.discriminator_filters = (4, 4)
     config.gan.num_steps = 8

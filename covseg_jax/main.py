@@ -24,7 +24,9 @@ from covseg_jax.errors import InputError, Stopped
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
 _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
-_INPUT = flags.DEFINE_string('input', None, 'predict: a NIfTI file or a folder of them')
+_INPUT = flags.DEFINE_string(
+    'input', None, 'predict: a NIfTI file or a folder of them; import_weights: a weights file'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'predict: the folder for the masks')
 
 Config = ml_collections.ConfigDict
@@ -127,6 +129,25 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
             folder / 'summary.json']  # fmt: skip
 
 
+def run_import_weights(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Published weights -> a checkpoint that train goes on from and evaluate and predict use."""
+    if not _INPUT.value:
+        raise InputError('--stages=import_weights needs --input=FILE (.safetensors, .npz or .pt)')
+    from covseg_jax.training.published_weights import import_transunet, read_tensors
+
+    folder = workdir / 'transunet'
+    import_transunet(config, read_tensors(pathlib.Path(_INPUT.value)), folder)
+    calibration = {'threshold': 0.5, 'checkpoint_step': 0}
+    atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    print(f'import_weights: {_INPUT.value} is checkpoint 0 of {folder}')
+    if not config.network.published_attention:
+        print(
+            'import_weights: note: weights trained by the published code need its attention in '
+            'every later command: --config.network.published_attention=true'
+        )
+    return []
+
+
 def _pseudo_mask_reader(workdir: pathlib.Path):
     from covseg_jax.inference.synthesize import read_pseudo_mask
 
@@ -179,7 +200,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     summary = evaluate_cohort(
         splits.evaluation,
         probability,
-        _pseudo_mask_reader(workdir),
+        _pseudo_mask_reader(workdir) if (workdir / 'pseudo_masks').exists() else None,
         settings,
         folder,
         {
@@ -235,7 +256,7 @@ PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
 }
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = ('num_workers', 'on_bad_study', 'log_every', 'save_every')
-ON_REQUEST: dict[str, Callable] = {'predict': run_predict}
+ON_REQUEST: dict[str, Callable] = {'import_weights': run_import_weights, 'predict': run_predict}
 
 
 def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
@@ -303,7 +324,7 @@ def _describe_environment() -> dict:
 
 
 def _check_stages(text: str) -> list[str]:
-    known = [*PIPELINE, *ON_REQUEST]
+    known = ['import_weights', *PIPELINE, 'predict']  # the order in which they run
     stages = [stage.strip() for stage in text.split(',') if stage.strip()]
     unknown = [stage for stage in stages if stage not in known]
     if unknown or not stages:

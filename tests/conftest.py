@@ -1,7 +1,9 @@
 """Tests run on the CPU, on eight simulated devices, whatever the machine has."""
 
+import json
 import os
 import pathlib
+import zlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
@@ -10,6 +12,7 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
 ).strip()
 
+import numpy as np
 import pytest
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
@@ -31,3 +34,33 @@ def reference() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f'no folder {folder}')
     return folder
+
+
+def write_case(
+    folder: pathlib.Path, study_id: str, category: str, *, shape=(16, 32, 32), masked=False
+) -> None:
+    """A prepared case: noise, seeded by its name, in a box of lungs."""
+    case = folder / study_id
+    case.mkdir(parents=True)
+    rng = np.random.default_rng(zlib.crc32(study_id.encode()))
+    lungs = np.zeros(shape, np.uint8)
+    lungs[2:-2, 4:-4, 4:-4] = 1
+    image = (rng.uniform(0.05, 0.3, shape) * lungs).astype(np.float16)
+    np.save(case / 'image.npy', image)
+    np.save(case / 'lungs.npy', lungs)
+    if masked:
+        np.save(case / 'lesion.npy', lungs)
+    description = {'study_id': study_id, 'category': category, 'data_set': 'made'}
+    (case / 'geometry.json').write_text(json.dumps(description))
+
+
+@pytest.fixture
+def prepared(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Six healthy, eight COVID and three masked COVID cases."""
+    for number in range(6):
+        write_case(tmp_path, f'study_{number:04d}', 'CT-0')
+    for number in range(6, 14):
+        write_case(tmp_path, f'study_{number:04d}', 'CT-2')
+    for number in range(14, 17):
+        write_case(tmp_path, f'study_{number:04d}', 'CT-1', masked=True)
+    return tmp_path

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
+
 
 @dataclasses.dataclass(frozen=True)
 class OpacityModel:
@@ -111,3 +113,34 @@ def add_opacities(
     weight = jnp.clip(mask * uniform(keys[6], model.opacity) * texture, 0.0, 1.0)[..., None]
     corrupted = image + weight * jnp.maximum(target[..., None] - image, 0.0)
     return corrupted, mask[..., None]
+
+
+def paint_healthy_slices(
+    key: jax.Array, batch: dict[str, jax.Array], model: OpacityModel, share: float
+) -> dict[str, jax.Array]:
+    """Puts opacities into some of the healthy slices of a batch: lesions whose masks are exact.
+
+    Pseudo-masks share the GAN's faults from scan to scan; a network that sees these beside them
+    learns what it cannot learn from either alone.
+
+    Args:
+      key: PRNG key.
+      batch: IMAGE, TARGET, LUNGS (B, H, W, 1), LABEL and HEALTHY (B,); other keys pass through.
+      model: the opacities' statistics; its clean_fraction is on top of `share`.
+      share: of the healthy slices that are painted, in [0, 1].
+
+    Returns:
+      The batch; where a slice was painted, TARGET is the opacities' mask, cut at 0.5, and LABEL 1.
+    """
+    share_key, paint_key = jax.random.split(key)
+    chosen = batch[HEALTHY] * (jax.random.uniform(share_key, batch[HEALTHY].shape) < share)
+    image, lungs = batch[IMAGE][:, None], batch[LUNGS][:, None]  # volumes of one slice
+    painted, mask = add_opacities(paint_key, image, lungs, model)
+    mask = (mask[:, 0] >= 0.5).astype(jnp.float32)
+    chosen *= mask.any((1, 2, 3))
+    here = chosen[:, None, None, None] > 0
+    return batch | {
+        IMAGE: jnp.where(here, painted[:, 0], batch[IMAGE]),
+        TARGET: jnp.where(here, mask, batch[TARGET]),
+        LABEL: jnp.where(chosen > 0, 1, batch[LABEL]),
+    }

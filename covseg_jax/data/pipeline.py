@@ -18,6 +18,7 @@ IMAGE = 'image'  # (B, H, W, 1) or (B, D, H, W, 1) float32 in [0, 1]
 TARGET = 'target'  # (B, H, W, 1) float32 in [0, 1]: soft lesion
 LABEL = 'label'  # (B,) int32: 1 high, 0 low infection
 LUNGS = 'lungs'  # as IMAGE: 1 inside the lungs
+HEALTHY = 'healthy'  # (B,) float32: 1 for slices of scans that are known to be without lesions
 VALID = 'valid'  # (B,) float32: 0 for rows that only fill up a batch
 COVID = 'covid'  # as IMAGE: a COVID scan beside the healthy one (GAN)
 COVID_LUNGS = 'covid_lungs'
@@ -50,7 +51,13 @@ class Slices:
             target = np.zeros_like(image)
         else:
             target = np.asarray(target[z], np.float32)[..., None]
-        return {IMAGE: image, TARGET: target, LUNGS: lungs, LABEL: self.labels[item]}
+        return {
+            IMAGE: image,
+            TARGET: target,
+            LUNGS: lungs,
+            LABEL: self.labels[item],
+            HEALTHY: np.float32(self.targets[case_number] is None),
+        }
 
     def select(self, label: int) -> 'Slices':
         """The slices with one label."""
@@ -109,7 +116,7 @@ def balanced_feed(
 ) -> grain.DatasetIterator:
     """Endless shuffled batches, half of them high- and half low-infection slices.
 
-    Yields dicts IMAGE, TARGET, LUNGS (batch_size / num_hosts, H, W, 1) and LABEL.
+    Yields dicts IMAGE, TARGET, LUNGS (batch_size / num_hosts, H, W, 1), LABEL and HEALTHY.
 
     Raises:
       InputError: one of the two groups is empty, or the batch size is odd or not shareable.

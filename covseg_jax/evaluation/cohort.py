@@ -41,7 +41,7 @@ def _score(
 def evaluate_cohort(
     cases: Sequence[Case],
     probability: Probability,
-    read_pseudo_mask: Callable[[Case], np.ndarray],
+    read_pseudo_mask: Callable[[Case], np.ndarray] | None,
     settings: MaskSettings,
     folder: pathlib.Path,
     run: dict,
@@ -51,7 +51,7 @@ def evaluate_cohort(
     Args:
       cases: prepared cases with a true mask, none of which was trained on.
       probability: (image, lungs) -> lesion probability, all (D, H, W).
-      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
+      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1]; None where there are none.
       settings: from the network's probability to its mask.
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html, and
         summary.json last.
@@ -63,17 +63,19 @@ def evaluate_cohort(
     Raises:
       InputError: a true mask can no longer be read.
     """
-    tables: dict[str, tuple[list[dict], list[dict]]] = {'network': ([], []), 'pseudo': ([], [])}
+    tables: dict[str, tuple[list[dict], list[dict]]] = {'network': ([], [])}
+    if read_pseudo_mask is not None:
+        tables['pseudo'] = ([], [])
 
     def masks_of(case: Case) -> dict[str, tuple[np.ndarray, StudyMask]]:
         lungs = np.asarray(case.lungs())
-        pseudo = np.asarray(read_pseudo_mask(case), np.float32)
         found = probability(np.asarray(case.image()), lungs)
-        pseudo_settings = MaskSettings(PSEUDO_MASK_CUT, settings.min_component_ml)
-        return {
-            'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings)),
-            'pseudo': (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, pseudo_settings)),
-        }
+        masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings))}
+        if read_pseudo_mask is not None:
+            pseudo = np.asarray(read_pseudo_mask(case), np.float32)
+            cut = MaskSettings(PSEUDO_MASK_CUT, settings.min_component_ml)
+            masks['pseudo'] = (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, cut))
+        return masks
 
     for case in tqdm(cases, desc='evaluate', unit='study', disable=None):
         truth = _read_canonical(case.description['lesion_mask']) > 0
@@ -84,10 +86,11 @@ def evaluate_cohort(
 
     case_rows, slice_rows = tables['network']
     evaluate.write_tables(folder, case_rows, slice_rows)
-    evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
+    if 'pseudo' in tables:
+        evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
-        'pseudo_masks': evaluate.summarise(*tables['pseudo']),
+        'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
         'studies': len(cases),
         **run,
     }
@@ -104,7 +107,7 @@ def evaluate_cohort(
             image_hu=_read_canonical(case.description['image']),
             truth=_read_canonical(case.description['lesion_mask']) > 0,
             prediction=masks['network'][1].mask,
-            pseudo_mask=masks['pseudo'][1].mask,
+            pseudo_mask=masks['pseudo'][1].mask if 'pseudo' in masks else None,
             spacing_mm=case.geometry.spacing_mm,
         )
     figures += report.plot_overlays(overlays, folder)
@@ -120,7 +123,7 @@ def format_summary(summary: dict) -> str:
         ('network', summary['protocols']),
         ('pseudo-masks', summary['pseudo_masks']),
     ):
-        for protocol, metrics in protocols.items():
+        for protocol, metrics in (protocols or {}).items():
             figures = ', '.join(
                 f'{name} {_percent(metrics[name])}'
                 for name in ('dice', 'sensitivity', 'specificity_lung')

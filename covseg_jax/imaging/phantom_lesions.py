@@ -88,8 +88,8 @@ def draw_lesions(
     """
     score = _envelope(rng, grid, outlines, lungs, volume_ml)
     # Weighted by the envelope: satellites stay near their focus.
-    rough = 0.12 * phantom_anatomy.smooth_field(rng, grid, 22)
-    rough += 0.58 * phantom_anatomy.smooth_field(rng, grid, 7)
+    rough = 0.25 * phantom_anatomy.smooth_field(rng, grid, 22)
+    rough += 0.25 * phantom_anatomy.smooth_field(rng, grid, 10)
     score += rough * (0.2 + score)
     score -= 0.012 * np.clip(outlines.cavity, 0, 40)
     voxel_ml = float(np.prod(grid.spacing_mm)) / 1000

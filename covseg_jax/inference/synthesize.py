@@ -32,9 +32,9 @@ class PseudoMaskSettings:
       num_noise: how many noise inputs the healthy version is averaged over.
     """
 
-    smoothing_mm: float = 3.0
-    erosion_mm: float = 4.0
-    percentile: float = 99.0
+    smoothing_mm: float = 2.0
+    erosion_mm: float = 2.0
+    percentile: float = 99.5
     min_component_ml: float = 0.1
     num_noise: int = 1
 

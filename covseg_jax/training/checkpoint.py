@@ -27,8 +27,9 @@ class Checkpoints:
                     get_metric_fn=lambda metrics: metrics[best], n=1, reverse=False
                 )
             )
+        self._folder = folder.resolve()
         self._manager = ocp.CheckpointManager(
-            folder.resolve(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
@@ -40,33 +41,30 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state: Any, data: grain.DatasetIterator, metrics: dict[str, float]
+        self,
+        step: int,
+        state: Any,
+        data: grain.DatasetIterator | None,
+        metrics: dict[str, float],
     ) -> None:
-        """Starts to save the state after `step` steps and the position of its feed."""
+        """Starts to save the state after `step` steps and, if given, the position of its feed."""
         if self._manager.latest_step() == step:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(data)
-            ),
-            metrics=metrics,
-        )
+        items = {'state': ocp.args.StandardSave(state)}
+        if data is not None:
+            items['data'] = grain.checkpoint.CheckpointSave(data)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> Any | None:
         """The newest state, laid out as `abstract_state` says (shapes and shardings), with `data`
-        moved to its position; None where there is no checkpoint."""
+        moved to its position, if one was saved; None where there is no checkpoint."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state),
-                data=grain.checkpoint.CheckpointRestore(data),
-            ),
-        )
-        return restored['state']
+        items = {'state': ocp.args.StandardRestore(abstract_state)}
+        if (self._folder / str(step) / 'data').exists():  # imported weights have no feed yet
+            items['data'] = grain.checkpoint.CheckpointRestore(data)
+        return self._manager.restore(step, args=ocp.args.Composite(**items))['state']
 
     def wait(self) -> None:
         """Returns once everything is on disk."""

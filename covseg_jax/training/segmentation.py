@@ -12,8 +12,9 @@ import ml_collections
 import numpy as np
 
 from covseg_jax.data import pipeline
-from covseg_jax.data.augment import Augmentation
+from covseg_jax.data.augment import Augmentation, augment_slices
 from covseg_jax.data.cases import Case, Splits
+from covseg_jax.data.opacities import OpacityModel, paint_healthy_slices
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead, TransUNet
 from covseg_jax.models.unet import UNet
@@ -114,6 +115,23 @@ def _training_slices(
     return pipeline.rank_slices(pipeline.all_slices(cases, targets))
 
 
+def _augmentation(config: ml_collections.ConfigDict):
+    """(key, batch) -> batch: synthetic opacities first, then what any slice may go through."""
+    train = config.train
+    opacities = OpacityModel(
+        window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict()
+    )
+    changes = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
+
+    def augment(key: jax.Array, batch: dict) -> dict:
+        paint_key, change_key = jax.random.split(key)
+        if train.use_healthy and train.synthetic_share:
+            batch = paint_healthy_slices(paint_key, batch, opacities, train.synthetic_share)
+        return augment_slices(change_key, batch, changes) if train.augment else batch
+
+    return augment
+
+
 def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
     """Step number -> compiled step: METHOD.md section 4's two-phase epoch, or one sum."""
     train = config.train
@@ -126,9 +144,6 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
         beta=train.beta,
         mse_on=train.mse_on,
     )
-    augmentation = None
-    if train.augment:
-        augmentation = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
 
     def make(terms: tuple[str, ...]):
         return steps.make_segmentation_step(
@@ -137,7 +152,7 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
             parts.optimizer,
             parts.learning_rate,
             settings,
-            augmentation,
+            _augmentation(config),
             terms=terms,
             ema_decay=train.ema_decay,
         )

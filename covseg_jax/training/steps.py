@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from covseg_jax.data.augment import Augmentation, augment_slices
 from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID
 from covseg_jax.training import losses
 from covseg_jax.training.optim import update_ema
@@ -97,7 +96,7 @@ def make_segmentation_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     settings: SegmentationLosses,
-    augmentation: Augmentation | None,
+    augment: Callable[[jax.Array, dict], dict] | None,
     *,
     terms: tuple[str, ...],
     ema_decay: float,
@@ -105,7 +104,7 @@ def make_segmentation_step(
     """A jitted (state, batch) -> (state, metrics) that minimises the weighted sum of `terms`.
 
     The batch has IMAGE, TARGET, LUNGS (B, H, W, 1) and LABEL (B,), split over the mesh or not; the
-    state is donated. Metrics are (sum, count) pairs.
+    state is donated. `augment` is (key, batch) -> batch. Metrics are (sum, count) pairs.
     """
 
     def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
@@ -137,8 +136,8 @@ def make_segmentation_step(
     def step(state: SegmentationState, batch: dict) -> tuple[SegmentationState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         augment_key, dropout_key = jax.random.split(key)
-        if augmentation is not None:
-            batch = augment_slices(augment_key, batch, augmentation)
+        if augment is not None:
+            batch = augment(augment_key, batch)
         (total, (values, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.batch_stats, batch, dropout_key
         )

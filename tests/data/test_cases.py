@@ -6,7 +6,7 @@ import pytest
 
 from covseg_jax.data.cases import find_cases, split_cases
 from covseg_jax.errors import InputError
-from tests.data.conftest import write_case
+from tests.conftest import write_case
 
 
 def split(cases, seed=0):

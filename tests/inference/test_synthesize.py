@@ -9,7 +9,7 @@ from covseg_jax.data.cases import find_cases
 from covseg_jax.errors import InputError
 from covseg_jax.imaging.geometry import Geometry
 from covseg_jax.inference import synthesize
-from tests.data.conftest import write_case
+from tests.conftest import write_case
 
 PLAIN = synthesize.PseudoMaskSettings(smoothing_mm=0, erosion_mm=0, percentile=99)
 
