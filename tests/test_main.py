@@ -12,6 +12,8 @@ import nibabel
 import numpy as np
 import pytest
 
+from configs import transunet
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -131,7 +133,8 @@ def test_main_refuses_to_train_on_under_other_settings(finished):
         '--stages=train',
         '--config.train.learning_rate=0.5',
     )
-    assert_one_line_error(done, 'train.learning_rate', '0.001', '0.5', '--workdir')
+    usual = str(transunet.get_config('tiny').train.learning_rate)
+    assert_one_line_error(done, 'train.learning_rate', usual, '0.5', '--workdir')
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ TARGET = 'target'  # (B, H, W, 1) float32 in [0, 1]: soft lesion
 LABEL = 'label'  # (B,) int32: 1 high, 0 low infection
 LUNGS = 'lungs'  # as IMAGE: 1 inside the lungs
 HEALTHY = 'healthy'  # (B,) float32: 1 for slices of scans that are known to be without lesions
+WEIGHT = 'weight'  # as TARGET: how much a pixel counts in the losses
 VALID = 'valid'  # (B,) float32: 0 for rows that only fill up a batch
 COVID = 'covid'  # as IMAGE: a COVID scan beside the healthy one (GAN)
 COVID_LUNGS = 'covid_lungs'
@@ -80,13 +81,15 @@ def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> S
     )
 
 
-def rank_slices(slices: Slices) -> Slices:
-    """Labels slices by the sum of their target, as the original does (METHOD.md section 2).
+def rank_slices(slices: Slices, *, cut: float | None = None) -> Slices:
+    """Labels slices by the sum of their target, as the original does (METHOD.md section 2), or with
+    `cut` by the number of pixels whose target is at least that.
 
     Above the third quartile: 1 (high infection); between the first and the third: 0 (low); below
     the first: left out. Slices of cases without lesions are 0, whatever the quartiles.
     """
-    sums = np.array([slices[i][TARGET].sum() for i in range(len(slices))])
+    targets = (slices[i][TARGET] for i in range(len(slices)))
+    sums = np.array([(t if cut is None else t >= cut).sum() for t in targets])
     healthy = np.array([slices.targets[number] is None for number, _ in slices.index])
     first, third = np.quantile(sums[~healthy], [0.25, 0.75])
     labels = np.where(sums > third, 1, np.where(sums >= first, 0, _UNRANKED)).astype(np.int32)

@@ -245,6 +245,8 @@ class ProjectionHead(nn.Module):
     """Two-layer perceptron between an image's features and the contrastive loss.
 
     As in Chen et al., SimCLR (ICML 2020), section 4.2; its parameters are apart from the network's.
+    Features are first standardised over the batch, without parameters: token means of a layer norm
+    nearly coincide, and cosines of nearly equal vectors have no gradient to part them with.
     Fields: dim of the output, hidden width (None: that of the features), dtype of the arithmetic.
     """
 
@@ -256,7 +258,9 @@ class ProjectionHead(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """(B, F) → (B, dim) float32."""
         hidden = self.hidden or features.shape[-1]
-        x = nn.relu(_dense(hidden, self.dtype, 'first')(features))
+        centred = features - features.mean(axis=0)
+        standardised = centred / jnp.sqrt(jnp.square(centred).mean(axis=0) + 1e-8)
+        x = nn.relu(_dense(hidden, self.dtype, 'first')(standardised))
         return _dense(self.dim, self.dtype, 'second')(x).astype(jnp.float32)
 
 

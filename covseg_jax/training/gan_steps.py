@@ -52,6 +52,18 @@ def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.A
     return drawn.reshape(shape)
 
 
+def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(B, …) twice -> (2B, …), a row of each in turn: a batch that is split over devices stays
+    where it is."""
+    return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+
+
+def _separate(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The way back of `_interleave`."""
+    pairs = both.reshape(-1, 2, *both.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean where mask is 1; 0 where it is so nowhere."""
     return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
@@ -128,18 +140,19 @@ def make_gan_step(
         return (image - weights.input_shift) * weights.input_scale * lungs
 
     def generator_loss(params: Any, state: GANState, batch: dict, key: jax.Array):
-        opacity_key, noise_key, covid_noise_key = jax.random.split(key, 3)
+        opacity_key, noise_key = jax.random.split(key)
         healthy, lungs = batch[IMAGE], batch[LUNGS]
         corrupted, _ = add_opacities(opacity_key, healthy, lungs, opacities)
-        noise = draw_noise(generator, noise_key, healthy)
-        restored = generator.apply({'params': params}, corrupted, noise)
+        # Both scans go through in one call: half the graph to compile of two calls.
+        volumes = _interleave(corrupted, batch[COVID]) if adversarial else corrupted
+        noise = draw_noise(generator, noise_key, volumes)
+        generated = generator.apply({'params': params}, volumes, noise)
+        restored, fake = _separate(generated) if adversarial else (generated, None)
         error = relative_error(restored, healthy, corrupted, lungs, weights.error_floor)
         values = {'reconstruction': error}
         if not adversarial:
             return weights.reconstruction * values['reconstruction'], (values, None)
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
-        noise = draw_noise(generator, covid_noise_key, covid)
-        fake = generator.apply({'params': params}, covid, noise)
         logits = discriminator.apply(
             {'params': state.discriminator, **state.discriminator_stats}, scaled(fake, covid_lungs)
         )
@@ -151,11 +164,13 @@ def make_gan_step(
         return total, (values, fake)
 
     def discriminator_loss(params: Any, stats: Any, real: jax.Array, fake: jax.Array):
-        both = jnp.concatenate([real, fake])
         logits, updated = discriminator.apply(
-            {'params': params, **stats}, both, train=True, mutable=list(stats)
+            {'params': params, **stats},
+            _interleave(real, fake),
+            train=True,
+            mutable=list(stats),
         )
-        real_logits, fake_logits = jnp.split(logits, 2)
+        real_logits, fake_logits = _separate(logits)
         correct = (real_logits > 0.5).mean() / 2 + (fake_logits <= 0.5).mean() / 2
         return losses.lsgan_discriminator_loss(real_logits, fake_logits), (correct, updated)
 

@@ -107,12 +107,11 @@ def _training_slices(
 ) -> pipeline.Slices:
     cases = list(splits.train)
     targets: list[np.ndarray | None] = [read_target(case) for case in cases]
-    if config.train.binary_targets:
-        targets = [(target >= 0.5).astype(np.uint8) for target in targets]
     if config.train.use_healthy:
         cases += splits.healthy_train
         targets += [None] * len(splits.healthy_train)
-    return pipeline.rank_slices(pipeline.all_slices(cases, targets))
+    slices = pipeline.all_slices(cases, targets)
+    return pipeline.rank_slices(slices, cut=0.5 if config.train.binary_targets else None)
 
 
 def _augmentation(config: ml_collections.ConfigDict):
@@ -143,6 +142,8 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
         positive_weight=train.positive_weight,
         beta=train.beta,
         mse_on=train.mse_on,
+        binary=train.binary_targets,
+        doubtful=tuple(train.doubtful) or None,
     )
 
     def make(terms: tuple[str, ...]):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID
+from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.training import losses
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.sharding import place_state
@@ -31,6 +31,9 @@ class SegmentationLosses:
       positive_weight: w of the enhanced contrastive loss.
       beta: extra weight of missed lesion in the BCE.
       mse_on: 'probability' or, as published, 'logits'.
+      binary: cut soft targets at 0.5.
+      doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
+        have no weight in MSE and BCE; None counts all.
     """
 
     contrastive: float = 1.0
@@ -40,6 +43,21 @@ class SegmentationLosses:
     positive_weight: float = 1.5
     beta: float = 2.0
     mse_on: str = 'probability'
+    binary: bool = False
+    doubtful: tuple[float, float] | None = None
+
+
+def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
+    """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with `binary`,
+    TARGET is cut at 0.5."""
+    target = batch[TARGET]
+    weight = jnp.ones_like(target)
+    if settings.doubtful is not None:
+        low, high = settings.doubtful
+        weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
+    if settings.binary:
+        target = (target >= 0.5).astype(jnp.float32)
+    return batch | {TARGET: target, WEIGHT: weight}
 
 
 def init_segmentation(
@@ -125,10 +143,12 @@ def make_segmentation_step(
                 sensitivity_weight=settings.positive_weight,
             )
         if 'mse' in terms:
-            values['mse'] = losses.mse_loss(output.logits, batch[TARGET], on=settings.mse_on)
+            values['mse'] = losses.mse_loss(
+                output.logits, batch[TARGET], on=settings.mse_on, weights=batch[WEIGHT]
+            )
         if 'sensitivity' in terms:
             values['sensitivity'] = losses.sensitivity_loss(
-                output.logits, batch[TARGET], beta=settings.beta
+                output.logits, batch[TARGET], beta=settings.beta, weights=batch[WEIGHT]
             )
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
@@ -138,6 +158,7 @@ def make_segmentation_step(
         augment_key, dropout_key = jax.random.split(key)
         if augment is not None:
             batch = augment(augment_key, batch)
+        batch = sharpen_targets(batch, settings)
         (total, (values, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
             state.params, state.batch_stats, batch, dropout_key
         )

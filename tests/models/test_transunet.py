@@ -189,6 +189,19 @@ def test_projection_head_equals_numpy():
     head = ProjectionHead(dim=4, hidden=5)
     variables = head.init(jax.random.key(0), features)
     first, second = variables['params']['first'], variables['params']['second']
-    hidden = np.maximum(features @ first['kernel'] + first['bias'], 0)
+    standardised = (features - features.mean(0)) / features.std(0)
+    hidden = np.maximum(standardised @ first['kernel'] + first['bias'], 0)
     expected = hidden @ second['kernel'] + second['bias']
-    np.testing.assert_allclose(head.apply(variables, features), expected, atol=1e-6)
+    np.testing.assert_allclose(head.apply(variables, features), expected, atol=1e-5)
+
+
+def test_projection_head_parts_features_that_nearly_coincide():
+    # 1 ± 1e-3, as token means of a layer norm are: their cosines are all 1, and so was the loss's
+    # gradient 0.
+    rng = np.random.default_rng(0)
+    features = (1 + 1e-3 * rng.standard_normal((8, 16))).astype(np.float32)
+    head = ProjectionHead(dim=4)
+    embedded = head.apply(head.init(jax.random.key(0), features), features)
+    unit = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+    assert np.abs(unit @ unit.T - np.eye(8)).mean() < 0.7
+    assert np.min(unit @ unit.T) < 0.3

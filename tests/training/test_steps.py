@@ -76,6 +76,18 @@ def test_combined_step_reports_all_three_losses(config):
     assert int(state.step) == 2
 
 
+def test_sharpen_targets_gives_doubtful_pixels_no_weight():
+    target = np.array([0.0, 0.2, 0.3, 0.49, 0.5, 1.0], np.float32).reshape(1, 1, 6, 1)
+    batch = {pipeline.TARGET: target}
+
+    def sharpened(**settings):
+        out = steps.sharpen_targets(batch, steps.SegmentationLosses(**settings))
+        return out[pipeline.TARGET].ravel().tolist(), out[pipeline.WEIGHT].ravel().tolist()
+
+    assert sharpened(binary=True, doubtful=(0.2, 0.5)) == ([0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1])
+    assert sharpened() == (target.ravel().tolist(), [1] * 6)
+
+
 def test_contrastive_step_leaves_the_decoder_without_gradient(config):
     parts = segmentation.build_segmentation(config)
     before = jax.device_get(parts.make_state().params)
