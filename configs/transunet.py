@@ -124,7 +124,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.use_healthy = True  # healthy training scans join the low group with empty targets
     train.synthetic_share = 0.5  # of the healthy slices that get opacities with exact masks
     train.binary_targets = True  # cut the pseudo-masks at 0.5
-    train.doubtful = (0.2, 0.5)  # soft pseudo-masks between these have no weight; () counts all
+    train.doubtful = ()  # (0.2, 0.5): soft pseudo-masks between these have no weight
     train.learning_rate = 3e-4
     train.schedule = 'cosine'  # or 'plateau', 'constant'
     train.warmup_steps = 500
