@@ -12,8 +12,13 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
 ).strip()
 
+import hypothesis
 import numpy as np
 import pytest
+
+# The same examples in every run; the first of them waits for a compilation.
+hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None, max_examples=20)
+hypothesis.settings.load_profile('fixed')
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 

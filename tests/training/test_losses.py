@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from covseg_jax.training import losses
@@ -63,7 +63,6 @@ def test_contrastive_loss_of_three_vectors_by_hand():
     np.testing.assert_allclose(loss, np.log1p(1 / (2 * np.e)), rtol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.permutations(range(8)), st.booleans())
 def test_contrastive_loss_ignores_the_order_of_the_batch(order, include_self):
     features = jnp.asarray(np.random.default_rng(0).standard_normal((8, 5)), jnp.float32)
@@ -73,6 +72,20 @@ def test_contrastive_loss_ignores_the_order_of_the_batch(order, include_self):
         for f, n in ((features, labels), (features[order], labels[order]))
     )
     np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
+@given(st.permutations(range(6)))
+def test_pixel_losses_ignore_the_order_of_the_batch(order):
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((6, 4, 4, 1)).astype(np.float32)
+    targets = rng.uniform(0, 1, logits.shape).astype(np.float32)
+    for loss in (
+        lambda z, t: sensitivity_loss(z, t, beta=2.0),
+        lambda z, t: mse_loss(z, t, on='probability'),
+    ):
+        np.testing.assert_allclose(
+            loss(logits, targets), loss(logits[order], targets[order]), rtol=1e-5
+        )
 
 
 EDGES = {

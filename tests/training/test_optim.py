@@ -1,5 +1,6 @@
 """Schedules and the plateau rule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,25 @@ def test_reduce_on_plateau_cuts_after_more_than_patience_bad_evaluations():
         scales.append(float(state.scale))
     # PyTorch counts bad evaluations 1, 2, 3 at the second to fourth, and cuts at 3 > 2.
     assert scales == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ('patience', 'cooldown', 'rtol'), [(4, 0, 1e-4), (4, 2, 1e-4), (0, 0, 1e-3)]
+)
+def test_reduce_on_plateau_equals_pytorch(reference, patience, cooldown, rtol):
+    numbers = np.load(reference / 'losses_reference.npz')
+    start = 5e-5
+    transform = optim.reduce_on_plateau(
+        patience=patience, factor=0.5, rtol=rtol, cooldown=cooldown, min_scale=1e-7 / start
+    )
+    updates = {'w': jnp.ones(1)}
+    state, rates = transform.init(updates), []
+    step = jax.jit(lambda state, value: transform.update(updates, state, value=value)[1])
+    for value in numbers['plateau_values']:
+        state = step(state, value)
+        rates.append(start * float(state.scale))
+    expected = numbers[f'plateau_lr_patience{patience}_cooldown{cooldown}_threshold{rtol}']
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
 def test_learning_rate_schedule_warms_up_and_falls_to_a_hundredth():
