@@ -37,7 +37,8 @@ def _prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(config.data.folder or workdir / 'studies')
+    # Prepared cases note their files' paths: they should hold from another folder too.
+    return pathlib.Path(config.data.folder or workdir / 'studies').absolute()
 
 
 def _prepare_settings(config: Config):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import jinja2
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -116,6 +117,8 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
         fontsize=9,
     )
     axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=METRIC_TITLES[metric])
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
     if not len(x):
