@@ -107,6 +107,7 @@ def test_segmentation_step_on_eight_devices_equals_one(config):
     # Adam's first steps are as long as the rate, whatever the gradient's size: at a large rate the
     # rounding of gradients near 0 would show in the next loss.
     config = config.copy_and_resolve_references().unlock()
+    config.network.name = 'transunet'
     config.train.learning_rate = 1e-4
     _, history_one = train(config, steps.COMBINED, 3, mesh_size=1)
     _, history_eight = train(config, steps.COMBINED, 3, mesh_size=8)
