@@ -117,8 +117,6 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
         fontsize=9,
     )
     axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=METRIC_TITLES[metric])
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[['top', 'right']].set_visible(False)
     if not len(x):
@@ -127,7 +125,9 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
         return
     size = 26 if len(x) < 200 else 9
     axes.scatter(x, y, s=size, color=POINT_COLOUR, alpha=0.55, linewidths=0)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
     axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     # Specificity lives near 1: its own range, or all points lie on one line.
     low = 0.0 if metric != 'specificity_lung' else min(0.9, float(y.min()))
     margin = 0.04 * (1 - low)

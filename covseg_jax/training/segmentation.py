@@ -143,7 +143,7 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
         beta=train.beta,
         mse_on=train.mse_on,
         binary=train.binary_targets,
-        doubtful=tuple(train.doubtful) or None,
+        doubtful=tuple(train.doubtful),
     )
 
     def make(terms: tuple[str, ...]):

@@ -33,7 +33,7 @@ class SegmentationLosses:
       mse_on: 'probability' or, as published, 'logits'.
       binary: cut soft targets at 0.5.
       doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
-        have no weight in MSE and BCE; None counts all.
+        have no weight in MSE and BCE; () counts all.
     """
 
     contrastive: float = 1.0
@@ -44,7 +44,7 @@ class SegmentationLosses:
     beta: float = 2.0
     mse_on: str = 'probability'
     binary: bool = False
-    doubtful: tuple[float, float] | None = None
+    doubtful: tuple[float, float] | tuple[()] = ()
 
 
 def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
@@ -52,7 +52,7 @@ def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
     TARGET is cut at 0.5."""
     target = batch[TARGET]
     weight = jnp.ones_like(target)
-    if settings.doubtful is not None:
+    if settings.doubtful:
         low, high = settings.doubtful
         weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
     if settings.binary:

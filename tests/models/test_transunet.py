@@ -193,7 +193,7 @@ def test_projection_head_equals_numpy():
     standardised = (features - features.mean(0)) / features.std(0)
     hidden = np.maximum(standardised @ first['kernel'] + first['bias'], 0)
     expected = hidden @ second['kernel'] + second['bias']
-    np.testing.assert_allclose(head.apply(variables, features), expected, atol=1e-5)
+    np.testing.assert_allclose(head.apply(variables, features), expected, atol=1e-6)
 
 
 def test_projection_head_parts_features_that_nearly_coincide():
