@@ -52,14 +52,14 @@ def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.A
     return drawn.reshape(shape)
 
 
-def _interleave(a: jax.Array, b: jax.Array) -> jax.Array:
+def join_rows(a: jax.Array, b: jax.Array) -> jax.Array:
     """(B, …) twice -> (2B, …), a row of each in turn: a batch that is split over devices stays
     where it is."""
     return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
 
 
-def _separate(both: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The way back of `_interleave`."""
+def separate_rows(both: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The way back of `join_rows`."""
     pairs = both.reshape(-1, 2, *both.shape[1:])
     return pairs[:, 0], pairs[:, 1]
 
@@ -144,10 +144,10 @@ def make_gan_step(
         healthy, lungs = batch[IMAGE], batch[LUNGS]
         corrupted, _ = add_opacities(opacity_key, healthy, lungs, opacities)
         # Both scans go through in one call: half the graph to compile of two calls.
-        volumes = _interleave(corrupted, batch[COVID]) if adversarial else corrupted
+        volumes = join_rows(corrupted, batch[COVID]) if adversarial else corrupted
         noise = draw_noise(generator, noise_key, volumes)
         generated = generator.apply({'params': params}, volumes, noise)
-        restored, fake = _separate(generated) if adversarial else (generated, None)
+        restored, fake = separate_rows(generated) if adversarial else (generated, None)
         error = relative_error(restored, healthy, corrupted, lungs, weights.error_floor)
         values = {'reconstruction': error}
         if not adversarial:
@@ -166,11 +166,11 @@ def make_gan_step(
     def discriminator_loss(params: Any, stats: Any, real: jax.Array, fake: jax.Array):
         logits, updated = discriminator.apply(
             {'params': params, **stats},
-            _interleave(real, fake),
+            join_rows(real, fake),
             train=True,
             mutable=list(stats),
         )
-        real_logits, fake_logits = _separate(logits)
+        real_logits, fake_logits = separate_rows(logits)
         correct = (real_logits > 0.5).mean() / 2 + (fake_logits <= 0.5).mean() / 2
         return losses.lsgan_discriminator_loss(real_logits, fake_logits), (correct, updated)
 
