@@ -83,13 +83,17 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
     gan.error_floor = 5e-4  # squared image value: what a clean sample's error is measured against
     gan.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-720.0, -200.0)
-    opacities.opacity = (0.5, 1.0)
-    opacities.coverage_threshold = (0.5, 2.0)
+    opacities.target_hu = (-680.0, -380.0)
+    opacities.opacity = (0.6, 1.0)
+    opacities.coverage_threshold = (0.7, 2.2)
     opacities.grain_voxels = (6.0, 24.0)
     opacities.grain_slices = (1.5, 4.0)
-    opacities.edge = 0.25
+    opacities.edge = (0.1, 0.4)
     opacities.texture = 0.25
+    opacities.periphery = (0.0, 2.0)
+    opacities.dependence = (-0.5, 2.0)
+    opacities.core_share = 0.4
+    opacities.core_hu = (-250.0, 50.0)
     opacities.clean_fraction = 0.1
     gan.compute_dtype = 'bfloat16'
     gan.log_every = 20  # steps

@@ -95,7 +95,7 @@ class Splits:
     healthy_train: tuple[Case, ...]  # the GAN's healthy scans; zero-lesion slices for training
     healthy_calibration: tuple[Case, ...]  # held out: thresholds are found on these
     train: tuple[Case, ...]  # COVID scans that the networks learn from
-    validation: tuple[Case, ...]  # COVID scans for schedules and thresholds, by pseudo-mask
+    validation: tuple[Case, ...]  # COVID scans for schedules, by the same targets as train
     evaluation: tuple[Case, ...]  # subjects with a human mask: never trained on
 
 
@@ -118,19 +118,27 @@ def split_cases(
     seed: int,
     calibration_fraction: float,
     validation_fraction: float,
+    evaluation_pattern: str = '.*',
 ) -> Splits:
-    """Splits by subject: evaluation = every subject with a lesion mask, the rest by category.
+    """Splits by subject: evaluation = the subjects with a lesion mask, the rest by category.
 
     Args:
       cases: all prepared cases.
       seed: changes who is held out.
       calibration_fraction: share of the healthy subjects held out, in [0, 1).
-      validation_fraction: share of the unmasked COVID subjects held out, in [0, 1).
+      validation_fraction: share of the other COVID subjects held out, in [0, 1).
+      evaluation_pattern: regular expression that the whole name of a subject must match to be kept
+        for evaluation; other subjects with a lesion mask may be trained on.
 
     Raises:
-      InputError: no healthy or no unmasked COVID subject is left: there is nothing to learn from.
+      InputError: no healthy or no COVID subject is left: there is nothing to learn from; or the
+        pattern is no regular expression.
     """
-    evaluation = {c.subject for c in cases if c.has_lesion_mask}
+    try:
+        kept = re.compile(evaluation_pattern)
+    except re.error as error:
+        raise InputError(f'data.evaluation_pattern {evaluation_pattern!r}: {error}') from error
+    evaluation = {c.subject for c in cases if c.has_lesion_mask and kept.fullmatch(c.subject)}
     learnable = [c for c in cases if c.subject not in evaluation]
     # A subject with a healthy and a diseased study counts as diseased.
     covid = {c.subject for c in learnable if not c.is_healthy}
@@ -138,8 +146,8 @@ def split_cases(
     if len(healthy) < 2 or len(covid) < 2:
         raise InputError(
             f'prepared cases: {len(healthy)} healthy ({HEALTHY}) and {len(covid)} COVID subjects '
-            'without a lesion mask; the method needs at least two of each to learn from '
-            '(subjects with a mask are kept for evaluation)'
+            'to learn from; the method needs at least two of each (subjects with a lesion mask that '
+            'data.evaluation_pattern matches are kept for evaluation)'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)
     validation = _held_out(covid, validation_fraction, seed)

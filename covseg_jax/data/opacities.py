@@ -1,17 +1,27 @@
 """Synthetic opacities on the device: what the GAN's denoiser learns to take out of healthy lungs.
 
-Blobs of smooth random shape are blended towards the density of ground glass or consolidation, in
-three dimensions, inside the lungs only, and never darken a voxel: a denoiser that has seen these
-removes *opacities*, where zero-mean noise, as published, teaches it to smooth everything.
+Blobs of smooth random shape are blended towards the density of ground glass, some with a
+consolidated core, in three dimensions, inside the lungs only, and never darken a voxel: a denoiser
+that has seen these removes *opacities*, where zero-mean noise, as published, teaches it to smooth
+everything. In most samples they prefer the lungs' periphery and back, as COVID-19 pneumonia does
+(Bernheim et al., Radiology 295:685, 2020), in some they lie anywhere.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from covseg_jax.data.cases import Case
 from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
+
+# How far above a blob's border its core begins, and how softly, in standard deviations of the field.
+_CORE_LEVEL = (0.3, 1.0)
+_CORE_EDGE = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +36,28 @@ class OpacityModel:
         is a blob: 0.7 covers about 24 % of the lungs, 2.6 about 0.5 %.
       grain_voxels: finest and coarsest in-plane spacing of the random field's nodes.
       grain_slices: finest and coarsest spacing of the nodes along depth.
-      edge: softness of a blob's border, in standard deviations of the field.
+      edge: range of the softness of the blobs' borders, in standard deviations of the field.
       texture: relative strength of the texture inside a blob.
+      periphery: range of how much the field rises from deep inside the lungs to their edge, before
+        it is standardised.
+      dependence: range of how much it rises from the middle of the image to its last row, the back.
+      core_share: share of samples whose blobs have a consolidated core.
+      core_hu: range of the core's density.
       clean_fraction: share of samples that stay as they are.
     """
 
     window_hu: tuple[float, float] = (-1000.0, 400.0)
-    target_hu: tuple[float, float] = (-780.0, -250.0)
-    opacity: tuple[float, float] = (0.5, 1.0)
-    coverage_threshold: tuple[float, float] = (0.7, 2.6)
+    target_hu: tuple[float, float] = (-680.0, -380.0)
+    opacity: tuple[float, float] = (0.6, 1.0)
+    coverage_threshold: tuple[float, float] = (0.7, 2.2)
     grain_voxels: tuple[float, float] = (4.0, 16.0)
     grain_slices: tuple[float, float] = (1.5, 4.0)
-    edge: float = 0.25
+    edge: tuple[float, float] = (0.1, 0.4)
     texture: float = 0.25
+    periphery: tuple[float, float] = (0.0, 2.0)
+    dependence: tuple[float, float] = (-0.5, 2.0)
+    core_share: float = 0.4
+    core_hu: tuple[float, float] = (-250.0, 50.0)
     clean_fraction: float = 0.2
 
 
@@ -70,6 +89,28 @@ def _field_of_mixed_grain(key: jax.Array, shape: tuple[int, ...], model: Opacity
     return field / field.std((1, 2, 3), keepdims=True)
 
 
+def _periphery(lungs: jax.Array) -> jax.Array:
+    """(B, D, H, W) map of 1 at the edge of the lungs, falling to 0 deep inside, slice by slice."""
+    rows, columns = (_blur_matrix(size, size / 12) for size in lungs.shape[2:])
+    blurred = jnp.einsum('ih,bdhw,jw->bdij', rows, lungs, columns)
+    return jnp.clip(2.0 * (1.0 - blurred), 0.0, 1.0)  # a straight edge blurs to one half
+
+
+def _blur_matrix(size: int, sigma: float) -> jax.Array:
+    at = jnp.arange(size)
+    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / sigma))
+    return weights / weights.sum(1, keepdims=True)
+
+
+def _standardise_inside(field: jax.Array, lungs: jax.Array) -> jax.Array:
+    """Zero mean and unit variance in the lungs of each (D, H, W) sample."""
+    axes = (1, 2, 3)
+    count = jnp.maximum(lungs.sum(axes, keepdims=True), 1.0)
+    field = field - (field * lungs).sum(axes, keepdims=True) / count
+    variance = (jnp.square(field) * lungs).sum(axes, keepdims=True) / count
+    return field / jnp.sqrt(variance + 1e-12)
+
+
 def add_opacities(
     key: jax.Array, image: jax.Array, lungs: jax.Array, model: OpacityModel
 ) -> tuple[jax.Array, jax.Array]:
@@ -85,32 +126,37 @@ def add_opacities(
       The corrupted image, nowhere darker than the input and equal to it outside the lungs; and the
       opacities' soft mask in [0, 1], both shaped as image.
     """
-    shape = image.shape[:-1]
-    per_sample = (shape[0], 1, 1, 1)
-    keys = jax.random.split(key, 7)
+    shape, inside = image.shape[:-1], lungs[..., 0]
+    keys = iter(jax.random.split(key, 14))
 
-    def uniform(k: jax.Array, bounds: tuple[float, float]) -> jax.Array:
-        drawn = jax.random.uniform(k, shape[:1], minval=bounds[0], maxval=bounds[1])
-        return drawn.reshape(per_sample)
+    def uniform(bounds: tuple[float, float]) -> jax.Array:
+        drawn = jax.random.uniform(next(keys), shape[:1], minval=bounds[0], maxval=bounds[1])
+        return drawn.reshape(shape[0], 1, 1, 1)
 
-    low, high = model.window_hu
-    target_hu = uniform(keys[0], model.target_hu)
+    field = _field_of_mixed_grain(next(keys), shape, model)
+    field += uniform(model.periphery) * _periphery(inside)
+    # Row by row from −1 at the front to 1 at the back: cases lie in canonical order.
+    field += uniform(model.dependence) * jnp.linspace(-1.0, 1.0, shape[2])[:, None]
+    field = _standardise_inside(field, inside) - uniform(model.coverage_threshold)
+    mask = jax.nn.sigmoid(field / uniform(model.edge))
+    mask = jnp.where(mask < 0.05, 0.0, mask)
+    present = uniform((0.0, 1.0)) >= model.clean_fraction
+    mask = mask * present * inside
+
+    target_hu = uniform(model.target_hu)
     # Density varies within one lung: a slow field of its own, half as wide as the range itself.
     spread = 0.25 * (model.target_hu[1] - model.target_hu[0])
     coarse = (model.grain_slices[1], model.grain_voxels[1], model.grain_voxels[1])
-    target_hu = target_hu + spread * 0.5 * _smooth_field(keys[1], shape, coarse)
+    target_hu += spread * 0.5 * _smooth_field(next(keys), shape, coarse)
+    has_core = uniform((0.0, 1.0)) < model.core_share
+    core = has_core * jax.nn.sigmoid((field - uniform(_CORE_LEVEL)) / _CORE_EDGE)
+    target_hu += core * jnp.maximum(uniform(model.core_hu) - target_hu, 0.0)
+    low, high = model.window_hu
     target = jnp.clip((target_hu - low) / (high - low), 0.0, 1.0)
 
-    threshold = uniform(keys[2], model.coverage_threshold)
-    field = _field_of_mixed_grain(keys[3], shape, model)
-    mask = jax.nn.sigmoid((field - threshold) / model.edge)
-    mask = jnp.where(mask < 0.05, 0.0, mask)
-    present = uniform(keys[4], (0.0, 1.0)) >= model.clean_fraction
-    mask = mask * present * lungs[..., 0]
-
     fine = (model.grain_slices[0], model.grain_voxels[0] / 2, model.grain_voxels[0] / 2)
-    texture = 1.0 + model.texture * _smooth_field(keys[5], shape, fine)
-    weight = jnp.clip(mask * uniform(keys[6], model.opacity) * texture, 0.0, 1.0)[..., None]
+    texture = 1.0 + model.texture * _smooth_field(next(keys), shape, fine)
+    weight = jnp.clip(mask * uniform(model.opacity) * texture, 0.0, 1.0)[..., None]
     corrupted = image + weight * jnp.maximum(target[..., None] - image, 0.0)
     return corrupted, mask[..., None]
 
@@ -130,7 +176,8 @@ def paint_healthy_slices(
       share: of the healthy slices that are painted, in [0, 1].
 
     Returns:
-      The batch; where a slice was painted, TARGET is the opacities' mask, cut at 0.5, and LABEL 1.
+      The batch; where a slice was painted, TARGET is the opacities' mask, cut at 0.5, and LABEL 1;
+      LABEL is 0 for the other healthy slices.
     """
     share_key, paint_key = jax.random.split(key)
     chosen = batch[HEALTHY] * (jax.random.uniform(share_key, batch[HEALTHY].shape) < share)
@@ -142,5 +189,27 @@ def paint_healthy_slices(
     return batch | {
         IMAGE: jnp.where(here, painted[:, 0], batch[IMAGE]),
         TARGET: jnp.where(here, mask, batch[TARGET]),
-        LABEL: jnp.where(chosen > 0, 1, batch[LABEL]),
+        LABEL: jnp.where(batch[HEALTHY] > 0, (chosen > 0).astype(jnp.int32), batch[LABEL]),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class PaintedScan:
+    """A healthy scan with opacities whose mask is known; (D, H, W) each."""
+
+    image: np.ndarray  # float32 in [0, 1]
+    lungs: np.ndarray
+    mask: np.ndarray  # bool
+
+
+def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedScan]:
+    """Healthy scans, each painted once and always the same way: a truth that costs no human mask."""
+    always = dataclasses.replace(model, clean_fraction=0.0)
+    paint = jax.jit(functools.partial(add_opacities, model=always))
+    for number, case in enumerate(cases):
+        image = np.asarray(case.image(), np.float32)[None, ..., None]
+        lungs = np.asarray(case.lungs(), np.float32)[None, ..., None]
+        painted, mask = paint(jax.random.key(number), image, lungs)
+        yield PaintedScan(
+            np.asarray(painted)[0, ..., 0], np.asarray(case.lungs()), np.asarray(mask)[0, ..., 0] >= 0.5
+        )

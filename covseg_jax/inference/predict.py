@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic
 from covseg_jax.data.cases import Case
+from covseg_jax.data.opacities import PaintedScan
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.geometry import Geometry
@@ -131,17 +132,42 @@ def predict_studies(
 
 def calibrate_threshold(
     probability: Probability,
-    cases: Sequence[Case],
-    read_target: Callable[[Case], np.ndarray],
+    painted: Iterable[PaintedScan],
+    healthy: Sequence[Case],
+    *,
+    max_healthy_ml: float,
+    min_component_ml: float,
     candidates: Sequence[float] = tuple(np.linspace(0.1, 0.9, 17).round(2).tolist()),
-) -> float:
-    """The cut with the best mean Dice of `cases` against their own pseudo-masks: found without any
-    human mask, and never on evaluation subjects."""
-    scores = []
-    for case in cases:
-        target = np.asarray(read_target(case)) >= 0.5
+) -> tuple[float, float]:
+    """The cut that an operator should use, found without any human mask: of those that mark at most
+    `max_healthy_ml` in a held-out healthy scan on average, the one with the best mean Dice on
+    healthy scans with painted opacities. Where none marks so little, the highest.
+
+    Args:
+      probability: the network.
+      painted: held-out healthy scans with painted opacities.
+      healthy: held-out healthy cases.
+      max_healthy_ml: the most that is allowed.
+      min_component_ml: smaller components do not count.
+      candidates: cuts to choose from, ascending.
+
+    Returns:
+      The cut, and the mean false positives in healthy scans at it, in ml (NaN without such scans).
+    """
+    dice = np.zeros(len(candidates))
+    for scan in painted:
+        found = probability(scan.image, scan.lungs)
+        for number, cut in enumerate(candidates):
+            overlap = (scan.mask & (found >= cut)).sum()
+            dice[number] += 2 * overlap / max(scan.mask.sum() + (found >= cut).sum(), 1)
+    false_ml = np.zeros((len(healthy), len(candidates)))
+    for row, case in enumerate(healthy):
         found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
-        if target.any():
-            masks = [found >= cut for cut in candidates]
-            scores.append([2 * (target & m).sum() / (target.sum() + m.sum()) for m in masks])
-    return candidates[int(np.argmax(np.mean(scores, axis=0)))] if scores else 0.5
+        voxel_ml = case.geometry.voxel_ml
+        for number, cut in enumerate(candidates):
+            mask = drop_small_components(found >= cut, min_component_ml / voxel_ml)
+            false_ml[row, number] = mask.sum() * voxel_ml
+    mean_ml = false_ml.mean(axis=0) if len(healthy) else np.full(len(candidates), np.nan)
+    allowed = np.flatnonzero(~(mean_ml > max_healthy_ml))
+    best = int(allowed[np.argmax(dice[allowed])]) if allowed.size else len(candidates) - 1
+    return candidates[best], float(mean_ml[best])

@@ -25,6 +25,9 @@ class PseudoMaskSettings:
     """How a difference becomes a pseudo-mask.
 
     Attributes:
+      difference: 'opacity', relu(scan − healthy) inside the lungs; or 'published', the signed
+        difference of the two volumes after each is scaled to [0, 1] by its own extremes, anywhere
+        and as it is: the next two are not used.
       smoothing_mm: standard deviation of the in-plane Gaussian.
       erosion_mm: how far from the lungs' edge, in plane, a score counts.
       percentile: of the score in healthy lungs, in (0, 100): the threshold.
@@ -32,11 +35,18 @@ class PseudoMaskSettings:
       num_noise: how many noise inputs the healthy version is averaged over.
     """
 
+    difference: str = 'opacity'
     smoothing_mm: float = 2.0
     erosion_mm: float = 2.0
     percentile: float = 99.5
     min_component_ml: float = 0.1
     num_noise: int = 1
+
+    def __post_init__(self):
+        if self.difference not in ('opacity', 'published'):
+            raise InputError(
+                f"synthesize.difference={self.difference!r} is not one of 'opacity', 'published'"
+            )
 
 
 def score_difference(
@@ -46,7 +56,10 @@ def score_difference(
     spacing_mm: tuple[float, float, float],
     settings: PseudoMaskSettings,
 ) -> np.ndarray:
-    """(D, H, W) float32 score of a scan against its healthy version; 0 outside the eroded lungs."""
+    """(D, H, W) float32 score of a scan against its healthy version; 0 outside the eroded lungs,
+    but for the published difference."""
+    if settings.difference == 'published':
+        return _spread(image) - _spread(healthy)
     difference = np.maximum(image.astype(np.float32) - healthy, 0) * (lungs > 0)
     _, dy, dx = spacing_mm
     sigma = (0.0, settings.smoothing_mm / dy, settings.smoothing_mm / dx)
@@ -55,6 +68,11 @@ def score_difference(
     weight = ndimage.gaussian_filter((lungs > 0).astype(np.float32), sigma, mode='constant')
     score = np.divide(smooth, weight, out=np.zeros_like(smooth), where=weight > 1e-3)
     return score * _eroded(lungs > 0, settings.erosion_mm / dy)
+
+
+def _spread(volume: np.ndarray) -> np.ndarray:
+    low, high = float(volume.min()), float(volume.max())
+    return (volume.astype(np.float32) - low) / max(high - low, 1e-6)
 
 
 def _eroded(lungs: np.ndarray, radius: float) -> np.ndarray:

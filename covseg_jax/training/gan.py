@@ -14,8 +14,10 @@ import numpy as np
 from covseg_jax.data import pipeline
 from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import OpacityModel
-from covseg_jax.models.gan3d import Generator, PatchDiscriminator
-from covseg_jax.training import gan_steps, loop, optim, sharding
+from covseg_jax.data.perlin import PerlinModel
+from covseg_jax.errors import InputError
+from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
+from covseg_jax.training import gan_steps, loop, optim, published_gan, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.state import GANState
@@ -26,7 +28,7 @@ class GANParts:
     """What a config's `gan` group describes."""
 
     generator: Generator
-    discriminator: PatchDiscriminator
+    discriminator: PatchDiscriminator | Discriminator
     optimizers: tuple[Any, Any]  # of the generator and of the discriminator
     learning_rate: Callable[[jax.Array], jax.Array]
     opacities: OpacityModel
@@ -36,8 +38,15 @@ class GANParts:
 
 
 def build_gan(config: ml_collections.ConfigDict) -> GANParts:
-    """Networks, optimizers and the shape of the state; nothing is computed yet."""
+    """Networks, optimizers and the shape of the state; nothing is computed yet.
+
+    Raises:
+      InputError: gan.recipe or gan.schedule is not one that exists.
+    """
     gan = config.gan
+    if gan.recipe not in ('default', 'published'):
+        raise InputError(f"gan.recipe={gan.recipe!r} is not one of 'default', 'published'")
+    published = gan.recipe == 'published'
     dtype = jnp.dtype(gan.compute_dtype)
     generator = Generator(
         filters=tuple(gan.filters),
@@ -53,17 +62,21 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         use_norm=gan.use_norm,
         dtype=dtype,
     )
-    discriminator = PatchDiscriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
-    learning_rate = optim.learning_rate_schedule(
-        peak=gan.learning_rate,
-        schedule='cosine',
-        warmup_steps=gan.warmup_steps,
-        num_steps=gan.num_steps,
-    )
+    make_discriminator = Discriminator if published else PatchDiscriminator
+    discriminator = make_discriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
+    try:
+        learning_rate = optim.learning_rate_schedule(
+            peak=gan.learning_rate,
+            schedule=gan.schedule,
+            warmup_steps=gan.warmup_steps,
+            num_steps=gan.num_steps,
+        )
+    except ValueError as error:
+        raise InputError(f'gan.schedule: {error}') from error
     optimizers = (
         optim.make_adam(learning_rate, clip_norm=gan.clip_norm),
         # A short memory of gradients: the generator that D judges keeps moving.
-        optim.make_adam(gan.discriminator_learning_rate, b1=0.5),
+        optim.make_adam(gan.discriminator_learning_rate, b1=0.9 if published else 0.5),
     )
     mesh = sharding.make_mesh()
     _, height, width = config.prepare.grid
@@ -82,17 +95,18 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
     )  # fmt: skip
 
 
-def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib.Path) -> None:
-    """Trains the GAN of the default recipe, from the newest checkpoint in `folder` where there is
-    one.
-
-    Raises:
-      InputError: batch size and devices do not fit, or the loss is not finite.
-      Stopped: asked to stop; saved.
-    """
+def _step_chooser(config: ml_collections.ConfigDict, parts: GANParts):
+    """Step number -> compiled step of the config's recipe."""
     gan = config.gan
-    parts = build_gan(config)
-    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
+    if gan.recipe == 'published':
+        step = published_gan.make_published_step(
+            parts.generator,
+            parts.discriminator,
+            *parts.optimizers,
+            parts.learning_rate,
+            PerlinModel(),
+        )
+        return lambda number: step
     weights = gan_steps.GANLosses(
         reconstruction=gan.reconstruction,
         adversarial=gan.adversarial,
@@ -115,10 +129,19 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         )
         for adversarial in (False, True)
     }
+    return lambda number: steps[gan.adversarial_every > 0 and number % gan.adversarial_every == 0]
 
-    def step_at(step: int):
-        return steps[gan.adversarial_every > 0 and step % gan.adversarial_every == 0]
 
+def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib.Path) -> None:
+    """Trains the GAN, from the newest checkpoint in `folder` where there is one.
+
+    Raises:
+      InputError: batch size and devices do not fit, or the loss is not finite.
+      Stopped: asked to stop; saved.
+    """
+    gan = config.gan
+    parts = build_gan(config)
+    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
     data = pipeline.paired_volume_feed(
         splits.healthy_train,
         splits.train,
@@ -134,7 +157,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         state=parts.make_state(),
         abstract_state=parts.abstract_state,
         data=data,
-        step_at=step_at,
+        step_at=_step_chooser(config, parts),
         shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
         evaluate=_make_evaluation(parts, splits),
         schedule=loop.Schedule(gan.num_steps, gan.log_every, gan.evaluate_every, gan.save_every),
