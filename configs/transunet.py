@@ -36,11 +36,13 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.folder = 'data/MosMedData'  # '' with phantom.make: <workdir>/studies
     data.prepared = ''  # '' means <workdir>/prepared
+    data.pseudo_masks = ''  # '' means <workdir>/pseudo_masks
     data.num_workers = 0  # processes that prepare; 0 means one a core
     data.on_bad_study = 'skip'  # or 'stop'
     data.subject_pattern = '(.*)'  # regex on a study id; its first group is the subject
+    data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation
     data.calibration_fraction = 0.15  # of the healthy subjects: thresholds are found on them
-    data.validation_fraction = 0.1  # of the COVID subjects without a mask
+    data.validation_fraction = 0.1  # of the other COVID subjects
 
     config.phantom = phantom = ml_collections.ConfigDict()
     phantom.make = False  # make studies in data.folder first
@@ -68,11 +70,13 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.input_scale = 6.0
     gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
     gan.discriminator_filters = (16, 32, 64)
+    gan.recipe = 'default'  # or 'published', see training/published_gan.py
     gan.depth = 32  # slices of a training crop, a multiple of 16
     gan.batch_size = 8
     gan.num_steps = 10_000
     gan.learning_rate = 1e-3
     gan.discriminator_learning_rate = 2e-4
+    gan.schedule = 'cosine'  # or 'constant'
     gan.warmup_steps = 200
     gan.clip_norm = 1.0
     gan.ema_decay = 0.999
@@ -101,6 +105,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.save_every = 500
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
+    synthesize.difference = 'opacity'  # or 'published', see inference/synthesize.py
     synthesize.smoothing_mm = 2.0  # standard deviation, in plane
     synthesize.erosion_mm = 2.0
     synthesize.percentile = 99.5  # of the score in held-out healthy lungs: the threshold
@@ -125,6 +130,11 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.contrastive_steps = 50  # of an epoch's steps, the first, in mode 'two_phase'
     train.batch_size = 32  # half high-, half low-infection slices
     train.num_steps = 20_000
+    train.rounds = ('synthetic', 'refined')  # and 'targets', see training/targets.py
+    train.round_shares = (0.4, 0.6)  # of num_steps
+    train.targets = 'pseudo'  # or 'human', or 'human_else_pseudo'
+    train.labels = 'quartiles'  # high- and low-infection slices; or 'infection'
+    train.high_percent = 1.0  # of a slice's lungs, from which on 'infection' calls it high
     train.use_healthy = True  # healthy training scans join the low group with empty targets
     train.synthetic_share = 0.5  # of the healthy slices that get opacities with exact masks
     train.binary_targets = True  # cut the pseudo-masks at 0.5
@@ -142,6 +152,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.beta = 2.0  # extra weight of missed lesion in the BCE
     train.temperature = 0.1
     train.positive_weight = 1.5
+    train.max_healthy_ml = 10.0  # that the threshold may mark in healthy scans, on average
     train.mse_on = 'probability'  # or, as published, 'logits'
     train.augment = True
     train.zoom = 0.1
@@ -172,7 +183,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.bottleneck_filters = 48
     config.gan.depth = 16
     config.gan.batch_size = 2
-    config.gan.num_steps = 600
+    config.gan.num_steps = 700
     config.gan.learning_rate = 2e-3
     config.gan.discriminator_learning_rate = 5e-4
     config.gan.warmup_steps = 20
@@ -188,14 +199,14 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.network.projection_dim = 64
     config.train.mode = 'combined'  # one compiled step less than two phases
     config.train.batch_size = 8
-    config.train.num_steps = 800
-    config.train.learning_rate = 3e-3
+    config.train.num_steps = 2000
+    config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 40
     config.train.ema_decay = 0.98
     config.train.compute_dtype = 'float32'
     config.train.log_every = 10
-    config.train.evaluate_every = 100
-    config.train.save_every = 100
+    config.train.evaluate_every = 200
+    config.train.save_every = 200
 
 
 def _shrink_to_tiny(config: ml_collections.ConfigDict) -> None:

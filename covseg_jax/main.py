@@ -63,6 +63,7 @@ def _splits(config: Config, workdir: pathlib.Path):
         seed=config.seed,
         calibration_fraction=config.data.calibration_fraction,
         validation_fraction=config.data.validation_fraction,
+        evaluation_pattern=config.data.evaluation_pattern,
     )
 
 
@@ -114,7 +115,7 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     from covseg_jax.training.gan import load_generator
 
     splits = _splits(config, workdir)
-    folder = workdir / 'pseudo_masks'
+    folder = _pseudo_mask_folder(config, workdir)
     summary = synthesize(
         load_generator(config, workdir / 'gan'),
         splits.healthy_calibration,
@@ -149,25 +150,48 @@ def run_import_weights(config: Config, workdir: pathlib.Path) -> list[pathlib.Pa
     return []
 
 
-def _pseudo_mask_reader(workdir: pathlib.Path):
+def _pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
+
+
+def _pseudo_mask_reader(config: Config, workdir: pathlib.Path):
     from covseg_jax.inference.synthesize import read_pseudo_mask
 
-    return lambda case: read_pseudo_mask(workdir / 'pseudo_masks', case.study_id)
+    folder = _pseudo_mask_folder(config, workdir)
+    return lambda case: read_pseudo_mask(folder, case.study_id)
 
 
 def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     """Trains the segmentation network on pseudo-masks, and finds its threshold on them."""
+    from covseg_jax.data.opacities import paint_scans
     from covseg_jax.inference.predict import calibrate_threshold
-    from covseg_jax.training.segmentation import load_probability, train_segmentation
+    from covseg_jax.training.segmentation import (
+        load_probability,
+        opacity_model,
+        train_segmentation,
+    )
 
     splits, folder = _splits(config, workdir), workdir / 'transunet'
-    read_target = _pseudo_mask_reader(workdir)
-    train_segmentation(config, splits, read_target, folder)
+    train_segmentation(config, splits, _pseudo_mask_reader(config, workdir), folder)
     probability, step = load_probability(config, folder)
-    threshold = calibrate_threshold(probability, splits.validation or splits.train, read_target)
-    calibration = {'threshold': threshold, 'checkpoint_step': step}
+    healthy = splits.healthy_calibration
+    threshold, false_positive_ml = calibrate_threshold(
+        probability,
+        paint_scans(healthy, opacity_model(config)),
+        healthy,
+        max_healthy_ml=config.train.max_healthy_ml,
+        min_component_ml=config.predict.min_component_ml,
+    )
+    calibration = {
+        'threshold': threshold,
+        'checkpoint_step': step,
+        'healthy_false_positive_ml': false_positive_ml,
+    }
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
-    print(f'train: threshold {threshold}, found on held-out COVID scans against pseudo-masks')
+    print(
+        f'train: threshold {threshold}, found on held-out healthy scans with painted opacities; '
+        f'false positives without them {false_positive_ml:.1f} ml'
+    )
     return [folder / 'metrics.jsonl', folder / 'calibration.json']
 
 
@@ -201,7 +225,9 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     summary = evaluate_cohort(
         splits.evaluation,
         probability,
-        _pseudo_mask_reader(workdir) if (workdir / 'pseudo_masks').exists() else None,
+        _pseudo_mask_reader(config, workdir)
+        if _pseudo_mask_folder(config, workdir).exists()
+        else None,
         settings,
         folder,
         {

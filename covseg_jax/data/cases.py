@@ -146,8 +146,8 @@ def split_cases(
     if len(healthy) < 2 or len(covid) < 2:
         raise InputError(
             f'prepared cases: {len(healthy)} healthy ({HEALTHY}) and {len(covid)} COVID subjects '
-            'to learn from; the method needs at least two of each (subjects with a lesion mask that '
-            'data.evaluation_pattern matches are kept for evaluation)'
+            'to learn from; the method needs at least two of each (subjects with a lesion mask are '
+            'kept for evaluation where data.evaluation_pattern matches them)'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)
     validation = _held_out(covid, validation_fraction, seed)

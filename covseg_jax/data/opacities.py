@@ -19,7 +19,7 @@ import numpy as np
 from covseg_jax.data.cases import Case
 from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 
-# How far above a blob's border its core begins, and how softly, in standard deviations of the field.
+# How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
 _CORE_EDGE = 0.15
 
@@ -203,7 +203,7 @@ class PaintedScan:
 
 
 def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedScan]:
-    """Healthy scans, each painted once and always the same way: a truth that costs no human mask."""
+    """Healthy scans, each painted once and always the same way: truth without a human mask."""
     always = dataclasses.replace(model, clean_fraction=0.0)
     paint = jax.jit(functools.partial(add_opacities, model=always))
     for number, case in enumerate(cases):
@@ -211,5 +211,7 @@ def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedS
         lungs = np.asarray(case.lungs(), np.float32)[None, ..., None]
         painted, mask = paint(jax.random.key(number), image, lungs)
         yield PaintedScan(
-            np.asarray(painted)[0, ..., 0], np.asarray(case.lungs()), np.asarray(mask)[0, ..., 0] >= 0.5
+            np.asarray(painted)[0, ..., 0],
+            np.asarray(case.lungs()),
+            np.asarray(mask)[0, ..., 0] >= 0.5,
         )

@@ -81,19 +81,44 @@ def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> S
     )
 
 
-def rank_slices(slices: Slices, *, cut: float | None = None) -> Slices:
-    """Labels slices by the sum of their target, as the original does (METHOD.md section 2), or with
-    `cut` by the number of pixels whose target is at least that.
+def split_evenly(slices: Slices) -> Slices:
+    """Labels slices 1 and 0 in turn: two equal groups of slices that do not differ yet."""
+    return dataclasses.replace(slices, labels=(np.arange(len(slices)) % 2).astype(np.int32))
 
-    Above the third quartile: 1 (high infection); between the first and the third: 0 (low); below
-    the first: left out. Slices of cases without lesions are 0, whatever the quartiles.
+
+def rank_slices(
+    slices: Slices, *, by: str = 'quartiles', cut: float | None = None, high_percent: float = 1.0
+) -> Slices:
+    """Labels slices 1 (high infection) and 0 (low); slices of cases without lesions are 0.
+
+    Args:
+      slices: with targets.
+      by: 'quartiles', as the original does (METHOD.md section 2): of the sums of the targets, above
+        the third quartile is high, between the first and the third low, and those below the first
+        are left out. 'infection': high where the lesion fills more than `high_percent` of the
+        slice's lungs; none is left out.
+      cut: count pixels whose target is at least this, instead of summing targets.
+      high_percent: of the lungs.
+
+    Raises:
+      InputError: another rule.
     """
-    targets = (slices[i][TARGET] for i in range(len(slices)))
-    sums = np.array([(t if cut is None else t >= cut).sum() for t in targets])
+    if by not in ('quartiles', 'infection'):
+        raise InputError(f"train.labels={by!r} is not one of 'quartiles', 'infection'")
     healthy = np.array([slices.targets[number] is None for number, _ in slices.index])
-    first, third = np.quantile(sums[~healthy], [0.25, 0.75])
-    labels = np.where(sums > third, 1, np.where(sums >= first, 0, _UNRANKED)).astype(np.int32)
-    labels[healthy] = 0
+    sums = np.zeros(len(slices))
+    lungs = np.ones(len(slices))
+    for row, (number, z) in enumerate(slices.index):
+        if not healthy[row]:
+            target = np.asarray(slices.targets[number][z], np.float32)
+            sums[row] = (target if cut is None else target >= cut).sum()
+            lungs[row] = max(np.asarray(slices.cases[number].lungs()[z]).sum(), 1)
+    if by == 'infection':
+        labels = (100 * sums / lungs > high_percent).astype(np.int32)
+    else:
+        first, third = np.quantile(sums[~healthy], [0.25, 0.75])
+        labels = np.where(sums > third, 1, np.where(sums >= first, 0, _UNRANKED)).astype(np.int32)
+        labels[healthy] = 0
     kept = labels != _UNRANKED
     return dataclasses.replace(slices, index=slices.index[kept], labels=labels[kept])
 

@@ -55,14 +55,18 @@ class Checkpoints:
             items['data'] = grain.checkpoint.CheckpointSave(data)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, abstract_state: Any, data: grain.DatasetIterator) -> Any | None:
+    def restore(
+        self, abstract_state: Any, data: grain.DatasetIterator, *, first_step: int = 0
+    ) -> Any | None:
         """The newest state, laid out as `abstract_state` says (shapes and shardings), with `data`
-        moved to its position, if one was saved; None where there is no checkpoint."""
+        moved to its position, if one was saved after `first_step`, where this feed begins; None
+        where there is no checkpoint."""
         step = self._manager.latest_step()
         if step is None:
             return None
         items = {'state': ocp.args.StandardRestore(abstract_state)}
-        if (self._folder / str(step) / 'data').exists():  # imported weights have no feed yet
+        # Imported weights have no feed yet.
+        if step > first_step and (self._folder / str(step) / 'data').exists():
             items['data'] = grain.checkpoint.CheckpointRestore(data)
         return self._manager.restore(step, args=ocp.args.Composite(**items))['state']
 

@@ -71,6 +71,7 @@ def run(
     evaluate: Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]],
     schedule: Schedule,
     best: str,
+    first_step: int = 0,
 ) -> Any:
     """Trains, from the newest checkpoint in `folder` or from `state`.
 
@@ -85,6 +86,8 @@ def run(
       evaluate: state -> (state, values, pictures); may change the state (plateau).
       schedule: how long and how often.
       best: the name of the value of `evaluate` whose largest marks the best checkpoint.
+      first_step: at which `data` begins. A checkpoint of that step was made at the end of another
+        feed: the state is taken from it, the position is not.
 
     Returns:
       The state after the last step, saved.
@@ -94,7 +97,7 @@ def run(
       InputError: a loss is no longer finite.
     """
     checkpoints = Checkpoints(folder / 'checkpoints', best=best)
-    restored = checkpoints.restore(abstract_state, data)
+    restored = checkpoints.restore(abstract_state, data, first_step=first_step)
     if restored is not None:
         state = restored
     start = int(state.step)

@@ -1,5 +1,7 @@
 """Adam with warm-up, cosine or plateau schedules."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -51,6 +53,28 @@ def learning_rate_schedule(
     if schedule in ('plateau', 'constant'):
         return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))
     raise ValueError(f"schedule {schedule!r} is not one of 'cosine', 'plateau', 'constant'")
+
+
+def restarting_schedule(
+    *, peak: float, schedule: str, warmup_steps: int, ends: Sequence[int]
+) -> optax.Schedule:
+    """`learning_rate_schedule` for each of several rounds of training, one after the other.
+
+    Args:
+      peak, schedule, warmup_steps: of each round.
+      ends: the step after the last of each round, ascending.
+
+    Raises:
+      ValueError: as `learning_rate_schedule`.
+    """
+    lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    parts = [
+        learning_rate_schedule(
+            peak=peak, schedule=schedule, warmup_steps=warmup_steps, num_steps=length
+        )
+        for length in lengths
+    ]
+    return optax.join_schedules(parts, list(ends[:-1]))
 
 
 def make_adam(

@@ -13,7 +13,7 @@ import numpy as np
 
 from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, augment_slices
-from covseg_jax.data.cases import Case, Splits
+from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import OpacityModel, paint_healthy_slices
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead, TransUNet
@@ -22,6 +22,13 @@ from covseg_jax.training import loop, optim, sharding, steps
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.state import SegmentationState
+from covseg_jax.training.targets import (
+    ReadTarget,
+    Round,
+    choose_targets,
+    plan_rounds,
+    refine_targets,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +80,11 @@ def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
     network = make_network(config)
     projection = ProjectionHead(dim=config.network.projection_dim)
     try:
-        learning_rate = optim.learning_rate_schedule(
+        learning_rate = optim.restarting_schedule(
             peak=train.learning_rate,
             schedule=train.schedule,
             warmup_steps=train.warmup_steps,
-            num_steps=train.num_steps,
+            ends=[each.end for each in _plan_rounds(config)],
         )
     except ValueError as error:
         raise InputError(f'train.schedule: {error}') from error
@@ -100,26 +107,40 @@ def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
     )
 
 
+def _plan_rounds(config: ml_collections.ConfigDict) -> list[Round]:
+    train = config.train
+    return plan_rounds(train.rounds, train.round_shares, train.num_steps)
+
+
 def _training_slices(
-    config: ml_collections.ConfigDict,
-    splits: Splits,
-    read_target: Callable[[Case], np.ndarray],
+    config: ml_collections.ConfigDict, splits: Splits, read_target: ReadTarget, kind: str
 ) -> pipeline.Slices:
+    if kind == 'synthetic':
+        healthy = splits.healthy_train
+        return pipeline.split_evenly(pipeline.all_slices(healthy, [None] * len(healthy)))
     cases = list(splits.train)
     targets: list[np.ndarray | None] = [read_target(case) for case in cases]
     if config.train.use_healthy:
         cases += splits.healthy_train
         targets += [None] * len(splits.healthy_train)
     slices = pipeline.all_slices(cases, targets)
-    return pipeline.rank_slices(slices, cut=0.5 if config.train.binary_targets else None)
+    return pipeline.rank_slices(
+        slices,
+        by=config.train.labels,
+        cut=0.5 if config.train.binary_targets else None,
+        high_percent=config.train.high_percent,
+    )
+
+
+def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
+    """The synthetic opacities of a config."""
+    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
 
 
 def _augmentation(config: ml_collections.ConfigDict):
     """(key, batch) -> batch: synthetic opacities first, then what any slice may go through."""
     train = config.train
-    opacities = OpacityModel(
-        window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict()
-    )
+    opacities = opacity_model(config)
     changes = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
 
     def augment(key: jax.Array, batch: dict) -> dict:
@@ -172,49 +193,60 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
 def train_segmentation(
     config: ml_collections.ConfigDict,
     splits: Splits,
-    read_target: Callable[[Case], np.ndarray],
+    read_pseudo_mask: ReadTarget,
     folder: pathlib.Path,
 ) -> None:
-    """Trains the network on pseudo-masks, from the newest checkpoint in `folder` where there is
-    one.
+    """Trains the network, from the newest checkpoint in `folder` where there is one.
 
     Args:
       config: the whole config.
       splits: who trains and who validates.
-      read_target: case -> its (D, H, W) pseudo-mask in [0, 1].
-      folder: gets checkpoints/, tensorboard/ and metrics.jsonl.
+      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
+      folder: gets checkpoints/, tensorboard/, metrics.jsonl and refined targets/.
 
     Raises:
       InputError: a setting does not exist, batch and devices do not fit, no high- or no
-        low-infection slice is there, or the loss is not finite.
+        low-infection slice is there, no mask to learn from, or the loss is not finite.
       Stopped: asked to stop; saved.
     """
     train = config.train
     parts = build_segmentation(config)
     sharding.check_batch_size(train.batch_size, parts.mesh, 'train.batch_size')
-    data = pipeline.balanced_feed(
-        _training_slices(config, splits, read_target),
-        batch_size=train.batch_size,
-        seed=config.seed,
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
-    )
+    splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     validation = splits.validation or splits.train[:1]
     validation = pipeline.all_slices(validation, [read_target(case) for case in validation])
-    loop.run(
-        name='train',
-        folder=folder,
-        state=parts.make_state(),
-        abstract_state=parts.abstract_state,
-        data=data,
-        step_at=_step_chooser(config, parts),
-        shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
-        evaluate=_make_evaluation(config, parts, validation),
-        schedule=loop.Schedule(
-            train.num_steps, train.log_every, train.evaluate_every, train.save_every
-        ),
-        best='validation/dice',
-    )
+    step_at = _step_chooser(config, parts)
+    state = parts.make_state()
+    for number, each in enumerate(_plan_rounds(config)):
+        if each.kind == 'refined':
+            read_target = refine_targets(
+                splits.train,
+                read_target,
+                _probability(config, parts.network, state.ema),
+                folder / 'targets' / f'round_{number + 1}',
+                keep_human=train.targets != 'pseudo',
+            )
+        state = loop.run(
+            name=f'train, {each.kind}',
+            folder=folder,
+            state=state,
+            abstract_state=parts.abstract_state,
+            data=pipeline.balanced_feed(
+                _training_slices(config, splits, read_target, each.kind),
+                batch_size=train.batch_size,
+                seed=config.seed + number,
+                host=jax.process_index(),
+                num_hosts=jax.process_count(),
+            ),
+            step_at=step_at,
+            shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
+            evaluate=_make_evaluation(config, parts, validation),
+            schedule=loop.Schedule(
+                each.end, train.log_every, train.evaluate_every, train.save_every
+            ),
+            best='validation/dice',
+            first_step=each.start,
+        )
 
 
 def _make_evaluation(
@@ -273,13 +305,21 @@ def load_probability(
     """
     parts = build_segmentation(config)
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    predict = steps.make_predict(parts.network)
+    return _probability(config, parts.network, state.ema), step
+
+
+def _probability(
+    config: ml_collections.ConfigDict, network: nn.Module, variables: Any
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    # Copied: a training step gives its state's memory away.
+    variables = jax.tree.map(jnp.copy, variables)
+    predict = steps.make_predict(network)
     size = config.predict.batch_size
 
     def predict_slices(slices: np.ndarray) -> np.ndarray:
         padded = np.zeros((-(-len(slices) // size) * size, *slices.shape[1:], 1), np.float32)
         padded[: len(slices), ..., 0] = slices
-        found = [predict(state.ema, padded[i : i + size]) for i in range(0, len(padded), size)]
+        found = [predict(variables, padded[i : i + size]) for i in range(0, len(padded), size)]
         return np.concatenate([np.asarray(f)[..., 0] for f in found])[: len(slices)]
 
     def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
@@ -289,4 +329,4 @@ def load_probability(
             found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
         return found * (np.asarray(lungs) > 0)
 
-    return probability, step
+    return probability
