@@ -1,6 +1,6 @@
 """The GAN alone: studies -> prepared cases -> GAN -> pseudo-masks.
 
-The same variants and fields as configs/transunet.py.
+The same variants and fields as configs/transunet.py; `published` is the public code's recipe.
 """
 
 import ml_collections

@@ -4,13 +4,15 @@ Variants, chosen as `--config=configs/transunet.py:VARIANT`:
   mosmed   MosMedData COVID19_1110 in data/MosMedData; the published sizes; for a TPU or GPU.
   phantom  the same stages on studies it makes itself, sized for a laptop CPU.
   tiny     the same again, as small as it goes: for tests. Its masks mean nothing.
+  published          mosmed with the published recipe: GAN, noise, losses, schedule, targets.
+  phantom_published  the same on phantoms, in networks of the phantom variant's size.
 
 Any field can be set on the command line: `--config.train.batch_size=16`.
 """
 
 import ml_collections
 
-VARIANTS = ('mosmed', 'phantom', 'tiny')
+VARIANTS = ('mosmed', 'phantom', 'tiny', 'published', 'phantom_published')
 
 
 def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:
@@ -19,10 +21,14 @@ def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:
         raise ValueError(f'variant {variant!r} is not one of {", ".join(VARIANTS)}')
     config = _mosmed()
     config.variant = variant
-    if variant == 'phantom':
+    if variant.startswith('phantom'):
         _shrink_to_phantom(config)
     if variant == 'tiny':
         _shrink_to_tiny(config)
+    if variant.endswith('published'):
+        _publish(config)
+    if variant == 'phantom_published':
+        _shrink_published_to_phantom(config)
     return config.lock()
 
 
@@ -239,3 +245,60 @@ def _shrink_to_tiny(config: ml_collections.ConfigDict) -> None:
     config.train.evaluate_every = 4
     config.train.save_every = 4
     config.predict.batch_size = 8
+
+
+def _publish(config: ml_collections.ConfigDict) -> None:
+    """The recipe of the public code: METHOD.md sections 2 to 4."""
+    config.gan.recipe = 'published'
+    config.gan.filters = (8, 16, 32, 64)
+    config.gan.bottleneck_filters = 128
+    config.gan.patch = 1
+    config.gan.use_norm = False
+    config.gan.head = 'relu'
+    config.gan.input_shift = 0.0
+    config.gan.input_scale = 1.0
+    config.gan.input_clip = None
+    config.gan.discriminator_filters = (32, 64, 128)
+    config.gan.depth = 32
+    config.gan.batch_size = 5
+    config.gan.num_steps = 10_000
+    config.gan.learning_rate = 5e-5
+    config.gan.discriminator_learning_rate = 1e-3
+    config.gan.schedule = 'constant'
+    config.gan.warmup_steps = 0
+    config.gan.clip_norm = 0.0
+    config.gan.compute_dtype = 'float32'
+    config.synthesize.difference = 'published'
+    config.synthesize.min_component_ml = 0.0
+    config.train.mode = 'combined'
+    config.train.rounds = ('targets',)
+    config.train.round_shares = (1.0,)
+    config.train.use_healthy = False
+    config.train.synthetic_share = 0.0
+    config.train.binary_targets = False
+    config.train.schedule = 'constant'
+    config.train.learning_rate = 5e-5
+    config.train.warmup_steps = 0
+    config.train.clip_norm = 0.0
+    config.train.batch_size = 8
+    config.train.contrastive = 1.0
+    config.train.temperature = 1.0
+    config.train.mse_on = 'logits'
+    config.train.augment = False
+    config.train.compute_dtype = 'float32'
+
+
+def _shrink_published_to_phantom(config: ml_collections.ConfigDict) -> None:
+    # Where the public code takes 10,000 steps of 5e-5, minutes must do: larger steps, and the rates
+    # that train the phantom variant's TransUNet.
+    config.gan.patch = 4
+    config.gan.filters = (8, 16, 32, 48)
+    config.gan.bottleneck_filters = 48
+    config.gan.discriminator_filters = (8, 16, 32)
+    config.gan.batch_size = 1
+    config.gan.num_steps = 300
+    config.gan.learning_rate = 1e-3
+    config.train.learning_rate = 1e-3
+    config.train.schedule = 'cosine'
+    config.train.warmup_steps = 40
+    config.train.clip_norm = 1.0

@@ -145,7 +145,7 @@ def _augmentation(config: ml_collections.ConfigDict):
 
     def augment(key: jax.Array, batch: dict) -> dict:
         paint_key, change_key = jax.random.split(key)
-        if train.use_healthy and train.synthetic_share:
+        if train.synthetic_share:
             batch = paint_healthy_slices(paint_key, batch, opacities, train.synthetic_share)
         return augment_slices(change_key, batch, changes) if train.augment else batch
 

@@ -49,6 +49,24 @@ def test_split_cases_keeps_all_studies_of_a_subject_together(tmp_path):
         assert all(f'{case.subject}_{scan}' in names(side) for case in side for scan in 'ab')
 
 
+def test_split_cases_lets_masked_subjects_train_where_the_pattern_says_so(prepared):
+    cases = find_cases(prepared)
+    masked = sorted(case.study_id for case in cases if case.has_lesion_mask)
+    splits = split_cases(
+        cases,
+        seed=0,
+        calibration_fraction=0.3,
+        validation_fraction=0.25,
+        evaluation_pattern=masked[0],
+    )
+    assert names(splits.evaluation) == {masked[0]}
+    assert set(masked[1:]) < names(splits.train) | names(splits.validation)
+    with pytest.raises(InputError, match='evaluation_pattern'):
+        split_cases(
+            cases, seed=0, calibration_fraction=0, validation_fraction=0, evaluation_pattern='('
+        )
+
+
 def test_split_cases_does_not_move_subjects_when_others_arrive(prepared):
     before = split(find_cases(prepared))
     write_case(prepared, 'study_0900', 'CT-3')

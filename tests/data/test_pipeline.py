@@ -36,6 +36,21 @@ def test_rank_slices_labels_by_quartiles(slices):
     assert sums[slices.labels == 1].min() > sums[low_covid].max()
 
 
+def test_rank_slices_labels_by_infection(prepared):
+    case = next(case for case in find_cases(prepared) if case.category == 'CT-2')
+    lungs = np.asarray(case.lungs()) > 0
+    target = np.zeros(lungs.shape)
+    for z in np.flatnonzero(lungs.any((1, 2))):  # slice z is infected by z % or a little more
+        rows, columns = np.nonzero(lungs[z])
+        count = int(np.ceil(z * len(rows) / 100))
+        target[z, rows[:count], columns[:count]] = 0.6
+    slices = pipeline.all_slices([case], [target])
+    ranked = pipeline.rank_slices(slices, by='infection', cut=0.5, high_percent=8.5)
+    assert ranked.labels.tolist() == [int(z >= 8.5) for _, z in slices.index]
+    with pytest.raises(InputError, match='labels'):
+        pipeline.rank_slices(slices, by='thirds')
+
+
 def test_balanced_feed_is_half_high_half_low(slices):
     feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
     for _ in range(5):

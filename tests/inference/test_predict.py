@@ -1,8 +1,11 @@
 """From probability to mask on the study's own grid."""
 
+import types
+
 import numpy as np
 import pytest
 
+from covseg_jax.data.opacities import PaintedScan
 from covseg_jax.imaging.geometry import Geometry
 from covseg_jax.inference import predict
 from covseg_jax.inference.predict import MaskSettings
@@ -37,29 +40,59 @@ def test_mask_on_study_grid_keeps_to_the_lungs_and_drops_specks():
     assert found.mask[4, 12, 20]
 
 
-def test_calibrate_threshold_finds_the_cut_with_the_best_dice():
-    class Case:
-        def image(self):
-            return target * 0.4 + 0.1  # probability 0.5 in lesions, 0.1 elsewhere
+class HealthyCase:
+    """One slice of 1 ml voxels: probability 0.3 in 12 of them, 0.6 in 4, 0.1 in the others."""
 
-        lungs = image
+    geometry = types.SimpleNamespace(voxel_ml=1.0)
 
-    target = np.zeros((2, 8, 8))
-    target[:, 2:6, 2:6] = 1.0
-    cut = predict.calibrate_threshold(lambda image, lungs: image, [Case()], lambda case: target)
-    assert 0.1 < cut <= 0.5
+    def image(self):
+        found = np.full((1, 8, 8), 0.1)
+        found[0, 0] = 0.3
+        found[0, 4, :4] = 0.3
+        found[0, 7, :4] = 0.6
+        return found
+
+    lungs = image
 
 
-@pytest.mark.parametrize('empty', [[], [np.zeros((2, 8, 8))]])
-def test_calibrate_threshold_without_lesions_is_one_half(empty):
-    class Case:
-        def image(self):
-            return np.zeros((2, 8, 8))
+def painted_scan():
+    # Best cut by Dice: above 0.2, where 16 false voxels lie, and up to 0.5, where the lesion does.
+    mask = np.zeros((1, 8, 8), bool)
+    mask[0, 2:6, 2:6] = True
+    image = np.where(mask, 0.5, 0.0)
+    image[0, :2] = 0.2
+    return PaintedScan(image, np.ones_like(image), mask)
 
-        lungs = image
 
-    targets = iter(empty)
-    cut = predict.calibrate_threshold(
-        lambda image, lungs: image, [Case() for _ in empty], lambda case: next(targets)
+@pytest.mark.parametrize(
+    ('max_healthy_ml', 'expected_cut', 'expected_ml'),
+    [(20.0, 0.25, 16.0), (10.0, 0.35, 4.0), (1.0, 0.65, 0.0)],
+)
+def test_calibrate_threshold_is_the_best_cut_that_spares_healthy_lungs(
+    max_healthy_ml, expected_cut, expected_ml
+):
+    cut, healthy_ml = predict.calibrate_threshold(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [HealthyCase(), HealthyCase()],
+        max_healthy_ml=max_healthy_ml,
+        min_component_ml=0.0,
     )
-    assert cut == 0.5
+    assert (cut, healthy_ml) == (expected_cut, expected_ml)
+
+
+def test_calibrate_threshold_without_a_cut_that_spares_healthy_lungs_is_the_highest():
+    class Marked(HealthyCase):
+        def image(self):
+            return np.ones((1, 8, 8))
+
+        lungs = image
+
+    cut, healthy_ml = predict.calibrate_threshold(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [Marked()],
+        max_healthy_ml=10.0,
+        min_component_ml=0.0,
+    )
+    assert (cut, healthy_ml) == (0.9, 64.0)

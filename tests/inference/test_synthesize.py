@@ -49,6 +49,21 @@ def test_score_difference_counts_only_brighter_voxels_inside_the_eroded_lungs():
     assert score[0, 5, 5] == 0
 
 
+def test_score_difference_published_is_signed_and_scaled_by_each_volumes_extremes():
+    image = np.array([[[0.0, 0.2, 0.4]]], np.float16)
+    healthy = np.array([[[0.1, 0.6, 0.35]]], np.float32)
+    score = synthesize.score_difference(
+        image,
+        healthy,
+        np.zeros((1, 1, 3)),  # lungs make no difference
+        (1.0, 1.0, 1.0),
+        synthesize.PseudoMaskSettings(difference='published'),
+    )
+    np.testing.assert_allclose(score, [[[0.0, -0.5, 0.5]]], atol=1e-3)
+    with pytest.raises(InputError, match='difference'):
+        synthesize.PseudoMaskSettings(difference='signed')
+
+
 @pytest.fixture
 def cases(tmp_path):
     geometry = Geometry((32, 32, 16), tuple(map(tuple, np.eye(4) * 2.0)),

@@ -21,13 +21,23 @@ class Counter:
     total: jax.Array
 
 
-def feed():
-    numbers = grain.MapDataset.source(np.arange(100.0, dtype=np.float32)).seed(0).shuffle().repeat()
+def feed(seed=0):
+    numbers = (
+        grain.MapDataset.source(np.arange(100.0, dtype=np.float32)).seed(seed).shuffle().repeat()
+    )
     return iter(numbers.map(lambda x: {'x': x}).batch(8).to_iter_dataset())
 
 
-def run(folder, *, num_steps=12, on_step=lambda number: None, poison=None, evaluated=None):
-    """Sums what the feed gives; `on_step` runs before each step."""
+def run(
+    folder,
+    *,
+    num_steps=12,
+    first_step=0,
+    on_step=lambda number: None,
+    poison=None,
+    evaluated=None,
+):
+    """Sums what the feed gives; `on_step` runs before each step. `first_step` seeds the feed."""
     mesh = sharding.make_mesh()
     make, abstract = sharding.place_state(
         lambda: Counter(jnp.zeros((), jnp.int32), jnp.zeros(())), mesh
@@ -55,12 +65,13 @@ def run(folder, *, num_steps=12, on_step=lambda number: None, poison=None, evalu
         folder=folder,
         state=make(),
         abstract_state=abstract,
-        data=feed(),
+        data=feed(first_step),
         step_at=step_at,
         shard=lambda batch: sharding.shard_batch(batch, mesh),
         evaluate=evaluate,
         schedule=loop.Schedule(num_steps, log_every=2, evaluate_every=4, save_every=3),
         best='validation/score',
+        first_step=first_step,
     )
 
 
@@ -115,6 +126,27 @@ def test_run_killed_between_saves_leaves_no_doubled_step(tmp_path):
     assert float(resumed.total) == float(whole.total)
     rows = [row['step'] for row in log_of(tmp_path / 'cut') if 'loss/total' in row]
     assert rows == [2, 4, 6, 8, 10, 12]
+
+
+def test_run_begins_a_second_feed_at_its_start_and_resumes_within_it(tmp_path):
+    run(tmp_path / 'whole', num_steps=6)
+    whole = run(tmp_path / 'whole', num_steps=12, first_step=6)
+    both = []
+    for seed in (0, 6):
+        source = feed(seed)
+        both += [float(next(source)['x'].sum()) for _ in range(6)]
+    assert float(whole.total) == sum(both)
+
+    def stop_at_eight(number):
+        if number == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run(tmp_path / 'cut', num_steps=6)
+    with pytest.raises(Stopped, match='saved at step 9'):
+        run(tmp_path / 'cut', num_steps=12, first_step=6, on_step=stop_at_eight)
+    run(tmp_path / 'cut', num_steps=6)  # done before: passes through
+    resumed = run(tmp_path / 'cut', num_steps=12, first_step=6)
+    assert float(resumed.total) == float(whole.total)
 
 
 def test_run_names_the_steps_of_a_loss_that_is_not_finite(tmp_path):

@@ -62,6 +62,13 @@ def test_learning_rate_schedule_refuses_another_name():
         optim.learning_rate_schedule(peak=1, schedule='linear', warmup_steps=0, num_steps=1)
 
 
+def test_restarting_schedule_rises_and_falls_in_each_round():
+    schedule = optim.restarting_schedule(peak=1.0, schedule='cosine', warmup_steps=2, ends=[10, 30])
+    assert [float(schedule(step)) for step in (0, 2, 10, 12)] == pytest.approx([0, 1, 0, 1])
+    assert float(schedule(9)) < 0.1
+    assert float(schedule(30)) == pytest.approx(0.01)
+
+
 def test_update_ema_forgets_its_start():
     ema = jnp.float32(100.0)
     for step in range(50):

@@ -7,7 +7,8 @@ from jax.sharding import AxisType, Mesh
 
 from configs import transunet
 from covseg_jax.data import pipeline
-from covseg_jax.training import gan, gan_steps, segmentation, sharding, steps
+from covseg_jax.data.perlin import PerlinModel
+from covseg_jax.training import gan, gan_steps, published_gan, segmentation, sharding, steps
 
 
 @pytest.fixture(scope='module')
@@ -166,3 +167,34 @@ def test_gan_step_moves_both_networks_only_when_adversarial(config):
     moved, metrics = one_step(True)
     assert moved == [True, True]
     assert 0 <= float(metrics['discriminator/accuracy'][0]) <= 1
+
+
+def test_published_step_is_the_published_networks_three_updates():
+    published = transunet.get_config('published')
+    parts = gan.build_gan(published)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (parts.abstract_state.generator, parts.abstract_state.discriminator)
+    ]
+    assert sizes == [7_861_643, 282_378]  # METHOD.md section 2
+
+    small = published.copy_and_resolve_references().unlock()
+    small.prepare.grid = (16, 32, 32)
+    small.gan.depth = 16
+    small.gan.filters, small.gan.bottleneck_filters = (4,), 4
+    small.gan.discriminator_filters = (4, 4)
+    parts = gan.build_gan(small.lock())
+    step = published_gan.make_published_step(
+        parts.generator, parts.discriminator, *parts.optimizers, parts.learning_rate, PerlinModel()
+    )
+    state = parts.make_state()
+    before = jax.device_get((state.generator, state.discriminator))
+    state, metrics = step(state, volume_batch(2))
+    after = jax.device_get((state.generator, state.discriminator))
+    # Adam moves a weight by its rate at each update, but for those whose gradient is 0: two updates
+    # of the generator, one of the discriminator.
+    for rate, updates, old, new in zip((5e-5, 1e-3), (2, 1), before, after, strict=True):
+        moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), old, new)))
+        assert rate * 0.99 < moved < rate * updates * 1.01
+    assert float(metrics['loss/adversarial'][0]) == pytest.approx(0.25, abs=0.1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.ema), after[0])
