@@ -76,7 +76,9 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.input_scale = 6.0
     gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
     gan.discriminator_filters = (16, 32, 64)
-    gan.recipe = 'default'  # or 'published', see training/published_gan.py
+    # Or 'published', see training/published_gan.py; or 'none' (leave out the stage gan): the
+    # pseudo-masks are then a threshold on the density.
+    gan.recipe = 'default'
     gan.depth = 32  # slices of a training crop, a multiple of 16
     gan.batch_size = 8
     gan.num_steps = 10_000
@@ -119,7 +121,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     synthesize.num_noise = 1  # noise inputs that the healthy version is averaged over
 
     config.network = network = ml_collections.ConfigDict()
-    network.name = 'transunet'  # or 'unet'
+    network.name = 'transunet'  # or 'unet'; or 'none', to evaluate pseudo-masks alone
     network.width = 128
     network.num_heads = 4
     network.mlp_dim = 512
@@ -191,7 +193,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.batch_size = 2
     config.gan.num_steps = 700
     config.gan.learning_rate = 2e-3
-    config.gan.discriminator_learning_rate = 5e-4
+    config.gan.discriminator_learning_rate = 2e-3
     config.gan.warmup_steps = 20
     config.gan.ema_decay = 0.98
     config.gan.adversarial_every = 8

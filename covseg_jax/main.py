@@ -111,13 +111,15 @@ def run_gan(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def run_synthesize(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     """GAN -> pseudo-masks of all COVID studies."""
-    from covseg_jax.inference.synthesize import PseudoMaskSettings, synthesize
+    from covseg_jax.inference.synthesize import PseudoMaskSettings, empty_lungs, synthesize
     from covseg_jax.training.gan import load_generator
 
+    recipe = config.gan.recipe
+    heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
     splits = _splits(config, workdir)
     folder = _pseudo_mask_folder(config, workdir)
     summary = synthesize(
-        load_generator(config, workdir / 'gan'),
+        heal,
         splits.healthy_calibration,
         splits.train + splits.validation + splits.evaluation,
         folder,
@@ -211,8 +213,12 @@ def _load_segmenter(config: Config, workdir: pathlib.Path):
 
 
 def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Scores the network and the pseudo-masks on the studies with a true mask."""
-    from covseg_jax.evaluation.cohort import evaluate_cohort, format_summary
+    """Scores the network and the pseudo-masks on the studies with a true mask; with the network
+    'none' the pseudo-masks alone."""
+    import numpy as np
+
+    from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort, format_summary
+    from covseg_jax.inference.predict import MaskSettings
 
     splits = _splits(config, workdir)
     if not splits.evaluation:
@@ -220,14 +226,25 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
             f'{_data_folder(config, workdir)}: no study has a lesion mask, so there is nothing to '
             'evaluate against; leave evaluate out of --stages'
         )
-    probability, settings, step = _load_segmenter(config, workdir)
+    read_pseudo_mask = None
+    if _pseudo_mask_folder(config, workdir).exists():
+        read_pseudo_mask = _pseudo_mask_reader(config, workdir)
+    if config.network.name == 'none':
+        if read_pseudo_mask is None:
+            raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
+        predict, read_pseudo_mask = read_pseudo_mask, None
+        settings, step = MaskSettings(PSEUDO_MASK_CUT, config.predict.min_component_ml), 0
+    else:
+        probability, settings, step = _load_segmenter(config, workdir)
+
+        def predict(case):
+            return probability(np.asarray(case.image()), np.asarray(case.lungs()))
+
     folder = workdir / 'evaluation'
     summary = evaluate_cohort(
         splits.evaluation,
-        probability,
-        _pseudo_mask_reader(config, workdir)
-        if _pseudo_mask_folder(config, workdir).exists()
-        else None,
+        predict,
+        read_pseudo_mask,
         settings,
         folder,
         {

@@ -10,7 +10,7 @@ from covseg_jax.data.cases import Case
 from covseg_jax.evaluation import evaluate, report
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.nifti import read_volume
-from covseg_jax.inference.predict import MaskSettings, Probability, StudyMask, mask_on_study_grid
+from covseg_jax.inference.predict import MaskSettings, StudyMask, mask_on_study_grid
 
 PSEUDO_MASK_CUT = 0.5  # synthesize.py puts its threshold there
 
@@ -40,7 +40,7 @@ def _score(
 
 def evaluate_cohort(
     cases: Sequence[Case],
-    probability: Probability,
+    predict: Callable[[Case], np.ndarray],
     read_pseudo_mask: Callable[[Case], np.ndarray] | None,
     settings: MaskSettings,
     folder: pathlib.Path,
@@ -50,9 +50,9 @@ def evaluate_cohort(
 
     Args:
       cases: prepared cases with a true mask, none of which was trained on.
-      probability: (image, lungs) -> lesion probability, all (D, H, W).
+      predict: case -> its (D, H, W) lesion probability.
       read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1]; None where there are none.
-      settings: from the network's probability to its mask.
+      settings: from the probability to a mask.
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html, and
         summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
@@ -69,7 +69,7 @@ def evaluate_cohort(
 
     def masks_of(case: Case) -> dict[str, tuple[np.ndarray, StudyMask]]:
         lungs = np.asarray(case.lungs())
-        found = probability(np.asarray(case.image()), lungs)
+        found = predict(case)
         masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings))}
         if read_pseudo_mask is not None:
             pseudo = np.asarray(read_pseudo_mask(case), np.float32)

@@ -167,6 +167,11 @@ def synthesize(
     return summary
 
 
+def empty_lungs(scan: np.ndarray, study_id: str) -> np.ndarray:
+    """The healthy version of the baseline without a GAN: air, so that the score is the density."""
+    return np.zeros(scan.shape, np.float32)
+
+
 def read_pseudo_mask(folder: pathlib.Path, study_id: str) -> np.ndarray:
     """(D, H, W) float16 in [0, 1], memory-mapped.
 

@@ -118,26 +118,24 @@ def init_gan(
     return place_state(init, mesh)
 
 
-def make_gan_step(
+def _lung_patches(lungs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """1 for the discriminator's patches that hold lung: about the others it has nothing to say."""
+    return (jax.image.resize(lungs, shape, 'linear') > 0.25).astype(jnp.float32)
+
+
+def _scaled(image: jax.Array, lungs: jax.Array, weights: GANLosses) -> jax.Array:
+    return (image - weights.input_shift) * weights.input_scale * lungs
+
+
+def _make_generator_loss(
     generator: nn.Module,
     discriminator: nn.Module,
-    generator_optimizer: optax.GradientTransformation,
-    discriminator_optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
     opacities: OpacityModel,
     weights: GANLosses,
     *,
     adversarial: bool,
-    ema_decay: float,
-) -> Callable[[GANState, dict], tuple[GANState, dict]]:
-    """A jitted (state, batch) -> (state, metrics) of the default recipe; the state is donated.
-
-    The batch has IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (B, D, H, W, 1). With
-    `adversarial` False only the reconstruction is learned, at about a third of the cost.
-    """
-
-    def scaled(image: jax.Array, lungs: jax.Array) -> jax.Array:
-        return (image - weights.input_shift) * weights.input_scale * lungs
+) -> Callable:
+    """(params, state, batch, key) -> total, (each loss, the healthy version of COVID or None)."""
 
     def generator_loss(params: Any, state: GANState, batch: dict, key: jax.Array):
         opacity_key, noise_key = jax.random.split(key)
@@ -154,25 +152,81 @@ def make_gan_step(
             return weights.reconstruction * values['reconstruction'], (values, None)
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
         logits = discriminator.apply(
-            {'params': state.discriminator, **state.discriminator_stats}, scaled(fake, covid_lungs)
+            {'params': state.discriminator, **state.discriminator_stats},
+            _scaled(fake, covid_lungs, weights),
         )
-        values['adversarial'] = losses.lsgan_generator_loss(logits)
+        patches = _lung_patches(covid_lungs, logits.shape)
+        values['adversarial'] = losses.lsgan_generator_loss(logits, weights=patches)
         aerated = covid_lungs * (covid < weights.aerated_below)
         change = weights.input_scale * (fake - covid)
         values['identity'] = masked_mean(jnp.square(change), aerated)
         total = sum(getattr(weights, name) * value for name, value in values.items())
         return total, (values, fake)
 
-    def discriminator_loss(params: Any, stats: Any, real: jax.Array, fake: jax.Array):
+    return generator_loss
+
+
+def _make_discriminator_loss(discriminator: nn.Module, weights: GANLosses) -> Callable:
+    """(params, stats, batch, fake) -> loss, (share of scans judged rightly, the new stats)."""
+
+    def discriminator_loss(params: Any, stats: Any, batch: dict, fake: jax.Array):
+        real = _scaled(batch[IMAGE], batch[LUNGS], weights)
+        fake = _scaled(fake, batch[COVID_LUNGS], weights)
         logits, updated = discriminator.apply(
-            {'params': params, **stats},
-            join_rows(real, fake),
-            train=True,
-            mutable=list(stats),
+            {'params': params, **stats}, join_rows(real, fake), train=True, mutable=list(stats)
         )
-        real_logits, fake_logits = separate_rows(logits)
-        correct = (real_logits > 0.5).mean() / 2 + (fake_logits <= 0.5).mean() / 2
-        return losses.lsgan_discriminator_loss(real_logits, fake_logits), (correct, updated)
+        patches = _lung_patches(join_rows(batch[LUNGS], batch[COVID_LUNGS]), logits.shape)
+        (on_real, on_fake), (of_real, of_fake) = separate_rows(logits), separate_rows(patches)
+        loss = losses.lsgan_discriminator_loss(on_real, on_fake, weights=(of_real, of_fake))
+
+        def verdict(values: jax.Array, inside: jax.Array) -> jax.Array:  # of each whole scan
+            axes = (1, 2, 3, 4)
+            return (values * inside).sum(axes) / jnp.maximum(inside.sum(axes), 1.0)
+
+        rightly_real = (verdict(on_real, of_real) > 0.5).mean()
+        rightly_fake = (verdict(on_fake, of_fake) <= 0.5).mean()
+        return loss, ((rightly_real + rightly_fake) / 2, updated)
+
+    return discriminator_loss
+
+
+def make_gan_step(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    generator_optimizer: optax.GradientTransformation,
+    discriminator_optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    opacities: OpacityModel,
+    weights: GANLosses,
+    *,
+    adversarial: bool,
+    ema_decay: float,
+) -> Callable[[GANState, dict], tuple[GANState, dict]]:
+    """A jitted (state, batch) -> (state, metrics) of the default recipe; the state is donated.
+
+    The batch has IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (B, D, H, W, 1). With
+    `adversarial` False only the reconstruction is learned, at about a third of the cost.
+    'discriminator/accuracy' is of whole scans.
+    """
+    generator_loss = _make_generator_loss(
+        generator, discriminator, opacities, weights, adversarial=adversarial
+    )
+    discriminator_loss = _make_discriminator_loss(discriminator, weights)
+
+    def update_discriminator(state: GANState, batch: dict, fake: jax.Array):
+        (loss, (accuracy, stats)), gradients = jax.value_and_grad(discriminator_loss, has_aux=True)(
+            state.discriminator, state.discriminator_stats, batch, jax.lax.stop_gradient(fake)
+        )
+        updates, opt = discriminator_optimizer.update(gradients, state.discriminator_opt)
+        state = state.replace(
+            discriminator=optax.apply_updates(state.discriminator, updates),
+            discriminator_stats=stats,
+            discriminator_opt=opt,
+        )
+        return state, {
+            'loss/discriminator': (loss, 1.0),
+            'discriminator/accuracy': (accuracy, 1.0),
+        }
 
     def step(state: GANState, batch: dict) -> tuple[GANState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -188,24 +242,8 @@ def make_gan_step(
             'optimizer/learning_rate': (learning_rate(state.step), 1.0),
         }
         if adversarial:
-            (d_loss, (correct, stats)), d_gradients = jax.value_and_grad(
-                discriminator_loss, has_aux=True
-            )(
-                state.discriminator,
-                state.discriminator_stats,
-                scaled(batch[IMAGE], batch[LUNGS]),
-                jax.lax.stop_gradient(scaled(fake, batch[COVID_LUNGS])),
-            )
-            d_updates, d_opt = discriminator_optimizer.update(d_gradients, state.discriminator_opt)
-            metrics |= {
-                'loss/discriminator': (d_loss, 1.0),
-                'discriminator/accuracy': (correct, 1.0),
-            }
-            state = state.replace(
-                discriminator=optax.apply_updates(state.discriminator, d_updates),
-                discriminator_stats=stats,
-                discriminator_opt=d_opt,
-            )
+            state, judged = update_discriminator(state, batch, fake)
+            metrics |= judged
         state = state.replace(
             step=state.step + 1,
             generator=params,

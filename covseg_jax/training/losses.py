@@ -129,29 +129,37 @@ def one_hot_loss(probabilities: jax.Array, label: int) -> jax.Array:
     return jnp.mean(jnp.square(probabilities - one_hot))
 
 
-def lsgan_discriminator_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
+def lsgan_discriminator_loss(
+    real: jax.Array,
+    fake: jax.Array,
+    *,
+    weights: tuple[jax.Array | None, jax.Array | None] = (None, None),
+) -> jax.Array:
     """Least-squares loss of D: ½ mean (D(real) − 1)² + ½ mean D(fake)². Mao et al., equation 2.
 
     Args:
       real, fake: patch logits of any shape, such as (B, d, h, w, 1).
+      weights: of the patches of each, as for `sensitivity_loss`.
 
     Returns:
       Scalar, float32 or better; 0.25 for a D that says 0.5 everywhere.
     """
     real, fake = _at_least_float32(real), _at_least_float32(fake)
-    return 0.5 * jnp.mean(jnp.square(real - 1)) + 0.5 * jnp.mean(jnp.square(fake))
+    on_real = _weighted_mean(jnp.square(real - 1), weights[0])
+    return 0.5 * on_real + 0.5 * _weighted_mean(jnp.square(fake), weights[1])
 
 
-def lsgan_generator_loss(fake: jax.Array) -> jax.Array:
+def lsgan_generator_loss(fake: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
     """Least-squares loss of G: ½ mean (D(G(x)) − 1)². Mao et al., equation 2.
 
     Args:
       fake: patch logits of any shape.
+      weights: of the patches, as for `sensitivity_loss`.
 
     Returns:
       Scalar, float32 or better.
     """
-    return 0.5 * jnp.mean(jnp.square(_at_least_float32(fake) - 1))
+    return 0.5 * _weighted_mean(jnp.square(_at_least_float32(fake) - 1), weights)
 
 
 def hinge_discriminator_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
