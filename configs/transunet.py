@@ -94,6 +94,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.identity = 1.0
     gan.aerated_below = 0.16  # image value under which a voxel counts as aerated
     gan.error_floor = 5e-4  # squared image value: what a clean sample's error is measured against
+    gan.dependent_density = 0.5  # at most, of the way to -370 HU at the back: healthy variation
     gan.opacities = opacities = ml_collections.ConfigDict()
     opacities.target_hu = (-680.0, -380.0)
     opacities.opacity = (0.6, 1.0)
@@ -160,7 +161,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.beta = 2.0  # extra weight of missed lesion in the BCE
     train.temperature = 0.1
     train.positive_weight = 1.5
-    train.max_healthy_ml = 10.0  # that the threshold may mark in healthy scans, on average
+    train.max_healthy_ml = 15.0  # that the threshold may mark in healthy scans, on average
     train.mse_on = 'probability'  # or, as published, 'logits'
     train.augment = True
     train.zoom = 0.1
@@ -207,7 +208,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.network.projection_dim = 64
     config.train.mode = 'combined'  # one compiled step less than two phases
     config.train.batch_size = 8
-    config.train.num_steps = 2000
+    config.train.num_steps = 1600
     config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 40
     config.train.ema_decay = 0.98

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from covseg_jax.data.pipeline import IMAGE, LUNGS, TARGET
 
+_DEPENDENT_DENSITY = 0.45  # image value; −370 HU in the default window
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
@@ -38,6 +40,38 @@ def _resampling_matrix(size: int, zoom: jax.Array, shift: jax.Array) -> jax.Arra
     source = (target[None] - centre) / zoom[:, None] + centre + shift[:, None] * size
     distance = jnp.abs(source[:, :, None] - target[None, None, :])
     return jnp.maximum(0.0, 1.0 - distance)
+
+
+def add_dependent_density(
+    key: jax.Array, image: jax.Array, lungs: jax.Array, most: float
+) -> jax.Array:
+    """Makes the back of the lungs denser, as gravity does in a patient who lies on it.
+
+    Healthy scans differ most in this, and a few of them do not show how much: without it a network
+    takes the dependent density of the next scan for ground glass. Each half of the image has a
+    strength of its own, weak ones more often than strong ones.
+
+    Args:
+      key: PRNG key.
+      image: (B, D, H, W, 1) in [0, 1], rows from front to back.
+      lungs: as image, 1 inside the lungs.
+      most: largest share by which the last row goes towards _DEPENDENT_DENSITY.
+
+    Returns:
+      As image; nowhere darker, and equal outside the lungs.
+    """
+    num, height, width = image.shape[0], image.shape[2], image.shape[3]
+    strength_key, start_key, power_key = jax.random.split(key, 3)
+    uniform = jax.random.uniform(strength_key, (num * 2,)).reshape(num, 2)
+    strengths = most * jnp.square(uniform)  # left and right
+    start = jax.random.uniform(start_key, (num, 1), minval=0.2, maxval=0.8)
+    power = jax.random.uniform(power_key, (num, 1), minval=0.7, maxval=2.0)
+    rows = jnp.linspace(0.0, 1.0, height)[None]
+    ramp = jnp.maximum((rows - start) / (1 - start), 1e-6) ** power  # (B, H)
+    right = jax.nn.sigmoid(jnp.linspace(-20.0, 20.0, width))
+    across = strengths[:, :1] * (1 - right) + strengths[:, 1:] * right  # (B, W)
+    weight = (ramp[:, None, :, None] * across[:, None, None, :])[..., None] * lungs
+    return image + weight * jnp.maximum(_DEPENDENT_DENSITY - image, 0.0)
 
 
 def augment_slices(

@@ -115,6 +115,7 @@ def _step_chooser(config: ml_collections.ConfigDict, parts: GANParts):
         error_floor=gan.error_floor,
         input_shift=gan.input_shift,
         input_scale=gan.input_scale,
+        dependent_density=gan.dependent_density,
     )
     steps = {
         adversarial: gan_steps.make_gan_step(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from covseg_jax.data.augment import add_dependent_density
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.pipeline import COVID, COVID_LUNGS, IMAGE, LUNGS
 from covseg_jax.training import losses
@@ -33,6 +34,7 @@ class GANLosses:
       aerated_below: image value under which a voxel counts as aerated (0.16 is −776 HU in the
         default window).
       input_shift, input_scale: the scaling, as in the generator.
+      dependent_density: how far healthy scans are varied, `augment.add_dependent_density`.
     """
 
     reconstruction: float = 1.0
@@ -42,6 +44,7 @@ class GANLosses:
     error_floor: float = 5e-4
     input_shift: float = 0.12
     input_scale: float = 6.0
+    dependent_density: float = 0.0
 
 
 def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.Array:
@@ -138,8 +141,9 @@ def _make_generator_loss(
     """(params, state, batch, key) -> total, (each loss, the healthy version of COVID or None)."""
 
     def generator_loss(params: Any, state: GANState, batch: dict, key: jax.Array):
-        opacity_key, noise_key = jax.random.split(key)
-        healthy, lungs = batch[IMAGE], batch[LUNGS]
+        vary_key, opacity_key, noise_key = jax.random.split(key, 3)
+        lungs = batch[LUNGS]
+        healthy = add_dependent_density(vary_key, batch[IMAGE], lungs, weights.dependent_density)
         corrupted, _ = add_opacities(opacity_key, healthy, lungs, opacities)
         # Both scans go through in one call: half the graph to compile of two calls.
         volumes = join_rows(corrupted, batch[COVID]) if adversarial else corrupted

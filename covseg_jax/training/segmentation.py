@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from covseg_jax.data import pipeline
-from covseg_jax.data.augment import Augmentation, augment_slices
+from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import OpacityModel, paint_healthy_slices
 from covseg_jax.errors import InputError
@@ -138,13 +138,18 @@ def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
 
 
 def _augmentation(config: ml_collections.ConfigDict):
-    """(key, batch) -> batch: synthetic opacities first, then what any slice may go through."""
+    """(key, batch) -> batch: dependent density, synthetic opacities, then what any slice may go
+    through."""
     train = config.train
     opacities = opacity_model(config)
     changes = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
 
     def augment(key: jax.Array, batch: dict) -> dict:
-        paint_key, change_key = jax.random.split(key)
+        vary_key, paint_key, change_key = jax.random.split(key, 3)
+        if train.augment and config.gan.dependent_density:
+            volumes = (batch[name][:, None] for name in (pipeline.IMAGE, pipeline.LUNGS))
+            varied = add_dependent_density(vary_key, *volumes, config.gan.dependent_density)
+            batch = batch | {pipeline.IMAGE: varied[:, 0]}
         if train.synthetic_share:
             batch = paint_healthy_slices(paint_key, batch, opacities, train.synthetic_share)
         return augment_slices(change_key, batch, changes) if train.augment else batch

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covseg_jax.data.augment import Augmentation, augment_slices
+from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.opacities import OpacityModel, add_opacities, paint_healthy_slices
 from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 
@@ -56,6 +56,21 @@ def test_augment_slices_moves_image_and_target_together(batch):
     )
     np.testing.assert_allclose(moved[TARGET], moved[IMAGE], atol=1e-6)
     assert np.abs(np.asarray(moved[IMAGE]) - batch[IMAGE]).max() > 0.05
+
+
+def test_add_dependent_density_is_at_the_back_of_the_lungs_and_never_darkens():
+    image = jnp.full((32, 1, 32, 32, 1), 0.12)
+    lungs = jnp.ones_like(image).at[:, :, :, :4].set(0.0)
+    varied = add_dependent_density(jax.random.key(0), image, lungs, 0.5)
+    added = np.asarray(varied - image)[:, 0, ..., 0]
+    assert added.min() >= 0
+    assert added.max() < 0.5 * (0.45 - 0.12) + 1e-6
+    np.testing.assert_array_equal(added[:, :, :4], 0)
+    assert added[:, :6].max() < 1e-3  # the front
+    assert np.all(np.diff(added, axis=1) >= -1e-6)  # rises towards the back
+    halves = added[:, -1, 8], added[:, -1, -8]
+    assert np.abs(np.corrcoef(*halves)[0, 1]) < 0.6  # each side by itself
+    assert np.median(halves) < 0.5 * np.max(halves)  # weak ones are commoner
 
 
 @pytest.fixture(scope='module')
