@@ -221,7 +221,7 @@ def _living_members(group):
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='reads /proc')
 def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
-    for number in range(22):
+    for number in range(40):  # enough that a busy machine has some left when the signal comes
         name = f's{number:03d}.nii.gz'
         (data_set / name).write_bytes((data_set / 'b.nii.gz').read_bytes())
     (tmp_path / 'program.py').write_text(PROGRAM)
@@ -245,8 +245,8 @@ def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     assert _living_members(process.pid) == []
     assert list(target.glob('.tmp*')) == []
     done = [path.name for path in target.iterdir()]
-    assert 0 < len(done) < 24
+    assert 0 < len(done) < 42
     assert all((target / name / 'geometry.json').is_file() for name in done)
     report = _prepare(data_set)
     assert report.kept == sorted(done)
-    assert len(report.made) == 24 - len(done)
+    assert len(report.made) == 42 - len(done)

@@ -92,7 +92,9 @@ def test_imported_weights_predict_and_train_on(tmp_path, config, variables, tens
 
     with pytest.raises(InputError, match='checkpoints already'):
         published_weights.import_transunet(config, tensors, folder)
-    splits = Splits((), (), cases, cases[:1], ())
+    splits = Splits((), (), cases, cases[:1], ())  # no healthy scans: no synthetic round
+    config = config.copy_and_resolve_references().unlock()
+    config.train.rounds, config.train.round_shares = ('targets',), (1.0,)
     targets = {c.study_id: np.random.default_rng(0).uniform(size=c.lungs().shape) for c in cases}
     segmentation.train_segmentation(config, splits, lambda c: targets[c.study_id], folder)
     _, step = segmentation.load_probability(config, folder)
