@@ -50,10 +50,13 @@ def conv2d(
         if size == 1:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
         if x.shape[3] == 1:
-            # sums row by row: XLA adds all k² products one after the other, and the rounding of
-            # the TransUNet's stem is what its gradients differ by from those in float64
-            rows = (_conv2d_patches(x, kernel, stride, (row,)) for row in range(size))
-            return sum(rows)
+            # sums row by row, and the rows in pairs: XLA adds all k² products one after the other,
+            # and the rounding of the TransUNet's stem is what its gradients differ by from those
+            # in float64
+            sums = [_conv2d_patches(x, kernel, stride, (row,)) for row in range(size)]
+            while len(sums) > 1:
+                sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
+            return sums[0]
         if x.shape[3] >= 512 and (stride > 1 or x.shape[1] * x.shape[2] <= 64):
             return _conv2d_patches(x, kernel, stride, range(size))
     return _conv_nd(x, kernel, (stride, stride), (pad, pad))

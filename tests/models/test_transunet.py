@@ -111,7 +111,7 @@ def test_training_step_equals_pytorch(numbers, training_step):
 def test_every_gradient_norm_equals_pytorch(numbers, training_step):
     names, expected = numbers['grad_norm_names'], numbers['grad_norms']
     actual = [np.linalg.norm(find(training_step['updated'], name)) for name in names]
-    # reached: 0.07 %
+    # reached: 0.07 to 0.09 %, by the CPU
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-7)
 
 
