@@ -198,10 +198,12 @@ def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_se
 
 
 PROGRAM = """
-import sys
+import signal, sys
 from covseg_jax.imaging import prepare, studies
 if __name__ == '__main__':
     found = studies.find_studies(sys.argv[1])
+    # A shell that puts the tests in the background has them ignore Ctrl-C, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print('started', flush=True)
     settings = prepare.PrepareSettings(grid=(16, 32, 32))
     prepare.prepare_studies(found, sys.argv[2], settings, num_workers=2)
@@ -221,7 +223,7 @@ def _living_members(group):
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='reads /proc')
 def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
-    for number in range(40):  # enough that a busy machine has some left when the signal comes
+    for number in range(22):
         name = f's{number:03d}.nii.gz'
         (data_set / name).write_bytes((data_set / 'b.nii.gz').read_bytes())
     (tmp_path / 'program.py').write_text(PROGRAM)
@@ -245,8 +247,8 @@ def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     assert _living_members(process.pid) == []
     assert list(target.glob('.tmp*')) == []
     done = [path.name for path in target.iterdir()]
-    assert 0 < len(done) < 42
+    assert 0 < len(done) < 24
     assert all((target / name / 'geometry.json').is_file() for name in done)
     report = _prepare(data_set)
     assert report.kept == sorted(done)
-    assert len(report.made) == 42 - len(done)
+    assert len(report.made) == 24 - len(done)
