@@ -164,14 +164,11 @@ def _pseudo_mask_reader(config: Config, workdir: pathlib.Path):
 
 
 def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Trains the segmentation network on pseudo-masks, and finds its threshold on them."""
+    """Trains the segmentation network, and finds its threshold on held-out healthy scans."""
     from covseg_jax.data.opacities import paint_scans
     from covseg_jax.inference.predict import calibrate_threshold
-    from covseg_jax.training.segmentation import (
-        load_probability,
-        opacity_model,
-        train_segmentation,
-    )
+    from covseg_jax.training.gan import opacity_model
+    from covseg_jax.training.segmentation import load_probability, train_segmentation
 
     splits, folder = _splits(config, workdir), workdir / 'transunet'
     train_segmentation(config, splits, _pseudo_mask_reader(config, workdir), folder)

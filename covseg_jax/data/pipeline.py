@@ -112,7 +112,8 @@ def rank_slices(
         if not healthy[row]:
             target = np.asarray(slices.targets[number][z], np.float32)
             sums[row] = (target if cut is None else target >= cut).sum()
-            lungs[row] = max(np.asarray(slices.cases[number].lungs()[z]).sum(), 1)
+            if by == 'infection':
+                lungs[row] = max(np.asarray(slices.cases[number].lungs()[z]).sum(), 1)
     if by == 'infection':
         labels = (100 * sums / lungs > high_percent).astype(np.int32)
     else:

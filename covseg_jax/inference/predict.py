@@ -158,8 +158,9 @@ def calibrate_threshold(
     for scan in painted:
         found = probability(scan.image, scan.lungs)
         for number, cut in enumerate(candidates):
-            overlap = (scan.mask & (found >= cut)).sum()
-            dice[number] += 2 * overlap / max(scan.mask.sum() + (found >= cut).sum(), 1)
+            marked = found >= cut
+            overlap = (scan.mask & marked).sum()
+            dice[number] += 2 * overlap / max(scan.mask.sum() + marked.sum(), 1)
     false_ml = np.zeros((len(healthy), len(candidates)))
     for row, case in enumerate(healthy):
         found = probability(np.asarray(case.image()), np.asarray(case.lungs()))

@@ -37,6 +37,11 @@ class GANParts:
     mesh: jax.sharding.Mesh
 
 
+def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
+    """The synthetic opacities of a config."""
+    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
+
+
 def build_gan(config: ml_collections.ConfigDict) -> GANParts:
     """Networks, optimizers and the shape of the state; nothing is computed yet.
 
@@ -88,10 +93,9 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         volume_size=(gan.depth, height, width),
         mesh=mesh,
     )
-    opacities = OpacityModel(window_hu=tuple(config.prepare.window_hu), **gan.opacities.to_dict())
     return GANParts(
-        generator, discriminator, optimizers, learning_rate, opacities, make_state, abstract_state,
-        mesh,
+        generator, discriminator, optimizers, learning_rate, opacity_model(config), make_state,
+        abstract_state, mesh,
     )  # fmt: skip
 
 

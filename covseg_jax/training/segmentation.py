@@ -14,12 +14,13 @@ import numpy as np
 from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.cases import Splits
-from covseg_jax.data.opacities import OpacityModel, paint_healthy_slices
+from covseg_jax.data.opacities import paint_healthy_slices
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead, TransUNet
 from covseg_jax.models.unet import UNet
 from covseg_jax.training import loop, optim, sharding, steps
 from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.gan import opacity_model
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.state import SegmentationState
 from covseg_jax.training.targets import (
@@ -132,11 +133,6 @@ def _training_slices(
     )
 
 
-def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
-    """The synthetic opacities of a config."""
-    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
-
-
 def _augmentation(config: ml_collections.ConfigDict):
     """(key, batch) -> batch: dependent density, synthetic opacities, then what any slice may go
     through."""
@@ -221,6 +217,7 @@ def train_segmentation(
     validation = splits.validation or splits.train[:1]
     validation = pipeline.all_slices(validation, [read_target(case) for case in validation])
     step_at = _step_chooser(config, parts)
+    evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
     state = parts.make_state()
     for number, each in enumerate(_plan_rounds(config)):
         if each.kind == 'refined':
@@ -245,7 +242,7 @@ def train_segmentation(
             ),
             step_at=step_at,
             shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
-            evaluate=_make_evaluation(config, parts, validation),
+            evaluate=evaluate,
             schedule=loop.Schedule(
                 each.end, train.log_every, train.evaluate_every, train.save_every
             ),
@@ -316,8 +313,6 @@ def load_probability(
 def _probability(
     config: ml_collections.ConfigDict, network: nn.Module, variables: Any
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    # Copied: a training step gives its state's memory away.
-    variables = jax.tree.map(jnp.copy, variables)
     predict = steps.make_predict(network)
     size = config.predict.batch_size
 
