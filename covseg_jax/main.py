@@ -164,9 +164,9 @@ def _pseudo_mask_reader(config: Config, workdir: pathlib.Path):
 
 
 def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Trains the segmentation network, and finds its threshold on held-out healthy scans."""
+    """Trains the segmentation network, and finds its thresholds on held-out healthy scans."""
     from covseg_jax.data.opacities import paint_scans
-    from covseg_jax.inference.predict import calibrate_threshold
+    from covseg_jax.inference.predict import calibrate_mask
     from covseg_jax.training.gan import opacity_model
     from covseg_jax.training.segmentation import load_probability, train_segmentation
 
@@ -174,7 +174,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     train_segmentation(config, splits, _pseudo_mask_reader(config, workdir), folder)
     probability, step = load_probability(config, folder)
     healthy = splits.healthy_calibration
-    threshold, false_positive_ml = calibrate_threshold(
+    settings, false_positive_ml = calibrate_mask(
         probability,
         paint_scans(healthy, opacity_model(config)),
         healthy,
@@ -182,13 +182,15 @@ def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         min_component_ml=config.predict.min_component_ml,
     )
     calibration = {
-        'threshold': threshold,
+        'threshold': settings.threshold,
+        'seed_threshold': settings.seed_threshold,
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
     }
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     print(
-        f'train: threshold {threshold}, found on held-out healthy scans with painted opacities; '
+        f'train: threshold {settings.threshold}, of which {settings.seed_threshold} somewhere in '
+        'each lesion, found on held-out healthy scans with painted opacities; '
         f'false positives without them {false_positive_ml:.1f} ml'
     )
     return [folder / 'metrics.jsonl', folder / 'calibration.json']
@@ -204,9 +206,14 @@ def _load_segmenter(config: Config, workdir: pathlib.Path):
         raise InputError(
             f'{calibration}: no trained network in {workdir}; run the stages up to train first'
         )
-    threshold = json.loads(calibration.read_text(encoding='utf-8'))['threshold']
+    cuts = json.loads(calibration.read_text(encoding='utf-8'))
+    settings = MaskSettings(
+        cuts['threshold'],
+        cuts.get('seed_threshold', cuts['threshold']),
+        config.predict.min_component_ml,
+    )
     probability, step = load_probability(config, workdir / 'transunet')
-    return probability, MaskSettings(threshold, config.predict.min_component_ml), step
+    return probability, settings, step
 
 
 def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -230,7 +237,8 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         if read_pseudo_mask is None:
             raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
         predict, read_pseudo_mask = read_pseudo_mask, None
-        settings, step = MaskSettings(PSEUDO_MASK_CUT, config.predict.min_component_ml), 0
+        settings = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml)
+        step = 0
     else:
         probability, settings, step = _load_segmenter(config, workdir)
 
@@ -247,6 +255,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         {
             'config': f'{config.name}:{config.variant}',
             'threshold': settings.threshold,
+            'seed_threshold': settings.seed_threshold,
             'checkpoint_step': step,
         },
     )

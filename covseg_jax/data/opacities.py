@@ -200,6 +200,7 @@ class PaintedScan:
     image: np.ndarray  # float32 in [0, 1]
     lungs: np.ndarray
     mask: np.ndarray  # bool
+    voxel_ml: float
 
 
 def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedScan]:
@@ -214,4 +215,5 @@ def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedS
             np.asarray(painted)[0, ..., 0],
             np.asarray(case.lungs()),
             np.asarray(mask)[0, ..., 0] >= 0.5,
+            case.geometry.voxel_ml,
         )

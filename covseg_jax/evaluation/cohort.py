@@ -73,7 +73,7 @@ def evaluate_cohort(
         masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings))}
         if read_pseudo_mask is not None:
             pseudo = np.asarray(read_pseudo_mask(case), np.float32)
-            cut = MaskSettings(PSEUDO_MASK_CUT, settings.min_component_ml)
+            cut = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=settings.min_component_ml)
             masks['pseudo'] = (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, cut))
         return masks
 
