@@ -43,7 +43,8 @@ def _mosmed() -> ml_collections.ConfigDict:
     data.folder = 'data/MosMedData'  # '' with phantom.make: <workdir>/studies
     data.prepared = ''  # '' means <workdir>/prepared
     data.pseudo_masks = ''  # '' means <workdir>/pseudo_masks
-    data.num_workers = 0  # processes that prepare; 0 means one a core
+    data.layout = 'auto'  # or one of imaging/studies.py, such as 'zenodo'
+    data.num_workers = 0  # processes that prepare or verify; 0 means one a core
     data.on_bad_study = 'skip'  # or 'stop'
     data.subject_pattern = '(.*)'  # regex on a study id; its first group is the subject
     data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation
@@ -64,6 +65,8 @@ def _mosmed() -> ml_collections.ConfigDict:
     prepare.window_hu = (-1000.0, 400.0)  # HU of image values 0 and 1
     prepare.margin_mm = 4.0  # around the lungs' bounding box
     prepare.lungs_source = 'threshold'  # 'threshold', 'file' or 'lungmask'
+    prepare.lesion_labels = (1,)  # values of a human mask that are lesion; (255,) for 0/255 masks
+    prepare.shard = ''  # or 'i/n': this host takes every n-th study from the i-th on, i from 0
 
     config.gan = gan = ml_collections.ConfigDict()
     gan.filters = (8, 16, 32, 64)
@@ -124,6 +127,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.network = network = ml_collections.ConfigDict()
     network.name = 'transunet'  # or 'unet'; or 'none', to evaluate pseudo-masks alone
     network.width = 128
+    network.final_width = 0  # channels at full resolution; 0 means width / 8, as published
     network.num_heads = 4
     network.mlp_dim = 512
     network.num_blocks = 8
@@ -177,6 +181,9 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
     predict.flip = True  # average with the prediction of the mirrored slices
+    # The network sees single slices and a lesion spans several: standard deviation, in slices of
+    # the model's grid, that probabilities are smoothed by from slice to slice; 0 leaves them.
+    predict.smoothing_slices = 0.7
     predict.min_component_ml = 0.1
     predict.write_probability = False  # probability maps beside the masks
     return config
@@ -203,6 +210,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.evaluate_every = 200
     config.gan.save_every = 100
     config.network.width = 16
+    config.network.final_width = 8
     config.network.mlp_dim = 256
     config.network.num_blocks = 4
     config.network.projection_dim = 64

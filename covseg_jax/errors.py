@@ -1,4 +1,7 @@
-"""The one exception that people are meant to read."""
+"""The exceptions that people are meant to read."""
+
+import os
+import pathlib
 
 
 class InputError(Exception):
@@ -7,6 +10,25 @@ class InputError(Exception):
     The message is one line: the file or setting, what is wrong with it, what to do. `main` prints
     it without a traceback and exits with a code that is not zero.
     """
+
+
+class FileFault(InputError):
+    """One file that cannot be used.
+
+    Attributes:
+        file: its path; the message gives the name alone.
+        fault: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, file: str | os.PathLike, fault: str, remedy: str):
+        super().__init__(file, fault, remedy)
+        self.file = pathlib.Path(file)
+        self.fault = fault
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f'{self.file.name}: {self.fault}; {self.remedy}'
 
 
 class Stopped(Exception):

@@ -4,6 +4,8 @@ Stages import what they need themselves: the processes that prepare studies impo
 and must not start JAX.
 """
 
+import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,9 +27,9 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARI
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
 _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
 _INPUT = flags.DEFINE_string(
-    'input', None, 'predict: a NIfTI file or a folder of them; import_weights: a weights file'
+    'input', None, 'predict, verify: scans; import_weights: a weights file'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'predict: the folder for the masks')
+_OUTPUT = flags.DEFINE_string('output', None, 'predict, verify: the folder for what they write')
 
 Config = ml_collections.ConfigDict
 
@@ -49,7 +51,12 @@ def _prepare_settings(config: Config):
         window_hu=tuple(config.prepare.window_hu),
         margin_mm=config.prepare.margin_mm,
         lungs_source=config.prepare.lungs_source,
+        lesion_labels=tuple(config.prepare.lesion_labels),
     )
+
+
+def _num_workers(config: Config) -> int:
+    return config.data.num_workers or os.cpu_count() or 1
 
 
 def _splits(config: Config, workdir: pathlib.Path):
@@ -69,36 +76,74 @@ def _splits(config: Config, workdir: pathlib.Path):
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    from covseg_jax.imaging.prepare import prepare_studies
+    from covseg_jax.imaging.prepare import prepare_studies, take_shard
     from covseg_jax.imaging.studies import find_studies
 
-    num_workers = config.data.num_workers or os.cpu_count()
     folder = _data_folder(config, workdir)
     if config.phantom.make:
         from covseg_jax.imaging.phantom import write_phantom_data_set
 
-        write_phantom_data_set(
-            folder,
-            num_healthy=config.phantom.num_healthy,
-            num_covid=config.phantom.num_covid,
-            num_masked=config.phantom.num_masked,
-            seed=config.phantom.seed,
-            shape=tuple(config.phantom.shape),
-            spacing_mm=tuple(config.phantom.spacing_mm),
-            num_workers=num_workers,
-        )
+        try:
+            write_phantom_data_set(
+                folder,
+                num_healthy=config.phantom.num_healthy,
+                num_covid=config.phantom.num_covid,
+                num_masked=config.phantom.num_masked,
+                seed=config.phantom.seed,
+                shape=tuple(config.phantom.shape),
+                spacing_mm=tuple(config.phantom.spacing_mm),
+                num_workers=_num_workers(config),
+            )
+        except ValueError as error:
+            raise InputError(f'config.phantom: {error}') from error
     prepared = _prepared_folder(config, workdir)
     report = prepare_studies(
-        find_studies(folder),
+        take_shard(find_studies(folder, config.data.layout), config.prepare.shard),
         prepared,
         _prepare_settings(config),
-        num_workers=num_workers,
+        num_workers=_num_workers(config),
         on_bad_study=config.data.on_bad_study,
     )
     print(f'prepare: {len(report.made)} made, {len(report.kept)} kept, {len(report.bad)} set aside')
+    for study_id, notes in report.notes.items():
+        for note in notes:
+            print(f'prepare: note: {study_id}: {note}')
     for message in report.bad.values():
         print(f'prepare: set aside: {message}')
+    if not report.made and not report.kept:
+        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
     return [prepared / study_id / 'geometry.json' for study_id in (*report.made, *report.kept)]
+
+
+def run_verify(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Checks the config's data set, or --input, and writes verify.csv."""
+    from covseg_jax.imaging.studies import find_inputs, find_studies
+    from covseg_jax.imaging.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+
+    if _INPUT.value:
+        studies = find_inputs(pathlib.Path(_INPUT.value), config.data.layout)
+    else:
+        studies = find_studies(_data_folder(config, workdir), config.data.layout)
+    findings = verify_studies(studies, _prepare_settings(config), num_workers=_num_workers(config))
+    path = pathlib.Path(_OUTPUT.value or workdir) / 'verify.csv'
+    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(finding) for finding in findings)
+    for finding in findings:
+        name = pathlib.Path(finding.file).name
+        if finding.status == UNUSABLE:
+            print(f'verify: {finding.study}: {name}: {finding.fault}; {finding.what_to_do}')
+        elif finding.status == NOTE:
+            print(f'verify: {finding.study}: note: {name}: {finding.fault}')
+    unusable = {finding.study for finding in findings if finding.status == UNUSABLE}
+    print(f'verify: {len(studies)} studies, {len(unusable)} unusable; {path}')
+    if unusable:
+        raise InputError(
+            f'{len(unusable)} of {len(studies)} studies cannot be used; mend or remove what '
+            f'{path} names'
+        )
+    return [path]
 
 
 def run_gan(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
@@ -271,7 +316,7 @@ def run_predict(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.inference.predict import predict_studies
 
-    studies = find_inputs(pathlib.Path(_INPUT.value))
+    studies = find_inputs(pathlib.Path(_INPUT.value), config.data.layout)
     probability, settings, _ = _load_segmenter(config, workdir)
     output = pathlib.Path(_OUTPUT.value)
     rows, faults = predict_studies(
@@ -301,12 +346,19 @@ PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
     'gan': (run_gan, ('seed', 'gan')),
     'synthesize': (run_synthesize, ('synthesize',)),
-    'train': (run_train, ('network', 'train')),
-    'evaluate': (run_evaluate, ('predict',)),
+    # The thresholds are found on what prediction makes of the network's answer.
+    'train': (run_train, ('network', 'train', 'predict')),
+    'evaluate': (run_evaluate, ()),
 }
 # Fields that change how a stage runs and not what it makes.
-_HARMLESS = ('num_workers', 'on_bad_study', 'log_every', 'save_every')
-ON_REQUEST: dict[str, Callable] = {'import_weights': run_import_weights, 'predict': run_predict}
+_HARMLESS = (
+    'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
+)  # fmt: skip
+ON_REQUEST: dict[str, Callable] = {
+    'verify': run_verify,
+    'import_weights': run_import_weights,
+    'predict': run_predict,
+}
 
 
 def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
@@ -324,6 +376,8 @@ def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         if stage == 'prepare':
             so_far['studies'] = _describe_files(_data_folder(config, workdir))
         settings[stage] = so_far
+        if stage == 'prepare':  # a shard changes who prepares, and not what
+            settings[stage] = so_far | {'shard': config.prepare.shard}
     return settings
 
 
@@ -374,7 +428,7 @@ def _describe_environment() -> dict:
 
 
 def _check_stages(text: str) -> list[str]:
-    known = ['import_weights', *PIPELINE, 'predict']  # the order in which they run
+    known = ['verify', 'import_weights', *PIPELINE, 'predict']  # the order in which they run
     stages = [stage.strip() for stage in text.split(',') if stage.strip()]
     unknown = [stage for stage in stages if stage not in known]
     if unknown or not stages:

@@ -131,8 +131,8 @@ def split_cases(
         for evaluation; other subjects with a lesion mask may be trained on.
 
     Raises:
-      InputError: no healthy or no COVID subject is left: there is nothing to learn from; or the
-        pattern is no regular expression.
+      InputError: no healthy or no COVID subject is left: there is nothing to learn from; the
+        pattern is no regular expression; or one scan stands in two splits under two names.
     """
     try:
         kept = re.compile(evaluation_pattern)
@@ -155,10 +155,26 @@ def split_cases(
     def pick(subjects: set[str]) -> tuple[Case, ...]:
         return tuple(c for c in cases if c.subject in subjects)
 
-    return Splits(
+    splits = Splits(
         healthy_train=pick(healthy - calibration),
         healthy_calibration=pick(calibration),
         train=pick(covid - validation),
         validation=pick(validation),
         evaluation=pick(evaluation),
     )
+    _refuse_leakage(splits)
+    return splits
+
+
+def _refuse_leakage(splits: Splits) -> None:
+    seen: dict[int, tuple[str, Case]] = {}
+    for field in dataclasses.fields(splits):
+        for case in getattr(splits, field.name):
+            crc32 = case.description.get('source_crc32')
+            role, other = seen.setdefault(crc32, (field.name, case))
+            if crc32 is not None and role != field.name:
+                raise InputError(
+                    f'{case.study_id}: the same scan as {other.study_id}, and they would stand in '
+                    f'{field.name} and {role}; remove one of them from {case.folder.parent}, or '
+                    'give both one subject with data.subject_pattern'
+                )

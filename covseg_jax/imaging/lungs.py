@@ -1,9 +1,10 @@
 """A lung mask without weights: threshold and morphology.
 
 Consolidation is as dense as the chest wall, so a threshold loses it exactly where COVID-19 puts
-it: at the pleura, lateral and posterior. Two closings bring it back: a small one everywhere
-(vessels, fissures), and a wide one that counts only on the side of the ribs, where the lung's
-outline is convex in health. Medially it is not: heart, spine and liver are no lung.
+it: at the pleura, lateral and posterior. Two closings bring back what leaves a dent: a small one
+everywhere (vessels, fissures), and a wide one that counts only on the side of the ribs, where the
+lung's outline is convex in health. Medially it is not: heart, spine and liver are no lung. What
+leaves no dent, because all the lung under some ribs is dense, `pleura` finds by the ribs.
 """
 
 import cc3d
@@ -12,6 +13,15 @@ import numpy as np
 from scipy import ndimage
 
 from covseg_jax.imaging.geometry import apply_matrices, resampling_matrix
+from covseg_jax.imaging.pleura import lung_under_ribs
+from covseg_jax.imaging.slicewise import (
+    IN_PLANE,
+    between_lung,
+    close_in_plane,
+    distance_in_plane,
+    has_lung_below,
+    touches_border,
+)
 
 AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
@@ -19,15 +29,12 @@ WORKING_MM = 2.0
 MINIMUM_ML = 300.0
 CLOSING_MM = 10.0
 RIB_SIDE_CLOSING_MM = 50.0
-BELOW_MM = 10.0
 DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
 MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
 
 # Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
-_IN_PLANE = np.zeros((3, 3, 3), bool)
-_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
 
 def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
@@ -51,6 +58,8 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> 
     lungs = np.zeros(coarse.shape, bool)
     for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm), coarse_mm):
         lungs |= _complete_lung(lung, coarse, coarse_mm)
+    if lungs.any():
+        lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
     volume_ml = lungs.sum() * voxel_ml
     if volume_ml < MINIMUM_ML:
         raise ValueError(
@@ -119,7 +128,7 @@ def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
 def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """The one or two largest air-filled components inside the body that are not free gas."""
     air = coarse < AIR_HU
-    tissue = ndimage.binary_opening(~air, _IN_PLANE, iterations=2)  # without the table's shell
+    tissue = ndimage.binary_opening(~air, IN_PLANE, iterations=2)  # without the table's shell
     body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
@@ -155,7 +164,7 @@ def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> 
     # Slice by slice, or the trachea of a scan that ends in the neck would join in. In a crop a
     # lung may touch the border too: so the border alone does not tell, nor do the sides alone,
     # because a corner of the room sees the body on two.
-    components = ndimage.label(air, _IN_PLANE)[0]
+    components = ndimage.label(air, IN_PLANE)[0]
     touches = np.zeros(components.max() + 1, bool)
     touches[components[:, [0, -1], :]] = True
     touches[components[:, :, [0, -1]]] = True
@@ -178,7 +187,7 @@ def _trachea(
     coarse: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> np.ndarray:
     # Trachea and main bronchi: small round gas in a slice, apart from the lungs.
-    components, number = ndimage.label(air, _IN_PLANE)
+    components, number = ndimage.label(air, IN_PLANE)
     labels = np.arange(1, number + 1)
     areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
     areas_cm2 = areas_cm2 * spacing_mm[1] * spacing_mm[2] / 100.0
@@ -197,7 +206,7 @@ def _separate_lungs(
     components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
     if number != 1:
         return [components == label for label in range(1, number + 1)]
-    depth = _distance_in_plane(parenchyma, spacing_mm)
+    depth = distance_in_plane(parenchyma, spacing_mm)
     for erosion_mm in (2.0, 4.0, 7.0, 11.0, 16.0, 22.0):
         cores, number = cc3d.largest_k(depth > erosion_mm, k=2, connectivity=6, return_N=True)
         volumes = np.bincount(cores.ravel(), minlength=3)[1:]
@@ -214,16 +223,16 @@ def _complete_lung(
     """Adds to one lung what the threshold lost: vessels, holes, consolidation at the pleura."""
     box = ndimage.find_objects(lung.astype(np.uint8))[0]
     part, hu = lung[box], coarse[box]
-    closed = _fill_holes(_close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
-    wide = _close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
+    closed = _fill_holes(close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
+    wide = close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
     # The outline is straighter from top to bottom than round the chest: what has lung above and
     # below it reaches further out than the wide closing.
-    lost = (wide & _has_lung_below(closed, spacing_mm)) | _between_lung(closed)
+    lost = (wide & has_lung_below(closed, spacing_mm)) | between_lung(closed)
     lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
     # Bone is no lung whatever its place.
-    added = lost & ~closed & (hu < 150) & ~_touches_border(lung)[box[0], None, None]
-    added = ndimage.binary_opening(added, _IN_PLANE)
-    complete = _fill_holes(_close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
+    added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
+    added = ndimage.binary_opening(added, IN_PLANE)
+    complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
     rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
     result = np.zeros_like(lung)
     result[box] = complete & ~_mediastinal(complete, hu, rib_side)
@@ -234,10 +243,10 @@ def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.n
     """What the closings took from heart, aorta and hilum: dense, thick, and in its slice connected
     to dense tissue outside the lung that is not on the side of the ribs."""
     dense = hu > DENSE_HU
-    thick = ndimage.binary_opening(dense & lung, _IN_PLANE, iterations=2)
-    thick = ndimage.binary_dilation(thick, _IN_PLANE, iterations=2, mask=dense & lung)
-    labels = ndimage.label(thick, _IN_PLANE)[0]
-    outside = ndimage.binary_dilation(dense & ~lung & ~rib_side, _IN_PLANE)
+    thick = ndimage.binary_opening(dense & lung, IN_PLANE, iterations=2)
+    thick = ndimage.binary_dilation(thick, IN_PLANE, iterations=2, mask=dense & lung)
+    labels = ndimage.label(thick, IN_PLANE)[0]
+    outside = ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE)
     attached = np.zeros(labels.max() + 1, bool)
     attached[labels[outside]] = True
     attached[0] = False
@@ -247,23 +256,6 @@ def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.n
 def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
     # x grows to the patient's left.
     return (box[2].start + box[2].stop) / 2 < lung.shape[2] / 2
-
-
-def _has_lung_below(lung: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    # Liver, spleen and stomach have none under them; a consolidation at the ribs has the recess
-    # under it, or close by.
-    below = np.logical_or.accumulate(lung, axis=0)
-    return _distance_in_plane(~below, spacing_mm) <= BELOW_MM
-
-
-def _between_lung(lung: np.ndarray) -> np.ndarray:
-    above = np.logical_or.accumulate(lung[::-1], axis=0)[::-1]
-    return above & np.logical_or.accumulate(lung, axis=0)
-
-
-def _touches_border(lung: np.ndarray) -> np.ndarray:
-    # (Z,): slices in which the image's border cuts the lung off, so that its ribs are not seen.
-    return lung[:, [0, -1], :].any(axis=(1, 2)) | lung[:, :, [0, -1]].any(axis=(1, 2))
 
 
 def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:
@@ -286,23 +278,6 @@ def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:
     return beside | (in_front & ~behind & posterior[:, :, None])
 
 
-def _distance_in_plane(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    # mm to the nearest voxel outside the mask in the same slice: neighbouring slices are put out
-    # of reach, and no further, because edt squares in float32.
-    anisotropy = (4 * RIB_SIDE_CLOSING_MM, spacing_mm[1], spacing_mm[2])
-    return edt.edt(mask, anisotropy=anisotropy)
-
-
-def _close_in_plane(
-    mask: np.ndarray, radius_mm: float, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
-    """Closing by a disk of radius_mm, slice by slice, as two distance transforms."""
-    pad = [(0, 0)] + [(int(radius_mm / spacing) + 2,) * 2 for spacing in spacing_mm[1:]]
-    inner = (slice(None), *(slice(before, -before) for before, _ in pad[1:]))
-    dilated = _distance_in_plane(~np.pad(mask, pad), spacing_mm) <= radius_mm
-    return mask | (_distance_in_plane(dilated, spacing_mm)[inner] > radius_mm)
-
-
 def _fill_holes(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Fills closed cavities, and what sees the lung on all four sides in its slice and below it.
 
@@ -311,7 +286,7 @@ def _fill_holes(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.
     """
     filled = ndimage.binary_fill_holes(mask)
     surrounded = ~filled & (_count_sides(filled) == 4) & np.logical_or.accumulate(filled, axis=0)
-    holes = ndimage.label(surrounded, _IN_PLANE)[0]
+    holes = ndimage.label(surrounded, IN_PLANE)[0]
     areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
     fill = areas_cm2 < MAXIMUM_HOLE_CM2
     fill[0] = False

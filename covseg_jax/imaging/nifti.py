@@ -1,53 +1,35 @@
 """One verified NIfTI volume in, one volume out.
 
 nibabel loads a .nii.gz with a flipped bit, and allocates whatever a header claims, without a word.
-Here the whole file is read and its gzip CRC checked, and the header is held against the length
-that is really there before any voxel array exists.
+Here the header is held against what the file can and does hold before any voxel array exists, and
+the whole file is read and its gzip CRC checked.
 """
 
+import io
 import os
 import pathlib
+import stat
 import struct
 import zlib
-from dataclasses import dataclass
 
 import nibabel
 import numpy as np
 from isal import igzip, isal_zlib
 
 from covseg_jax import atomic
-from covseg_jax.errors import InputError
+from covseg_jax.errors import FileFault
+from covseg_jax.imaging.volume import Volume
 
 SUFFIXES = ('.nii', '.nii.gz')
 _HEADER_CLASSES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _KEPT_TYPES = (np.uint8, np.int16)
 _WRITTEN_TYPES = (np.uint8, np.int16, np.float32)
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A 3D volume as its file holds it.
-
-    Attributes:
-        data: (X, Y, Z) in the file's own axis order, read-only; uint8 and int16 stay as they are
-            where the header scales nothing, everything else is float32.
-        affine: (4, 4) float64, voxel indices to mm, axes to Right, Anterior, Superior.
-        crc32: CRC-32 of the file's content, as `source_crc32` gives it.
-    """
-
-    data: np.ndarray
-    affine: np.ndarray
-    crc32: int
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between voxel centres along the file's axes (x, y, z), mm."""
-        return tuple(float(length) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
-
-    @property
-    def voxel_ml(self) -> float:
-        """Volume of one voxel, ml (1000 mm³)."""
-        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+_HIGHEST_CODE = 5  # of NIfTI's names for a space: NIFTI_XFORM_TEMPLATE_OTHER
+_DOWNLOAD_AGAIN = 'download it again'
+_CONVERT = 'convert it to .nii.gz'
+# Deflate codes at most 258 bytes in 2 bits: no content is longer than 1032 times its gzip file.
+_MAXIMUM_RATIO = 1032
+_CHUNK = 2**18  # bytes
 
 
 def is_nifti(path: str | os.PathLike) -> bool:
@@ -70,12 +52,13 @@ def source_crc32(path: str | os.PathLike) -> int:
     Reading the trailer costs nothing; it tells whether a file changed, not whether it is whole.
 
     Raises:
-        InputError: the file is missing or cannot be read.
+        FileFault: the file is missing or cannot be read.
     """
     path = pathlib.Path(path)
     if path.name.lower().endswith('.gz'):
-        return _trailer_crc32(_read_bytes(path, last=8))
-    return isal_zlib.crc32(_read_bytes(path))
+        return _trailer(path)[0]
+    with _open(path) as file:
+        return isal_zlib.crc32(file.read())
 
 
 def read_volume(path: str | os.PathLike) -> Volume:
@@ -84,34 +67,47 @@ def read_volume(path: str | os.PathLike) -> Volume:
     scl_slope 0 or NaN means that nothing is scaled, as the NIfTI-1 standard says of 0 and MosMed
     writes NaN. The affine is the sform where its code is positive, else the qform; a file with
     neither is refused, because its left and right, front and back would be guesses. A fourth
-    axis of length 1 is dropped.
+    axis of length 1 is dropped. What was settled by rule, such as a qform that says something else
+    than the sform, stands in the volume's notes.
 
     Args:
         path: the file.
 
     Returns:
-        The volume, (X, Y, Z).
+        The volume, (X, Y, Z): uint8 and int16 as they are where the header scales nothing,
+        everything else float32.
 
     Raises:
-        InputError: the file is missing, damaged, cut short, not a 3D NIfTI volume, of a type or
+        FileFault: the file is missing, damaged, cut short, not a 3D NIfTI volume, of a type or
             an orientation that cannot be used, or holds voxels that are not finite.
     """
     path = pathlib.Path(path)
-    content = _read_content(path)
-    header = _parse_header(path, content)
-    shape = _checked_shape(path, header)
-    dtype = _checked_type(path, header)
-    offset = _checked_offset(path, header, shape, dtype, len(content))
-    affine = _checked_affine(path, header)
-    data = np.frombuffer(content, dtype, count=int(np.prod(shape)), offset=offset)
-    data = _scale(data.reshape(shape, order='F'), header)
-    if data.dtype == np.float32 and not np.isfinite(data).all():
-        raise InputError(
-            f'{path.name}: holds voxels that are not finite (NaN or infinity); replace them'
-        )
+    with _open(path) as file:
+        stream = _content(path, file)
+        try:
+            header = _read_header(path, stream)
+            shape = _checked_shape(path, header)
+            dtype = _checked_type(path, header)
+            offset = _checked_offset(path, header)
+            affine, notes = _checked_affine(path, header, shape)
+            raw = _read_voxels(path, stream, shape, dtype, offset)
+        except EOFError as error:
+            raise FileFault(path, 'the file is cut short', _DOWNLOAD_AGAIN) from error
+        except (igzip.BadGzipFile, isal_zlib.error, zlib.error) as error:
+            fault = f'gzip data is damaged ({error})'
+            if 'crc' in str(error).lower():
+                fault = 'gzip CRC does not match (file damaged on disk or in transfer)'
+            raise FileFault(path, fault, _DOWNLOAD_AGAIN) from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    data = _scale(raw.view(dtype).reshape(shape, order='F'), header)
+    del raw  # before anything else is allocated
+    # A NaN is the least and the greatest of its array, and no array of truth values is needed.
+    if data.dtype == np.float32 and not np.isfinite([data.min(), data.max()]).all():
+        raise FileFault(path, 'holds voxels that are not finite (NaN or infinity)', 'replace them')
     data.flags.writeable = False
-    # igzip has verified the trailer by now, so it is the content's own CRC.
-    return Volume(data=data, affine=affine, crc32=source_crc32(path))
+    # The stream has verified the trailer by now, so it is the content's own CRC.
+    return Volume(data=data, affine=affine, crc32=source_crc32(path), notes=notes)
 
 
 def write_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) -> None:
@@ -150,80 +146,68 @@ def write_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) 
         temporary.write_bytes(content)
 
 
-def _read_bytes(path: pathlib.Path, last: int | None = None) -> bytes:
+def _unreadable(path: pathlib.Path, error: OSError) -> FileFault:
+    if isinstance(error, FileNotFoundError):
+        return FileFault(path, f'no such file in {path.parent}', 'check the path')
+    if isinstance(error, IsADirectoryError):
+        return FileFault(path, 'is a folder, not a NIfTI file', 'name the file in it')
+    return FileFault(path, f'cannot be read ({error.strerror or error})', 'check the disk')
+
+
+def _open(path: pathlib.Path) -> io.BufferedReader:
     try:
-        with path.open('rb') as file:
-            if last is not None:
-                file.seek(max(0, path.stat().st_size - last))
-            return file.read()
-    except FileNotFoundError as error:
-        raise InputError(f'{path}: no such file; check the path') from error
-    except IsADirectoryError as error:
-        raise InputError(f'{path}: is a folder, not a NIfTI file; name the file in it') from error
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            # Opening a pipe would wait for somebody to write.
+            raise FileFault(path, 'is a device or a pipe, not a NIfTI file', 'name a file')
+        return path.open('rb')
     except OSError as error:
-        raise InputError(f'{path}: cannot be read ({error.strerror}); check the disk') from error
+        raise _unreadable(path, error) from error
 
 
-def _trailer_crc32(trailer: bytes) -> int:
-    # RFC 1952: the last eight bytes are CRC-32 and length, little endian.
-    return struct.unpack('<I', trailer[:4])[0] if len(trailer) == 8 else 0
+def _content(path: pathlib.Path, file: io.BufferedReader) -> io.BufferedIOBase:
+    """The uncompressed bytes as a stream."""
+    if not os.fstat(file.fileno()).st_size:
+        raise FileFault(path, 'the file is empty', _DOWNLOAD_AGAIN)
+    if file.peek(2)[:2] == b'\x1f\x8b':
+        return igzip.IGzipFile(fileobj=file, mode='rb')
+    if path.name.lower().endswith('.gz'):
+        raise FileFault(path, 'not gzip data, whatever its name', 'rename or download it')
+    return file
 
 
-def _read_content(path: pathlib.Path) -> bytes:
-    content = _read_bytes(path)
-    if not content:
-        raise InputError(f'{path.name}: the file is empty; download it again')
-    if content[:2] != b'\x1f\x8b':
-        if path.name.lower().endswith('.gz'):
-            raise InputError(
-                f'{path.name}: not gzip data, whatever its name; rename or download it'
-            )
-        return content
-    try:
-        return igzip.decompress(content)
-    except EOFError as error:
-        raise InputError(f'{path.name}: the file is cut short; download it again') from error
-    except (igzip.BadGzipFile, isal_zlib.error, zlib.error) as error:
-        if 'crc' in str(error).lower():
-            raise InputError(
-                f'{path.name}: gzip CRC does not match (file damaged on disk or in transfer); '
-                'download it again'
-            ) from error
-        raise InputError(
-            f'{path.name}: gzip data is damaged ({error}); download it again'
-        ) from error
-
-
-def _parse_header(path: pathlib.Path, content: bytes) -> nibabel.Nifti1Header:
-    if len(content) >= 4:
-        for order in '<>':
-            length = struct.unpack(order + 'i', content[:4])[0]
-            if length in _HEADER_CLASSES and len(content) >= length + 4:
-                break
-        else:
-            raise InputError(f'{path.name}: not a NIfTI file; convert it to .nii.gz')
-        header = _HEADER_CLASSES[length](content[:length], endianness=order, check=False)
-        magic = bytes(header['magic'])[:3]
-        if magic in (b'n+1', b'n+2'):
-            return header
-        if magic in (b'ni1', b'ni2'):
-            raise InputError(f'{path.name}: header without voxels (.hdr/.img); convert to .nii.gz')
-    raise InputError(f'{path.name}: not a NIfTI file; convert it to .nii.gz')
+def _read_header(path: pathlib.Path, stream: io.BufferedIOBase) -> nibabel.Nifti1Header:
+    start = stream.read(4)
+    for order in '<>':
+        length = struct.unpack(order + 'i', start)[0] if len(start) == 4 else 0
+        if length in _HEADER_CLASSES:
+            break
+    else:
+        raise FileFault(path, 'not a NIfTI file', _CONVERT)
+    block = start + stream.read(length - 4)
+    if len(block) < length:
+        raise FileFault(path, 'the file is cut short, in its header', _DOWNLOAD_AGAIN)
+    header = _HEADER_CLASSES[length](block, endianness=order, check=False)
+    # Of the block: NumPy drops a string's last zeros.
+    magic = block[344:348] if length == 348 else block[4:12]
+    if magic in (b'ni1\0', b'ni2\0\r\n\x1a\n'):
+        raise FileFault(path, 'header without voxels (.hdr/.img)', _CONVERT)
+    if magic not in (b'n+1\0', b'n+2\0\r\n\x1a\n'):
+        raise FileFault(path, 'not a NIfTI file', _CONVERT)
+    return header
 
 
 def _checked_shape(path: pathlib.Path, header: nibabel.Nifti1Header) -> tuple[int, int, int]:
     num_axes = int(header['dim'][0])
     if not 1 <= num_axes <= 7:
-        raise InputError(f'{path.name}: header names {num_axes} axes; download it again')
+        raise FileFault(path, f'header names {num_axes} axes', _DOWNLOAD_AGAIN)
     shape = tuple(int(length) for length in header['dim'][1 : num_axes + 1])
     if min(shape) < 1:
-        raise InputError(f'{path.name}: header gives the shape {shape}; download it again')
+        raise FileFault(path, f'header gives the shape {shape}', _DOWNLOAD_AGAIN)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 2:
         num_axes = len(shape) if len(shape) != 3 else sum(length > 1 for length in shape)
-        text = ' × '.join(str(length) for length in shape)
-        raise InputError(f'{path.name}: {num_axes}D image ({text}); give one 3D volume a file')
+        raise FileFault(path, f'{num_axes}D image ({_times(shape)})', 'give one 3D volume a file')
     return shape
 
 
@@ -231,80 +215,153 @@ def _checked_type(path: pathlib.Path, header: nibabel.Nifti1Header) -> np.dtype:
     try:
         dtype = header.get_data_dtype()
     except (KeyError, nibabel.spatialimages.HeaderDataError) as error:
-        raise InputError(
-            f'{path.name}: unknown voxel type {int(header["datatype"])}; download it again'
-        ) from error
+        fault = f'unknown voxel type {int(header["datatype"])}'
+        raise FileFault(path, fault, _DOWNLOAD_AGAIN) from error
     if dtype.kind not in 'iuf' or dtype.itemsize > 8:
-        raise InputError(f'{path.name}: voxels of type {dtype} are not CT; save int16 or float32')
+        raise FileFault(path, f'voxels of type {dtype} are not CT', 'save int16 or float32')
     if int(header['bitpix']) not in (0, 8 * dtype.itemsize):
-        raise InputError(
-            f'{path.name}: header gives {int(header["bitpix"])} bits for {dtype}; download it again'
-        )
+        fault = f'header gives {int(header["bitpix"])} bits for {dtype}'
+        raise FileFault(path, fault, _DOWNLOAD_AGAIN)
     return dtype
 
 
-def _checked_offset(
+def _checked_offset(path: pathlib.Path, header: nibabel.Nifti1Header) -> int:
+    offset = float(header['vox_offset'])
+    first = int(header['sizeof_hdr']) + 4
+    if offset == 0:  # some writers leave 0 and mean the first byte after the header
+        return first
+    if not np.isfinite(offset) or not first <= offset < 2**31 or offset != int(offset):
+        raise FileFault(path, f'voxels start at byte {offset:g}?', _DOWNLOAD_AGAIN)
+    return int(offset)
+
+
+def _read_voxels(
     path: pathlib.Path,
-    header: nibabel.Nifti1Header,
+    stream: io.BufferedIOBase,
     shape: tuple[int, int, int],
     dtype: np.dtype,
-    content_length: int,
-) -> int:
-    offset = float(header['vox_offset'])
-    if not np.isfinite(offset) or not 0 <= offset < 2**31 or offset != int(offset):
-        raise InputError(f'{path.name}: voxels start at byte {offset}?; download it again')
-    # Some writers leave 0 and mean the first byte after header and extension flag.
-    offset = max(int(offset), int(header['sizeof_hdr']) + 4)
+    offset: int,
+) -> np.ndarray:
+    """The voxels' bytes, and the stream read to its end, which is what verifies it."""
     num_bytes = dtype.itemsize
     for length in shape:  # Python integers: no overflow
         num_bytes *= length
-    if content_length != offset + num_bytes:
-        text = ' × '.join(str(length) for length in shape)
-        raise InputError(
-            f'{path.name}: header promises {text} voxels of {dtype.itemsize} bytes '
-            f'({num_bytes} bytes), the file holds {max(0, content_length - offset)}; '
-            'download it again'
-        )
-    return offset
+    held = _content_length(path, stream, offset + num_bytes)
+    if held != offset + num_bytes:
+        promise = f'{_times(shape)} voxels of {dtype.itemsize} bytes ({num_bytes} bytes)'
+        fault = f'header promises {promise}, the file holds {max(0, held - offset)}'
+        raise FileFault(path, fault, _DOWNLOAD_AGAIN)
+    stream.seek(offset)
+    raw = np.empty(num_bytes, np.uint8)
+    view, filled = memoryview(raw), 0
+    while filled < num_bytes:
+        step = stream.readinto(view[filled : filled + _CHUNK])
+        if not step:
+            raise EOFError
+        filled += step
+    if stream.read(1):
+        raise igzip.BadGzipFile('more data than its trailer says')
+    return raw
 
 
-def _checked_affine(path: pathlib.Path, header: nibabel.Nifti1Header) -> np.ndarray:
+def _content_length(path: pathlib.Path, stream: io.BufferedIOBase, promised: int) -> int:
+    """How many bytes there are, without allocating what a header only promises."""
+    file = stream if isinstance(stream, io.BufferedReader) else stream.fileobj
+    length = os.fstat(file.fileno()).st_size
+    if file is stream:
+        return length
+    if promised <= _MAXIMUM_RATIO * length and _trailer(path)[1] == promised % 2**32:
+        return promised
+    # The header lies, or the file has several gzip members, whose trailers tell of one each.
+    counted = stream.tell()
+    while step := len(stream.read(_CHUNK)):
+        counted += step
+    return counted
+
+
+def _trailer(path: pathlib.Path) -> tuple[int, int]:
+    """CRC-32 and length of a gzip file's (last) content."""
+    with _open(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
+        trailer = file.read(8)
+    return struct.unpack('<II', trailer) if len(trailer) == 8 else (0, 0)  # RFC 1952
+
+
+def _checked_affine(
+    path: pathlib.Path, header: nibabel.Nifti1Header, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The affine, and notes of what was settled by rule."""
     pixdim = np.asarray(header['pixdim'][1:4], np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-        raise InputError(
-            f'{path.name}: voxel size {pixdim.tolist()} mm is not positive; correct pixdim'
-        )
+        fault = f'voxel size {pixdim.tolist()} mm is not positive'
+        raise FileFault(path, fault, 'correct pixdim')
+    notes = []
+    codes = int(header['sform_code']), int(header['qform_code'])
+    if not all(0 <= code <= _HIGHEST_CODE for code in codes):
+        raise FileFault(path, f'sform and qform codes {codes} do not exist', _DOWNLOAD_AGAIN)
     if header['sform_code'] > 0:
-        affine = header.get_sform()
+        affine = np.asarray(header.get_sform(), np.float64)
+        if header['qform_code'] > 0:
+            notes += _compare_with_qform(header, affine, shape)
     elif header['qform_code'] > 0:
-        affine = _qform(path, header)
+        affine = np.asarray(_qform(path, header), np.float64)
     else:
-        raise InputError(
-            f'{path.name}: no orientation (sform and qform codes are 0); '
-            'convert it from DICOM again, with orientation'
+        raise FileFault(
+            path,
+            'no orientation (sform and qform codes are 0)',
+            'convert it from DICOM again, with orientation',
         )
-    affine = np.asarray(affine, np.float64)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     # |det| over the product of the column lengths is 1 for a grid with right angles; gantry tilt
     # takes it to 0.87 at 30 degrees. A collapsed axis gives 0.
     volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
     if not volume > 0.5 * np.prod(lengths) > 0:
-        raise InputError(f'{path.name}: affine cannot be inverted; correct the sform or qform')
-    return affine
+        raise FileFault(path, 'affine cannot be inverted', 'correct the sform or qform')
+    if volume < 0.999 * np.prod(lengths):
+        notes.append('its axes are not at right angles (gantry tilt); distances follow the grid')
+    if not np.allclose(lengths, pixdim, rtol=0.01):
+        found, said = (' × '.join(f'{value:.4g}' for value in row) for row in (lengths, pixdim))
+        notes.append(f'pixdim says {said} mm a voxel, the affine {found} mm; the affine is used')
+    return affine, tuple(notes)
+
+
+def _compare_with_qform(
+    header: nibabel.Nifti1Header, sform: np.ndarray, shape: tuple[int, int, int]
+) -> list[str]:
+    try:
+        qform = header.get_qform()
+    except (ValueError, nibabel.spatialimages.HeaderDataError):
+        return ['its qform is no rotation; the sform is used']
+    corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
+    shift_mm = np.linalg.norm(
+        (sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:], axis=0
+    ).max()
+    # Not "more than": a qform of NaN is another one too.
+    if not shift_mm <= 1.0:
+        return [f'sform and qform are up to {shift_mm:.1f} mm apart; the sform is used']
+    return []
 
 
 def _qform(path: pathlib.Path, header: nibabel.Nifti1Header) -> np.ndarray:
     try:
         return header.get_qform()
     except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
-        raise InputError(f'{path.name}: qform is no rotation; correct it') from error
+        raise FileFault(path, 'qform is no rotation', 'correct it') from error
 
 
 def _scale(data: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
     slope, inter = float(header['scl_slope']), float(header['scl_inter'])
     inter = inter if np.isfinite(inter) else 0.0
-    if not np.isfinite(slope) or slope == 0 or (slope, inter) == (1.0, 0.0):
-        if data.dtype.type in _KEPT_TYPES:
-            return data.astype(data.dtype.newbyteorder('='), copy=False)
-        return data.astype(np.float32)
-    return (data * slope + inter).astype(np.float32)
+    with np.errstate(over='ignore'):  # what leaves float32 becomes infinite, and is refused as such
+        if not np.isfinite(slope) or slope == 0 or (slope, inter) == (1.0, 0.0):
+            if data.dtype.type in _KEPT_TYPES:
+                return data.astype(data.dtype.newbyteorder('='), copy=False)
+            return data.astype(np.float32, copy=False)
+        scaled = data.astype(np.float32)
+        scaled *= slope
+        scaled += inter
+    return scaled
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return ' × '.join(str(length) for length in shape)

@@ -5,14 +5,11 @@ where real scans are: vessels, airway walls, fissures, dependent opacities, band
 the attenuation of lesions, so that a threshold inside the lungs does not find them.
 """
 
-import concurrent.futures
-import concurrent.futures.process
 import dataclasses
+import functools
 import json
-import multiprocessing
 import os
 import pathlib
-import signal
 
 import numpy as np
 import openpyxl
@@ -21,6 +18,7 @@ import tqdm
 
 from covseg_jax import atomic, errors
 from covseg_jax.imaging import nifti, phantom_anatomy, phantom_lesions, phantom_vessels
+from covseg_jax.imaging.workers import map_in_processes
 
 _VESSEL_HU = 45.0
 _AIR_HU = -990.0
@@ -280,34 +278,9 @@ def write_phantom_data_set(
     _claim_folder(folder, settings)
     missing = [order for order in orders if not (folder / order.image).is_file()]
     with tqdm.tqdm(total=len(missing), desc='phantoms', unit='study', disable=None) as bar:
-        if num_workers <= 1:
-            for order in missing:
-                _write_study(folder, order, shape, spacing_mm)
-                bar.update()
-        elif missing:
-            _write_in_parallel(folder, missing, shape, spacing_mm, num_workers, bar)
+        write = functools.partial(_write_study, folder, shape=shape, spacing_mm=spacing_mm)
+        for _ in map_in_processes(write, missing, num_workers, 'phantoms'):
+            bar.update()
     if missing or not (folder / _REGISTRY_FILE).is_file():
         _write_registry(folder, orders)
     return [order.study_id for order in missing]
-
-
-def _write_in_parallel(folder, orders, shape, spacing_mm, num_workers: int, bar) -> None:
-    # Ctrl-C is this process's to handle: a worker finishes the study it is at.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(num_workers, len(orders)),
-        mp_context=multiprocessing.get_context('spawn'),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        futures = [pool.submit(_write_study, folder, o, shape, spacing_mm) for o in orders]
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-            bar.update()
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise errors.InputError(
-            f'{folder}: a process that made phantoms was killed, most likely for memory; '
-            'use fewer workers and run again'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -1,19 +1,19 @@
 """Studies -> prepared cases: in memory for one study, on disk for a data set.
 
-On disk in parallel and resumable: a case folder that exists is complete, and is kept as long as
-its settings and the files it was made from are the same.
+On disk in parallel, resumable and sharded over hosts: a case folder that exists is complete, and is
+kept as long as its settings and the files it was made from are the same.
 """
 
-import contextlib
 import dataclasses
+import functools
+import glob
 import json
-import multiprocessing
+import math
 import os
 import pathlib
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,13 @@ import tqdm
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry as geometry_lib
-from covseg_jax.imaging import lungs as lungs_lib
-from covseg_jax.imaging import nifti
+from covseg_jax.imaging import study_files
 from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.workers import map_in_processes
 
-LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
 GEOMETRY_FILE = 'geometry.json'
 # Raised when the same files and settings would give another result: old cases are made anew.
 _VERSION = 1
-_THREAD_VARIABLES = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class PrepareSettings:
         margin_mm: kept around the lungs.
         lungs_source: 'threshold' (lungs.find_lungs), 'file' (the study's lung mask) or
             'lungmask' (that package, where it is installed).
+        lesion_labels: values of a lesion mask that are lesion; besides them only 0 may occur.
 
     Raises:
         InputError: a value that cannot be used.
@@ -52,19 +51,27 @@ class PrepareSettings:
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     margin_mm: float = 4.0
     lungs_source: str = 'threshold'
+    lesion_labels: tuple[int, ...] = (1,)
 
     def __post_init__(self):
         # Settings from JSON or a config arrive as lists.
         object.__setattr__(self, 'grid', tuple(int(length) for length in self.grid))
         object.__setattr__(self, 'window_hu', tuple(float(edge) for edge in self.window_hu))
+        object.__setattr__(self, 'lesion_labels', tuple(int(v) for v in self.lesion_labels))
         if len(self.grid) != 3 or min(self.grid) < 1:
             raise InputError(f'grid {self.grid}: three positive lengths are expected')
         if len(self.window_hu) != 2 or not self.window_hu[0] < self.window_hu[1]:
             raise InputError(f'window_hu {self.window_hu}: (low, high) is expected')
         if not self.margin_mm >= 0:
             raise InputError(f'margin_mm {self.margin_mm}: 0 or more is expected')
-        if self.lungs_source not in LUNGS_SOURCES:
-            raise InputError(f'lungs_source {self.lungs_source!r}: one of {LUNGS_SOURCES}')
+        if self.lungs_source not in study_files.LUNGS_SOURCES:
+            raise InputError(
+                f'lungs_source {self.lungs_source!r}: one of {study_files.LUNGS_SOURCES}'
+            )
+        if not self.lesion_labels or 0 in self.lesion_labels:
+            raise InputError(
+                f'lesion_labels {self.lesion_labels}: values other than 0 are expected'
+            )
 
 
 @dataclass(frozen=True)
@@ -77,10 +84,11 @@ class PreparedCase:
         lungs: uint8 (D, H, W), 0 or 1.
         lesion: uint8 (D, H, W), 0 or 1, or None without a mask.
         geometry: the way back to the study's grid.
-        crc32: of the image file, as nifti.source_crc32.
+        crc32: of the image, as study_files.source_crc32.
         category: as in Study.
         data_set: as in Study.
         lung_ml: volume of the lungs on the study's own grid, ml.
+        notes: what was settled by rule in the image's files.
     """
 
     study_id: str
@@ -92,15 +100,23 @@ class PreparedCase:
     category: str | None
     data_set: str
     lung_ml: float
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare_studies` did: study ids made and kept, and why the bad ones are bad."""
+    """What `prepare_studies` did.
+
+    Attributes:
+        made, kept: study ids.
+        bad: study id -> why it was set aside.
+        notes: study id -> what was settled by rule, of the cases made.
+    """
 
     made: list[str]
     kept: list[str]
     bad: dict[str, str]
+    notes: dict[str, tuple[str, ...]]
 
 
 def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
@@ -110,9 +126,9 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
         InputError: a file is missing, damaged or not what it should be, there are no lungs, or
             a mask does not fit its image. The message names the file.
     """
-    volume = nifti.read_volume(study.image)
+    volume = study_files.read_image(study)
     image_hu = geometry_lib.to_canonical(volume.data, volume.affine)
-    lungs = _find_lungs(study, volume, image_hu, settings)
+    lungs = study_files.find_study_lungs(study, volume, settings.lungs_source)
     geometry = geometry_lib.fit_geometry(
         lungs, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
     )
@@ -123,7 +139,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
     image = np.clip((resampled - low) / (high - low), 0.0, 1.0) * model_lungs
     lesion = None
     if study.lesion_mask is not None:
-        mask = _read_mask(study.lesion_mask, volume, labels=(0, 1))
+        mask = study_files.read_mask(study, 'lesion_mask', volume, settings.lesion_labels)
         lesion = (geometry_lib.to_model_grid(mask, geometry) >= 0.5).astype(np.uint8)
     return PreparedCase(
         study_id=study.study_id,
@@ -135,6 +151,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
         category=study.category,
         data_set=study.data_set,
         lung_ml=float(lungs.sum()) * volume.voxel_ml,
+        notes=volume.notes,
     )
 
 
@@ -150,34 +167,64 @@ def prepare_studies(
 
     It holds image.npy, lungs.npy, lesion.npy (where there is a mask) and geometry.json. A case
     made with the same settings from the same files is kept. On Ctrl-C the studies under way are
-    finished or left out whole, and no process stays behind.
+    finished or left out whole, and no process stays behind; after a kill at any moment the next
+    call makes what is missing. Of studies with the same image one stays, the others are bad: they
+    could stand on both sides of a split.
 
     Args:
-        studies: from studies.find_studies.
+        studies: from studies.find_studies, or `take_shard` of them.
         folder: made if it is missing.
         settings: how.
         num_workers: processes; 0 or 1 works in this one.
         on_bad_study: 'skip' goes on and reports it, 'stop' stops at the first.
 
     Raises:
-        InputError: on_bad_study is 'stop' and a study is bad, or a worker was killed.
+        InputError: on_bad_study is 'stop' and a study is bad, a worker was killed, or the disk is
+            too small.
         ValueError: another on_bad_study.
     """
     if on_bad_study not in ('skip', 'stop'):
         raise ValueError(f"on_bad_study {on_bad_study!r}: 'skip' or 'stop'")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made, kept, bad = [], [], {}
+    _check_space(studies, folder, settings)
+    prepare = functools.partial(_prepare_case, folder=folder, settings=settings)
+    outcomes: dict[str, _Outcome] = {}
     with tqdm.tqdm(total=len(studies), desc='prepare', unit='study', disable=None) as bar:
-        for study_id, outcome, message in _run(studies, folder, settings, num_workers):
+        for outcome in map_in_processes(prepare, studies, num_workers, 'prepare'):
             bar.update()
-            if outcome == 'bad' and on_bad_study == 'stop':
-                raise InputError(message)
-            if outcome == 'bad':
-                bad[study_id] = message
-            else:
-                (made if outcome == 'made' else kept).append(study_id)
-    return PrepareReport(sorted(made), sorted(kept), dict(sorted(bad.items())))
+            if outcome.fault and on_bad_study == 'stop':
+                raise InputError(outcome.fault)
+            outcomes[outcome.study_id] = outcome
+    _set_copies_aside(studies, folder, outcomes)
+    done = {name: outcome for name, outcome in sorted(outcomes.items()) if not outcome.fault}
+    bad = {name: outcome.fault for name, outcome in sorted(outcomes.items()) if outcome.fault}
+    if bad and on_bad_study == 'stop':
+        raise InputError(next(iter(bad.values())))
+    return PrepareReport(
+        made=[name for name, outcome in done.items() if outcome.made],
+        kept=[name for name, outcome in done.items() if not outcome.made],
+        bad=bad,
+        notes={name: outcome.notes for name, outcome in done.items() if outcome.notes},
+    )
+
+
+def take_shard(studies: Sequence[Study], shard: str) -> tuple[Study, ...]:
+    """One host's share of the studies.
+
+    Args:
+        studies: in the same order on every host.
+        shard: '' for all of them, or 'i/n': every n-th from the i-th on, i from 0 to n - 1.
+
+    Raises:
+        InputError: another text.
+    """
+    if not shard:
+        return tuple(studies)
+    index, _, number = shard.partition('/')
+    if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise InputError(f'prepare.shard {shard!r}: i/n is expected, i from 0 to n - 1')
+    return tuple(studies[int(index) :: int(number)])
 
 
 def read_geometry_file(case_folder: str | os.PathLike) -> dict:
@@ -185,7 +232,7 @@ def read_geometry_file(case_folder: str | os.PathLike) -> dict:
 
     Keys: geometry (for Geometry.from_json), study_id, category, data_set, settings,
     source_crc32, lung_ml, image, lesion_mask (paths as given), sources (CRC-32 of every file the
-    case was made from) and version.
+    case was made from), notes and version.
 
     Raises:
         InputError: there is none, or it is not JSON.
@@ -199,74 +246,75 @@ def read_geometry_file(case_folder: str | os.PathLike) -> dict:
         raise InputError(f'{path}: not JSON; remove its folder and prepare again') from error
 
 
-Outcome = tuple[str, str, str]  # study id; 'made', 'kept' or 'bad'; message
+@dataclass(frozen=True)
+class _Outcome:
+    study_id: str
+    made: bool = False
+    fault: str = ''
+    crc32: int | None = None  # of the image
+    notes: tuple[str, ...] = ()
 
 
-def _run(
-    studies: Sequence[Study], folder: pathlib.Path, settings: PrepareSettings, num_workers: int
-) -> Iterator[Outcome]:
-    if num_workers <= 1:
-        for study in studies:
-            yield _prepare_case(study, folder, settings)
-        return
-    context = multiprocessing.get_context('spawn')
-    with _single_threaded_children():
-        pool = futures.ProcessPoolExecutor(num_workers, context, initializer=_ignore_interrupt)
-        try:
-            jobs = [pool.submit(_prepare_case, study, folder, settings) for study in studies]
-            for job in futures.as_completed(jobs):
-                yield job.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                'prepare: a worker process was killed, most likely for memory; '
-                'use fewer workers and run again'
-            ) from error
-        finally:
-            # Also on Ctrl-C: what runs is finished, what waits is dropped.
-            pool.shutdown(wait=True, cancel_futures=True)
+def _check_space(studies: Sequence[Study], folder: pathlib.Path, settings: PrepareSettings) -> None:
+    missing = sum(not (folder / study.study_id / GEOMETRY_FILE).exists() for study in studies)
+    # float16 image, uint8 lungs and lesion; and the rest of a folder.
+    wanted = missing * (math.prod(settings.grid) * 4 + 16_384)
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InputError(
+            f'{folder}: {missing} cases need {wanted / 1e9:.1f} GB, and the disk has '
+            f'{free / 1e9:.1f} GB left; make room or set data.prepared to a folder elsewhere'
+        )
 
 
-@contextlib.contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    # BLAS reads these when a process starts: N workers with N threads each would stand in each
-    # other's way.
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, '1'))
+def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings) -> _Outcome:
+    case_folder = folder / study.study_id
     try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent decides what happens.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings) -> Outcome:
-    try:
-        case_folder = folder / study.study_id
         sources = _source_checksums(study, settings)
         if _is_current(case_folder, study, settings, sources):
-            return study.study_id, 'kept', ''
+            return _Outcome(study.study_id, crc32=sources['image'])
         case = prepare_volume(study, settings)
+        # What a process that was killed had begun.
+        for left in folder.glob(f'.tmp-*-{glob.escape(study.study_id)}'):
+            shutil.rmtree(left, ignore_errors=True)
         _write_case(case, case_folder, study, settings, sources)
     except InputError as error:
-        return study.study_id, 'bad', str(error)
-    return study.study_id, 'made', ''
+        # A case made before the study was spoilt is not to be trained on.
+        shutil.rmtree(case_folder, ignore_errors=True)
+        return _Outcome(study.study_id, fault=str(error))
+    return _Outcome(study.study_id, made=True, crc32=case.crc32, notes=case.notes)
+
+
+def _set_copies_aside(
+    studies: Sequence[Study], folder: pathlib.Path, outcomes: dict[str, _Outcome]
+) -> None:
+    alike = defaultdict(list)
+    for study in sorted(studies, key=lambda s: (s.lesion_mask is None, s.study_id)):
+        outcome = outcomes[study.study_id]
+        if not outcome.fault:
+            alike[outcome.crc32].append(study)
+    for first, *others in alike.values():
+        for other in others:
+            # The checksum has 32 bits: among thousands of studies two may share it by chance.
+            images = [np.load(folder / s.study_id / 'image.npy') for s in (first, other)]
+            if np.array_equal(*images):
+                shutil.rmtree(folder / other.study_id)
+                fault = f'{other.image.name}: {describe_copy(first)}'
+                outcomes[other.study_id] = dataclasses.replace(
+                    outcomes[other.study_id], fault=fault
+                )
+
+
+def describe_copy(first: Study) -> str:
+    """Fault and remedy of a study whose image another one has too."""
+    return f'the same image as study {first.study_id}; remove one of the two'
 
 
 def _source_checksums(study: Study, settings: PrepareSettings) -> dict[str, int | None]:
-    paths = {'image': study.image, 'lesion_mask': study.lesion_mask}
+    names = ['image', 'lesion_mask']
     if settings.lungs_source == 'file':
-        paths['lung_mask'] = study.lung_mask
-    return {
-        name: None if path is None else nifti.source_crc32(path) for name, path in paths.items()
-    }
+        names.append('lung_mask')
+    return {name: study_files.source_crc32(study, name) for name in names}
 
 
 def _is_current(
@@ -307,6 +355,7 @@ def _write_case(
         'geometry': case.geometry.to_json(),
         'source_crc32': case.crc32,
         'lung_ml': case.lung_ml,
+        'notes': case.notes,
         'image': str(study.image),
         'lesion_mask': None if study.lesion_mask is None else str(study.lesion_mask),
         **_identity(study, settings, sources),
@@ -318,55 +367,3 @@ def _write_case(
             np.save(temporary / 'lesion.npy', case.lesion)
         text = json.dumps(description, indent=1)
         (temporary / GEOMETRY_FILE).write_text(text, encoding='utf-8')
-
-
-def _find_lungs(
-    study: Study, volume: nifti.Volume, image_hu: np.ndarray, settings: PrepareSettings
-) -> np.ndarray:
-    if settings.lungs_source == 'file':
-        if study.lung_mask is None:
-            raise InputError(
-                f'{study.image.name}: has no lung mask file; add '
-                f'{study.study_id}_lungs.nii.gz or set lungs_source=threshold'
-            )
-        lungs = _read_mask(study.lung_mask, volume, labels=None)
-        if not lungs.any():
-            raise InputError(f'{study.lung_mask.name}: the lung mask is empty; draw it again')
-        return lungs
-    try:
-        if settings.lungs_source == 'lungmask':
-            return lungs_lib.find_lungs_by_lungmask(image_hu)
-        spacing_mm = geometry_lib.canonical_spacing(volume.affine)
-        return lungs_lib.find_lungs(image_hu, spacing_mm)
-    except ValueError as error:
-        raise InputError(
-            f'{study.image.name}: {error}; give a chest CT in HU, or a lung mask with '
-            'lungs_source=file'
-        ) from error
-    except ModuleNotFoundError as error:
-        raise InputError(
-            'lungs_source=lungmask: the package is not installed; pip install lungmask, or use '
-            'lungs_source=threshold'
-        ) from error
-
-
-def _read_mask(
-    path: pathlib.Path, volume: nifti.Volume, labels: tuple[int, ...] | None
-) -> np.ndarray:
-    """A mask that must lie on its image's grid: bool (Z, Y, X) canonical, any label above 0."""
-    mask = nifti.read_volume(path)
-    if mask.data.shape != volume.data.shape:
-        raise InputError(
-            f'{path.name}: shape {mask.data.shape}, but its image has {volume.data.shape}; '
-            'give the mask of this image'
-        )
-    if not np.allclose(mask.affine, volume.affine, rtol=0, atol=1e-3):
-        raise InputError(
-            f'{path.name}: its affine is not that of its image; give the mask on the image grid'
-        )
-    if labels is not None:
-        found = np.unique(mask.data)
-        if not np.isin(found, labels).all():
-            text = ', '.join(f'{label:g}' for label in found[:6])
-            raise InputError(f'{path.name}: labels {text}; only 0 and 1 are a lesion mask')
-    return geometry_lib.to_canonical(mask.data, mask.affine) > 0

@@ -1,9 +1,15 @@
 """Find and describe the studies in a data set folder.
 
-Two layouts. MosMedData COVID19_1110: `dataset_registry.xlsx` (or .csv), or only its folders
-`studies/CT-*/` and `masks/`. Else a plain folder of NIfTI files. Beside an image `NAME.nii.gz`
-of a plain folder, `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung mask;
-in the MosMed layout lung masks are `lung_masks/study_NNNN_lungs.nii.gz`.
+Layouts, found by their files or named:
+  mosmed   MosMedData COVID19_1110: `dataset_registry.xlsx` (or .csv), or only its folders
+           `studies/CT-*/` and `masks/`; lung masks `lung_masks/study_NNNN_lungs.nii.gz`. Any data
+           set with a registry of these columns.
+  zenodo   Zenodo 3757476: `COVID-19-CT-Seg_20cases/`, `Infection_Mask/`, `Lung_Mask/`.
+  covid19_20  the COVID-19-20 challenge: `volume-covid19-A-NNNN_ct.nii.gz`, `..._seg.nii.gz`.
+  nnunet   nnU-Net's raw data: `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, `imagesTs/`.
+  arrays   `LungImages.npy`, `LungMask.npy`, `InfectionMasks.npy` of the published project.
+  plain    NIfTI files, and folders with one DICOM series each. Beside an image `NAME.nii.gz`,
+           `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung mask.
 """
 
 import csv
@@ -17,8 +23,8 @@ from dataclasses import dataclass
 import openpyxl
 from openpyxl.utils.exceptions import InvalidFileException
 
-from covseg_jax.errors import InputError
-from covseg_jax.imaging import nifti
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging import arrays, dicom, nifti
 
 CATEGORIES = ('CT-0', 'CT-1', 'CT-2', 'CT-3', 'CT-4')
 REGISTRIES = ('dataset_registry.xlsx', 'dataset_registry.csv')
@@ -32,11 +38,14 @@ class Study:
 
     Attributes:
         study_id: unique in its data set, usable as a folder's name.
-        image: the NIfTI file.
+        image: the NIfTI file, the folder of the DICOM series, or the .npy file.
         lesion_mask: the human (or phantom) mask, for evaluation only, or None.
         lung_mask: lungs drawn or computed elsewhere, or None.
         category: 'CT-0' (healthy) to 'CT-4', or None where nobody says.
         data_set: 'MosMedData' or the folder's name.
+        index: the study's place in its .npy files; None for all others.
+        window: (least stored value, greatest, HU of the first, HU of the second) where the data
+            set is known to hold windowed images instead of HU.
     """
 
     study_id: str
@@ -45,35 +54,36 @@ class Study:
     lung_mask: pathlib.Path | None
     category: str | None
     data_set: str
+    index: int | None = None
+    window: tuple[float, float, float, float] | None = None
 
 
-def find_studies(folder: str | os.PathLike) -> tuple[Study, ...]:
-    """All studies of a data set folder, sorted by study id.
+def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study, ...]:
+    """All studies of a data set folder, sorted by study id. No image is opened: a file that a
+    registry names and that is not there is found when it is read.
 
     Args:
-        folder: MosMedData's root or a plain folder of .nii and .nii.gz files (not searched
-            deeper).
+        folder: the data set's root.
+        layout: one of LAYOUTS, or 'auto': the first of them whose files are there.
 
     Raises:
-        InputError: the folder is missing or holds no study, its registry cannot be understood,
-            names files that are not there or lie outside the folder, or two studies share an id.
+        InputError: the folder is missing or holds no study of the layout, its registry cannot be
+            understood or names files outside the folder, or two studies share an id.
     """
+    if layout not in ('auto', *LAYOUTS):
+        raise InputError(f'data.layout {layout!r}: one of auto, {", ".join(LAYOUTS)} is expected')
     folder = pathlib.Path(folder)
     if not folder.exists():
         raise InputError(f'{folder}: no such folder; check the path')
     if not folder.is_dir():
         raise InputError(f'{folder}: not a folder; name the folder that holds the studies')
-    registries = [folder / name for name in REGISTRIES if (folder / name).is_file()]
-    if registries:
-        studies = _registered_studies(folder, registries[0])
-    elif (folder / 'studies').is_dir():
-        studies = _mosmed_studies(folder)
-    else:
-        studies = _plain_studies(folder)
+    if layout == 'auto':
+        layout = next(name for name, (is_there, _) in LAYOUTS.items() if is_there(folder))
+    studies = LAYOUTS[layout][1](folder)
     if not studies:
         raise InputError(
-            f'{folder}: no studies; it should hold .nii or .nii.gz files, '
-            'or dataset_registry.xlsx and studies/'
+            f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
+            'or a data set in one of the layouts ' + ', '.join(LAYOUTS)
         )
     repeated = [name for name, number in Counter(s.study_id for s in studies).items() if number > 1]
     if repeated:
@@ -81,26 +91,44 @@ def find_studies(folder: str | os.PathLike) -> tuple[Study, ...]:
     return tuple(sorted(studies, key=lambda study: study.study_id))
 
 
-def find_inputs(path: str | os.PathLike) -> tuple[Study, ...]:
-    """The studies to predict: one NIfTI file, or all of a folder as `find_studies` sees it.
+def find_inputs(path: str | os.PathLike, layout: str = 'auto') -> tuple[Study, ...]:
+    """The studies to predict or verify: one NIfTI file, one DICOM series, or all of a folder as
+    `find_studies` sees it.
 
     Raises:
         InputError: the path is missing, or neither a NIfTI file nor a folder with studies.
     """
     path = pathlib.Path(path)
+    if path.is_dir() and dicom.is_series(path):
+        return (_series_study(path),)
     if not path.is_file():
-        return find_studies(path)
+        return find_studies(path, layout)
     if not nifti.is_nifti(path):
-        raise InputError(f'{path}: not a .nii or .nii.gz file; convert it to NIfTI')
+        raise InputError(
+            f'{path}: not a .nii or .nii.gz file; convert it to NIfTI, or name the folder of a '
+            'DICOM series'
+        )
     return (_plain_study(path, path.parent),)
 
 
+def _find_registry(folder: pathlib.Path) -> pathlib.Path | None:
+    return next((folder / name for name in REGISTRIES if (folder / name).is_file()), None)
+
+
+def _is_mosmed(folder: pathlib.Path) -> bool:
+    return _find_registry(folder) is not None or (folder / 'studies').is_dir()
+
+
+def _mosmed_studies(folder: pathlib.Path) -> list[Study]:
+    registry = _find_registry(folder)
+    return _foldered_studies(folder) if registry is None else _registered_studies(folder, registry)
+
+
 def _registered_studies(folder: pathlib.Path, registry: pathlib.Path) -> list[Study]:
-    studies, missing = [], []
+    studies = []
     for row in _read_registry(registry):
         image = _resolve(folder, row['study_file'], registry)
         mask = _resolve(folder, row['mask_file'], registry) if row.get('mask_file') else None
-        missing += [path for path in (image, mask) if path is not None and not path.is_file()]
         study_id = row.get('study_id') or nifti.strip_suffix(image)
         if not re.fullmatch(r'\w[\w. +-]*', study_id):
             raise InputError(f'{registry.name}: study id {study_id!r} cannot name a folder')
@@ -112,11 +140,6 @@ def _registered_studies(folder: pathlib.Path, registry: pathlib.Path) -> list[St
             )
         lungs = _existing(folder / 'lung_masks' / f'{study_id}{_LUNG_MASK}')
         studies.append(Study(study_id, image, mask, lungs, category, MOSMED))
-    if missing:
-        raise InputError(
-            f'{missing[0]}: named in {registry.name} but not there ({len(missing)} such files in '
-            'all); finish the download or remove the rows'
-        )
     return studies
 
 
@@ -156,7 +179,7 @@ def _resolve(folder: pathlib.Path, written: str, registry: pathlib.Path) -> path
     return _existing(path.with_name(nifti.strip_suffix(path))) or path
 
 
-def _mosmed_studies(folder: pathlib.Path) -> list[Study]:
+def _foldered_studies(folder: pathlib.Path) -> list[Study]:
     studies = []
     for image in sorted((folder / 'studies').glob('CT-*/*')):
         category = image.parent.name
@@ -168,16 +191,139 @@ def _mosmed_studies(folder: pathlib.Path) -> list[Study]:
     return studies
 
 
-def _plain_studies(folder: pathlib.Path) -> list[Study]:
-    images = [
+_ZENODO_IMAGES = 'COVID-19-CT-Seg_20cases'
+# Its page says of the ten cases from Radiopaedia: windowed to [-1250, 250] HU and stored as 0 to
+# 255 (doi:10.5281/zenodo.3757476).
+_ZENODO_WINDOWED = 'radiopaedia'
+_ZENODO_WINDOW = (0.0, 255.0, -1250.0, 250.0)
+
+
+def _is_zenodo(folder: pathlib.Path) -> bool:
+    return (folder / 'Infection_Mask').is_dir() and (folder / 'Lung_Mask').is_dir()
+
+
+def _zenodo_studies(folder: pathlib.Path) -> list[Study]:
+    images = folder / _ZENODO_IMAGES
+    studies = []
+    for image in _images(images if images.is_dir() else folder):
+        name = nifti.strip_suffix(image)
+        windowed = name.startswith(_ZENODO_WINDOWED)
+        studies.append(
+            Study(
+                study_id=name,
+                image=image,
+                lesion_mask=_existing(folder / 'Infection_Mask' / name),
+                lung_mask=_existing(folder / 'Lung_Mask' / name),
+                category=None,
+                data_set='Zenodo 3757476',
+                window=_ZENODO_WINDOW if windowed else None,
+            )
+        )
+    return studies
+
+
+def _covid19_20_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    folders = [folder, *(folder / name for name in ('Train', 'Validation', 'Test'))]
+    return [
+        image
+        for place in folders
+        if place.is_dir()
+        for image in _images(place)
+        if re.fullmatch(r'volume-covid19-.*_ct', nifti.strip_suffix(image))
+    ]
+
+
+def _covid19_20_studies(folder: pathlib.Path) -> list[Study]:
+    studies = []
+    for image in _covid19_20_images(folder):
+        study_id = nifti.strip_suffix(image).removesuffix('_ct')
+        mask = _existing(image.with_name(study_id + '_seg'))
+        studies.append(Study(study_id, image, mask, None, None, 'COVID-19-20'))
+    return studies
+
+
+def _is_nnunet(folder: pathlib.Path) -> bool:
+    return (folder / 'imagesTr').is_dir() or (folder / 'imagesTs').is_dir()
+
+
+def _nnunet_studies(folder: pathlib.Path) -> list[Study]:
+    studies = []
+    for part in ('Tr', 'Ts'):
+        if not (folder / f'images{part}').is_dir():
+            continue
+        for image in _images(folder / f'images{part}'):
+            name = nifti.strip_suffix(image)
+            # _0000 is the first channel of a case, and CT has no other.
+            if name.endswith('_0000'):
+                study_id = name.removesuffix('_0000')
+                mask = _existing(folder / f'labels{part}' / study_id)
+                studies.append(Study(study_id, image, mask, None, None, folder.resolve().name))
+    return studies
+
+
+def _is_arrays(folder: pathlib.Path) -> bool:
+    return (folder / arrays.IMAGES).is_file()
+
+
+def _arrays_studies(folder: pathlib.Path) -> list[Study]:
+    paths = [folder / name for name in (arrays.IMAGES, arrays.LUNGS, arrays.LESIONS)]
+    images, *masks = (arrays.open_array(p) if p.is_file() or i < 2 else None
+                      for i, p in enumerate(paths))  # fmt: skip
+    for path, mask in zip(paths[1:], masks, strict=True):
+        if mask is not None and mask.shape != images.shape:
+            raise FileFault(
+                path,
+                f'shape {mask.shape}, but {arrays.IMAGES} has {images.shape}',
+                'give the arrays of one data set',
+            )
+    # A study that nobody marked is all 0 there: it has no mask, rather than no lesion.
+    marked = [masks[1] is not None and bool(masks[1][i].any()) for i in range(len(images))]
+    return [
+        Study(
+            study_id=f'case_{index:04d}',
+            image=paths[0],
+            lesion_mask=paths[2] if marked[index] else None,
+            lung_mask=paths[1],
+            category=None,
+            data_set=folder.resolve().name,
+            index=index,
+            window=(0.0, 1.0, *arrays.WINDOW_HU),
+        )
+        for index in range(len(images))
+    ]
+
+
+def _images(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [
         path
         for path in sorted(folder.iterdir())
-        if nifti.is_nifti(path)
-        and path.is_file()
-        and not path.name.startswith('.')
-        and not nifti.strip_suffix(path).endswith((_LESION_MASK, _LUNG_MASK))
+        if nifti.is_nifti(path) and path.is_file() and not path.name.startswith('.')
     ]
-    return [_plain_study(image, folder) for image in images]
+
+
+def _plain_studies(folder: pathlib.Path) -> list[Study]:
+    masks = (_LESION_MASK, _LUNG_MASK)
+    images = [path for path in _images(folder) if not nifti.strip_suffix(path).endswith(masks)]
+    series = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith('.') and dicom.is_series(path)
+    ]
+    if dicom.is_series(folder):
+        series.append(folder)
+    return [*(_plain_study(image, folder) for image in images), *map(_series_study, series)]
+
+
+def _series_study(series: pathlib.Path) -> Study:
+    series = series.absolute()
+    return Study(
+        study_id=series.name,
+        image=series,
+        lesion_mask=_existing(series.with_name(series.name + _LESION_MASK)),
+        lung_mask=_existing(series.with_name(series.name + _LUNG_MASK)),
+        category=None,
+        data_set=series.parent.name,
+    )
 
 
 def _plain_study(image: pathlib.Path, folder: pathlib.Path) -> Study:
@@ -195,3 +341,13 @@ def _plain_study(image: pathlib.Path, folder: pathlib.Path) -> Study:
 def _existing(stem: pathlib.Path) -> pathlib.Path | None:
     candidates = [stem.with_name(stem.name + suffix) for suffix in ('.nii.gz', '.nii')]
     return next((path for path in candidates if path.is_file()), None)
+
+
+LAYOUTS = {
+    'mosmed': (_is_mosmed, _mosmed_studies),
+    'arrays': (_is_arrays, _arrays_studies),
+    'zenodo': (_is_zenodo, _zenodo_studies),
+    'nnunet': (_is_nnunet, _nnunet_studies),
+    'covid19_20': (lambda folder: bool(_covid19_20_images(folder)), _covid19_20_studies),
+    'plain': (lambda folder: True, _plain_studies),
+}

@@ -77,7 +77,7 @@ def mask_on_study_grid(
     native_lungs = geometries.to_study_grid(lungs, geometry) >= 0.5
     # Before resampling, which lowers peaks: there the seed threshold was found.
     sure = drop_unsure_lesions(probability, settings)
-    native = geometries.to_study_grid(sure, geometry) * native_lungs
+    native = geometries.to_study_grid(sure, geometry, order='deblurred') * native_lungs
     mask = drop_small_components(
         native >= settings.threshold, settings.min_component_ml / geometry.study_voxel_ml
     )

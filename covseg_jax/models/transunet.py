@@ -32,6 +32,9 @@ class TransUNet(nn.Module):
 
     Fields:
       width: channels C of the stem; the transformer has 8 C.
+      final_width: channels of the decoder's last level, at full resolution; 0 means width / 8, the
+        published number. Two or four of them are too few for a narrow network: behind the last
+        ReLU they can all die in the first steps, and the network answers "nothing" ever after.
       num_heads, mlp_dim, num_blocks: of the transformer.
       num_classes: channels of the logits.
       published_attention: multiply the attention scores by √(head width), as the published code
@@ -47,6 +50,7 @@ class TransUNet(nn.Module):
     """
 
     width: int = 128
+    final_width: int = 0
     num_heads: int = 4
     mlp_dim: int = 512
     num_blocks: int = 8
@@ -93,7 +97,8 @@ class TransUNet(nn.Module):
         )(x.reshape(x.shape[0], -1, x.shape[-1]), train=train)
         x = Conv2D(4 * self.width, 3, name='neck_conv', **form)(tokens.reshape(x.shape))
         x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
-        channels = (2 * self.width, self.width, self.width // 2, self.width // 8)
+        final_width = self.final_width or self.width // 8
+        channels = (2 * self.width, self.width, self.width // 2, final_width)
         for level, features, skip in zip(
             (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
         ):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from scipy import ndimage
 
 from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
@@ -56,6 +57,7 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
     if network.name == 'transunet':
         return TransUNet(
             width=network.width,
+            final_width=network.final_width,
             num_heads=network.num_heads,
             mlp_dim=network.mlp_dim,
             num_blocks=network.num_blocks,
@@ -300,7 +302,7 @@ def load_probability(
     probability, 0 outside the lungs; and the checkpoint's step.
 
     Slices are predicted `predict.batch_size` at a time; with `predict.flip`, together with their
-    mirror images.
+    mirror images. Then the probability is smoothed from slice to slice.
 
     Raises:
       InputError: there is no checkpoint that fits.
@@ -314,7 +316,7 @@ def _probability(
     config: ml_collections.ConfigDict, network: nn.Module, variables: Any
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     predict = steps.make_predict(network)
-    size = config.predict.batch_size
+    size, smoothing = config.predict.batch_size, config.predict.smoothing_slices
 
     def predict_slices(slices: np.ndarray) -> np.ndarray:
         padded = np.zeros((-(-len(slices) // size) * size, *slices.shape[1:], 1), np.float32)
@@ -327,6 +329,8 @@ def _probability(
         found = predict_slices(image)
         if config.predict.flip:
             found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
+        if smoothing:
+            found = ndimage.gaussian_filter1d(found, smoothing, axis=0, mode='nearest')
         return found * (np.asarray(lungs) > 0)
 
     return probability

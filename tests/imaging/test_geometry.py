@@ -97,6 +97,50 @@ def test_lesion_comes_back_from_the_model_grid(mosmed_geometry, radius_mm):
     )
 
 
+def _oblique_affines():
+    # Turned about each axis by some degrees, as patients lie; and a gantry's tilt.
+    for axis, degrees in itertools.product(range(3), (-25, 10, 40)):
+        turn, angle = np.eye(4), np.deg2rad(degrees)
+        first, second = (other for other in range(3) if other != axis)
+        turn[first, first] = turn[second, second] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        yield turn
+    tilt = np.eye(4)
+    tilt[1, 2] = np.tan(np.deg2rad(20))
+    yield tilt
+
+
+@pytest.mark.parametrize('turns', [_affines, _oblique_affines], ids=['48 orders', 'oblique'])
+def test_lesion_of_5_ml_goes_there_and_back_in_any_file(turns):
+    # MosMed's slices; a coarser field of view in plane, so that all of these take seconds.
+    spacing, shape = (2.0, 2.0, 8.0), (150, 120, 41)
+    x, y, z = (
+        ((np.arange(n) - middle) * s) ** 2
+        for n, s, middle in zip(shape, spacing, (91.3, 63.4, 20.2), strict=True)
+    )
+    # Half axes 16, 11 and 11 mm by 8 mm slices: 5 to 6 ml after sampling.
+    lesion = x[:, None, None] / 14**2 + y[:, None] / 11**2 + z / 10**2 < 1
+    lungs = np.zeros(shape, bool)
+    lungs[6:143, 10:112, 3:38] = True
+    for turn in turns():
+        order = np.abs(turn[:3, :3]).argmax(axis=0)  # file axis i runs along world axis order[i]
+        affine = turn.copy()
+        affine[:3, :3] *= np.asarray(spacing)[order]
+        file_lesion, file_lungs = (np.transpose(a, order) for a in (lesion, lungs))
+        canonical = geometry.to_canonical(file_lesion, affine)
+        plan = geometry.fit_geometry(
+            geometry.to_canonical(file_lungs, affine), file_lesion.shape, affine, GRID
+        )
+        model = geometry.to_model_grid(canonical, plan)
+        back = geometry.to_study_grid(model, plan, order='deblurred') >= 0.5
+        written = geometry.from_canonical(back, affine)
+        assert (written.shape, written.dtype) == (file_lesion.shape, file_lesion.dtype)
+        dice = 2 * (written & file_lesion).sum() / (written.sum() + file_lesion.sum())
+        volume_ml = file_lesion.sum() * plan.study_voxel_ml
+        assert 4.5 < volume_ml < 7
+        assert dice >= 0.95, (turn, volume_ml, dice)
+
+
 def test_shape_is_kept_and_the_shorter_side_padded_on_both_sides(mosmed_geometry):
     model = geometry.to_model_grid(np.ones((41, 512, 512), np.float32), mosmed_geometry)
     rows = np.flatnonzero(model[16].any(axis=1))
@@ -114,6 +158,7 @@ def test_values_stay_in_the_range_of_the_input():
     for array in (
         geometry.to_model_grid(image, plan, weights=lungs),
         geometry.to_study_grid(geometry.to_model_grid(image, plan), plan),
+        geometry.to_study_grid(geometry.to_model_grid(image, plan), plan, order='deblurred'),
     ):
         assert image.min() - 1e-2 <= array.min()
         assert array.max() <= image.max() + 1e-2

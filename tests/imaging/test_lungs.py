@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from covseg_jax.imaging import geometry, lungs, nifti
+from covseg_jax.imaging import geometry, lungs, nifti, phantom
 
 SPACING_MM = (8.0, 3.0, 3.0)
 SHAPE = (30, 100, 126)
@@ -72,6 +72,20 @@ def test_dense_consolidation_at_the_pleura_comes_back(chest, name, centre_mm, ra
     # The threshold and its closing of 10 mm alone find 0 to 36 % of these.
     assert (found & consolidation).sum() / consolidation.sum() >= 0.75, name
     assert (found & ~truth).sum() <= 0.002 * truth.sum()
+
+
+@pytest.mark.parametrize('seed', [(3, 3), (3, 5), (3, 8), (3, 9)])
+def test_consolidated_phantom_keeps_its_lesions(seed):
+    # CT-1 phantoms with consolidation at the pleura, 48 to 223 ml of lesion. Over 16 phantoms of
+    # this seed 0.968 of all lesion voxels are kept, and here 0.959 to 0.987; without the strips that
+    # are too thin for the opening under the ribs, (3, 5) and (3, 8) keep 0.924 and 0.937.
+    made = phantom.make_phantom(seed, 'CT-1')
+    image, lesion, true_lungs = (
+        geometry.to_canonical(array, made.affine) for array in (made.image, made.lesion, made.lungs)
+    )
+    found = lungs.find_lungs(image, geometry.canonical_spacing(made.affine))
+    assert found[lesion > 0].mean() >= 0.955
+    assert _dice(found, true_lungs > 0) >= 0.97
 
 
 def test_liver_dome_stays_outside(chest):

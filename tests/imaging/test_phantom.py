@@ -238,10 +238,10 @@ def test_classes_follow_mosmed_proportions():
 def test_interrupted_data_set_is_finished_by_the_next_call(tmp_path, monkeypatch):
     made, write = [], phantom._write_study
 
-    def write_two_then_stop(folder, order, *grid):
+    def write_two_then_stop(folder, order, **grid):
         if len(made) == 2:
             raise KeyboardInterrupt
-        write(folder, order, *grid)
+        write(folder, order, **grid)
         made.append(order.study_id)
 
     monkeypatch.setattr(phantom, '_write_study', write_two_then_stop)

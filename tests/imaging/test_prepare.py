@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,39 +15,16 @@ import pytest
 
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry, nifti, prepare, studies
+from tests.imaging.chest import AFFINE, SHAPE, write_study
 
-AFFINE = np.diag([-4.0, 4.0, 8.0, 1.0])
-SHAPE = (80, 64, 28)  # (X, Y, Z): LAS, 320 × 256 × 224 mm
 SETTINGS = prepare.PrepareSettings(grid=(16, 32, 32))
-
-
-def _grid_mm():
-    return np.meshgrid(
-        *((np.arange(n) - n / 2 + 0.5) * s for n, s in zip(SHAPE, (4, 4, 8), strict=True)),
-        indexing='ij',
-        sparse=True,
-    )
-
-
-def _write_study(folder, name, *, lesion=True, opacity_hu=-500):
-    """A trunk with two lungs and an opacity of 40 mm diameter in the lung at low x."""
-    x, y, z = _grid_mm()
-    image = np.full(SHAPE, -1000, np.int16)
-    image[np.broadcast_to((x / 140) ** 2 + (y / 100) ** 2 < 1, SHAPE)] = 40
-    for side in (-1, 1):
-        image[((x - side * 65) / 50) ** 2 + (y / 75) ** 2 + (z / 95) ** 2 < 1] = -850
-    opacity = (x + 65) ** 2 + (y - 10) ** 2 + z**2 < 20**2
-    image[opacity] = opacity_hu
-    nifti.write_volume(folder / f'{name}.nii.gz', image, AFFINE)
-    if lesion:
-        nifti.write_volume(folder / f'{name}_mask.nii.gz', opacity, AFFINE)
 
 
 @pytest.fixture
 def data_set(tmp_path):
     folder = tmp_path / 'data'
-    _write_study(folder, 'a')
-    _write_study(folder, 'b', lesion=False)
+    write_study(folder, 'a')
+    write_study(folder, 'b', lesion=False)
     return folder
 
 
@@ -79,7 +57,7 @@ def test_case_in_memory_is_what_was_drawn(data_set):
 
 
 def test_window_bounds_the_image_whatever_the_scan_holds(data_set):
-    _write_study(data_set, 'a', opacity_hu=3000)
+    write_study(data_set, 'a', opacity_hu=3000)
     case = prepare.prepare_volume(studies.find_studies(data_set)[0], SETTINGS)
     assert case.image.min() == 0
     assert case.image.max() == 1
@@ -107,7 +85,7 @@ def test_written_case_equals_the_case_in_memory(data_set):
 def test_second_run_keeps_what_is_unchanged_and_makes_what_is_not(data_set):
     _prepare(data_set)
     assert _prepare(data_set).kept == ['a', 'b']
-    _write_study(data_set, 'b', opacity_hu=-400, lesion=False)
+    write_study(data_set, 'b', opacity_hu=-400, lesion=False)
     report = _prepare(data_set)
     assert (report.made, report.kept) == (['b'], ['a'])
     # The mask is a source too, and so is its absence.
@@ -134,7 +112,9 @@ def test_bad_study_is_reported_and_the_others_are_made(data_set):
 
 
 def test_scan_without_lungs_is_refused_by_name(data_set):
-    nifti.write_volume(data_set / 'a.nii.gz', np.full(SHAPE, 40, np.int16), AFFINE)
+    image = nifti.read_volume(data_set / 'a.nii.gz').data.copy()
+    image[10:-10, 10:-10] = 40
+    nifti.write_volume(data_set / 'a.nii.gz', image, AFFINE)
     with pytest.raises(InputError, match=r'^a\.nii\.gz: no lungs found .*; give a chest CT'):
         prepare.prepare_volume(studies.find_studies(data_set)[0], SETTINGS)
 
@@ -221,11 +201,72 @@ def _living_members(group):
     return members
 
 
+def test_killed_run_leaves_nothing_half_made_and_the_next_one_finishes(data_set, tmp_path):
+    for number in range(10):
+        write_study(data_set, f's{number:03d}', lesion=False)
+    (tmp_path / 'program.py').write_text(PROGRAM.replace('num_workers=2', 'num_workers=1'))
+    target = tmp_path / 'prepared'
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / 'program.py', data_set, target],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    )
+    deadline = time.monotonic() + 60
+    while not list(target.glob('[!.]*')) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    (target / '.tmp-1-s009').mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
+    done = sorted(path.name for path in target.glob('[!.]*'))
+    assert 0 < len(done) < 12
+    report = _prepare(data_set)
+    assert report.kept == done
+    assert len(report.made) == 12 - len(done)
+    assert list(target.glob('.tmp*')) == []
+
+
+def test_shards_share_the_studies_out(data_set):
+    for name in 'cde':
+        write_study(data_set, name, lesion=False)
+    found = studies.find_studies(data_set)
+    shards = [prepare.take_shard(found, f'{index}/3') for index in range(3)]
+    assert [[study.study_id for study in shard] for shard in shards] == [
+        ['a', 'd'],
+        ['b', 'e'],
+        ['c'],
+    ]
+    assert prepare.take_shard(found, '') == found
+    for text in ('3/3', '1', 'a/b', '-1/2', '1/0'):
+        with pytest.raises(InputError, match=r'prepare\.shard'):
+            prepare.take_shard(found, text)
+
+
+def test_of_two_studies_with_one_image_one_is_set_aside(data_set):
+    (data_set / 'copy.nii.gz').write_bytes((data_set / 'a.nii.gz').read_bytes())
+    report = _prepare(data_set)
+    assert report.made == ['a', 'b']
+    assert report.bad == {'copy': 'copy.nii.gz: the same image as study a; remove one of the two'}
+    assert not (data_set.parent / 'prepared' / 'copy').exists()
+
+
+def test_disk_that_is_too_small_is_told_before_the_work(data_set, monkeypatch):
+    usage = shutil.disk_usage('/')._replace(free=1000)
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda _: usage)
+    with pytest.raises(InputError, match=r'2 cases need 0\.0 GB.*; make room'):
+        _prepare(data_set)
+
+
+def test_case_of_a_study_that_was_spoilt_since_is_gone(data_set):
+    _prepare(data_set)
+    (data_set / 'a.nii.gz').write_bytes(b'spoilt')
+    assert list(_prepare(data_set).bad) == ['a']
+    assert [path.name for path in (data_set.parent / 'prepared').iterdir()] == ['b']
+
+
 @pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='reads /proc')
 def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     for number in range(22):
-        name = f's{number:03d}.nii.gz'
-        (data_set / name).write_bytes((data_set / 'b.nii.gz').read_bytes())
+        write_study(data_set, f's{number:03d}', lesion=False)
     (tmp_path / 'program.py').write_text(PROGRAM)
     target = tmp_path / 'prepared'
     process = subprocess.Popen(

@@ -82,11 +82,13 @@ def test_missing_and_empty_folders_are_refused(tmp_path):
         studies.find_studies(tmp_path)
 
 
-def test_registry_rows_without_files_are_counted_and_the_first_named(tmp_path):
+def test_files_that_a_registry_names_and_that_are_absent_stay_named(tmp_path):
+    # Left out, a study without its mask would be trained on; it is told when it is read.
     _write_registry(tmp_path / 'dataset_registry.csv')
     _touch(tmp_path, 'studies/CT-0/study_0001.nii.gz')
-    with pytest.raises(InputError, match=r'CT-1/study_0255\.nii\.gz: .*\(2 such files'):
-        studies.find_studies(tmp_path)
+    _, covid = studies.find_studies(tmp_path)
+    assert covid.image == tmp_path / 'studies/CT-1/study_0255.nii.gz'
+    assert covid.lesion_mask == tmp_path / 'masks/study_0255_mask.nii.gz'
 
 
 @pytest.mark.parametrize(
@@ -119,3 +121,42 @@ def test_study_that_is_there_twice_is_refused(tmp_path):
     _touch(tmp_path, 'a.nii', 'a.nii.gz')
     with pytest.raises(InputError, match='study a is there twice'):
         studies.find_studies(tmp_path)
+
+
+def test_zenodo_layout_knows_the_windowed_cases(tmp_path):
+    for name in ('coronacases_001', 'radiopaedia_10_85902_1'):
+        _touch(
+            tmp_path,
+            f'COVID-19-CT-Seg_20cases/{name}.nii.gz',
+            f'Infection_Mask/{name}.nii.gz',
+            f'Lung_Mask/{name}.nii.gz',
+        )
+    corona, radiopaedia = studies.find_studies(tmp_path)
+    assert corona.lesion_mask == tmp_path / 'Infection_Mask/coronacases_001.nii.gz'
+    assert corona.lung_mask == tmp_path / 'Lung_Mask/coronacases_001.nii.gz'
+    assert (corona.window, radiopaedia.window) == (None, (0.0, 255.0, -1250.0, 250.0))
+
+
+@pytest.mark.parametrize('part', ['', 'Train/'])
+def test_covid19_20_layout(tmp_path, part):
+    name = 'volume-covid19-A-0003'
+    _touch(tmp_path, f'{part}{name}_ct.nii.gz', f'{part}{name}_seg.nii.gz')
+    (study,) = studies.find_studies(tmp_path)
+    assert (study.study_id, study.data_set) == (name, 'COVID-19-20')
+    assert study.lesion_mask == tmp_path / f'{part}{name}_seg.nii.gz'
+
+
+def test_nnunet_layout(tmp_path):
+    _touch(tmp_path, 'dataset.json', 'imagesTr/a_0000.nii.gz', 'labelsTr/a.nii.gz')
+    _touch(tmp_path, 'imagesTs/b_0000.nii.gz', 'imagesTr/.hidden_0000.nii.gz')
+    first, second = studies.find_studies(tmp_path)
+    assert (first.study_id, first.lesion_mask) == ('a', tmp_path / 'labelsTr/a.nii.gz')
+    assert (second.study_id, second.lesion_mask) == ('b', None)
+
+
+def test_layout_can_be_named_and_a_wrong_name_is_refused(tmp_path):
+    _touch(tmp_path, 'dataset_registry.csv', 'a.nii.gz')
+    (study,) = studies.find_studies(tmp_path, 'plain')
+    assert study.study_id == 'a'
+    with pytest.raises(InputError, match=r'data\.layout .plane.: one of auto, mosmed'):
+        studies.find_studies(tmp_path, 'plane')

@@ -41,16 +41,21 @@ def image_and_target():
 
 @pytest.fixture(scope='module')
 def training_step(variables, image_and_target):
+    return make_training_step(variables, image_and_target, jnp.float32)
+
+
+def make_training_step(variables, image_and_target, dtype):
     """Logits, losses, gradients and running statistics of one step without dropout."""
     image, target = image_and_target
-    model = TransUNet(dropout_rate=0.0)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    model = TransUNet(dropout_rate=0.0, dtype=dtype)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def step(params):
         output, updated = model.apply(
             {'params': params, 'batch_stats': variables['batch_stats']},
-            image,
+            jnp.asarray(image, dtype),
             train=True,
             mutable=['batch_stats'],
         )
@@ -108,11 +113,23 @@ def test_training_step_equals_pytorch(numbers, training_step):
     )
 
 
-def test_every_gradient_norm_equals_pytorch(numbers, training_step):
-    names, expected = numbers['grad_norm_names'], numbers['grad_norms']
-    actual = [np.linalg.norm(find(training_step['updated'], name)) for name in names]
-    # reached: 0.07 to 0.09 %, by the CPU
-    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-7)
+def gradient_norms(numbers, step):
+    return [np.linalg.norm(find(step['updated'], name)) for name in numbers['grad_norm_names']]
+
+
+def test_every_gradient_norm_equals_pytorch(numbers, variables, image_and_target):
+    # In float64, where nothing but PyTorch's own float32 rounding is between the two.
+    with jax.enable_x64(True):
+        step = make_training_step(variables, image_and_target, jnp.float64)
+        actual = gradient_norms(numbers, step)
+    # reached: 0.026 %; biases before a BatchNorm have a gradient of 0, PyTorch 1e-9 to 1e-7
+    np.testing.assert_allclose(actual, numbers['grad_norms'], rtol=5e-4, atol=1e-7)
+
+
+def test_gradient_norms_in_float32_are_off_by_rounding_alone(numbers, training_step):
+    actual = gradient_norms(numbers, training_step)
+    # reached: 0.07 to 0.13 %, by the CPU and by what XLA fuses there
+    np.testing.assert_allclose(actual, numbers['grad_norms'], rtol=2e-3, atol=1e-7)
 
 
 def test_running_statistics_equal_pytorch(numbers, training_step):

@@ -16,6 +16,7 @@ from covseg_jax.training import published_weights, segmentation
 def config():
     config = transunet.get_config('tiny').unlock()
     config.train.num_steps = 2
+    config.network.final_width = 0  # the published number of channels
     config.predict.flip = False
     return config.lock()
 

@@ -1,0 +1,73 @@
+"""The same function over many items, in processes that leave with their parent."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from covseg_jax.errors import InputError
+
+Item = TypeVar('Item')
+Result = TypeVar('Result')
+_THREAD_VARIABLES = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+
+
+def map_in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], num_workers: int, what: str
+) -> Iterator[Result]:
+    """Yields results as they come, in no order. On Ctrl-C what runs is finished, what waits is
+    dropped, and no process stays behind.
+
+    Args:
+        function: can be pickled, as functools.partial of a module's function can.
+        items: can be pickled.
+        num_workers: processes; 0 or 1 works in this one.
+        what: the work's name, for messages.
+
+    Raises:
+        InputError: a process was killed.
+    """
+    if num_workers <= 1 or len(items) <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context('spawn')
+    with _single_threaded_children():
+        pool = futures.ProcessPoolExecutor(
+            min(num_workers, len(items)), context, initializer=_ignore_interrupt
+        )
+        try:
+            jobs = [pool.submit(function, item) for item in items]
+            for job in futures.as_completed(jobs):
+                yield job.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f'{what}: a worker process was killed, most likely for memory; '
+                'set data.num_workers lower and run again'
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _single_threaded_children() -> Iterator[None]:
+    # BLAS reads these when a process starts: N workers with N threads each would stand in each
+    # other's way.
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, '1'))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent decides what happens.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,127 @@
+"""Times the way of one study from NIfTI to a prepared case, part by part and against peers.
+
+    taskset -c 0 python tests/benchmarks/prepare_study.py [--repeats=5] [--num_studies=0]
+
+Makes phantom studies of MosMedData's size (512 × 512 × 41) in a temporary folder and prints one
+JSON line. Medians of runs that take turns; peak memory is that of a process of its own that
+prepares one study. With --num_studies, a whole data set is prepared too, with all cores.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import nibabel
+import numpy as np
+from scipy import ndimage
+
+from covseg_jax.imaging import geometry, lungs, nifti, phantom, prepare, studies
+
+SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
+
+
+def take_turns(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each part; the first turn is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(repeats + 1):
+        for name, work in parts.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: round(statistics.median(each), 3) for name, each in seconds.items()}
+
+
+def measure_peak_gb(image: pathlib.Path) -> float:
+    """Peak resident memory of a fresh process that prepares the study, GB."""
+    program = (
+        'import pathlib, resource, sys\n'
+        'from covseg_jax.imaging import prepare, studies\n'
+        'study = studies.find_inputs(pathlib.Path(sys.argv[1]))[0]\n'
+        'prepare.prepare_volume(study, prepare.PrepareSettings())\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', program, str(image)], capture_output=True, text=True, check=True
+    )
+    return round(int(done.stdout) * 1024 / 1e9, 3)
+
+
+def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
+    """Studies a second, and the largest worker's peak memory, of a whole `prepare`."""
+    workers = os.cpu_count() or 1
+    data = folder / 'data'
+    phantom.write_phantom_data_set(
+        data,
+        num_healthy=num_studies // 2,
+        num_covid=num_studies - num_studies // 2,
+        num_masked=num_studies // 4,
+        shape=SHAPE,
+        spacing_mm=SPACING_MM,
+        num_workers=workers,
+    )
+    began = time.perf_counter()
+    report = prepare.prepare_studies(
+        studies.find_studies(data),
+        folder / 'prepared',
+        prepare.PrepareSettings(),
+        num_workers=workers,
+    )
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    return {
+        'studies_per_s': round(len(report.made) / seconds, 2),
+        'workers': workers,
+        'peak_gb_a_worker': round(peak, 3),
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--num_studies', type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        image = folder / 'study_0001.nii.gz'
+        made = phantom.make_phantom(1, 'CT-1', SHAPE, SPACING_MM)
+        nifti.write_volume(image, made.image, made.affine)
+        study = studies.find_inputs(image)[0]
+        volume = nifti.read_volume(image)
+        canonical = geometry.to_canonical(volume.data, volume.affine)
+        spacing = geometry.canonical_spacing(volume.affine)
+        found = lungs.find_lungs(canonical, spacing)
+        settings = prepare.PrepareSettings()
+        plan = geometry.fit_geometry(
+            found, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
+        )
+        zoom = [n / m for n, m in zip(settings.grid, canonical.shape, strict=True)]
+        parts = {
+            'whole_s': lambda: prepare.prepare_volume(study, settings),
+            'read_s': lambda: nifti.read_volume(image),
+            'lungs_s': lambda: lungs.find_lungs(canonical, spacing),
+            'resample_s': lambda: geometry.to_model_grid(canonical, plan, weights=found),
+            'peer_nibabel_read_s': lambda: nibabel.load(image).get_fdata(),
+            'peer_scipy_resample_s': lambda: ndimage.zoom(
+                canonical.astype(np.float32), zoom, order=3
+            ),
+        }
+        result = take_turns(parts, options.repeats)
+        result['read_ratio'] = round(result['read_s'] / result['peer_nibabel_read_s'], 3)
+        result['peak_gb'] = measure_peak_gb(image)
+        if options.num_studies:
+            result |= measure_data_set(folder, options.num_studies)
+    print(json.dumps(result))
+
+
+if __name__ == '__main__':
+    main()
