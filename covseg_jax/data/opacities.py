@@ -49,8 +49,8 @@ class OpacityModel:
     window_hu: tuple[float, float] = (-1000.0, 400.0)
     target_hu: tuple[float, float] = (-680.0, -380.0)
     opacity: tuple[float, float] = (0.6, 1.0)
-    coverage_threshold: tuple[float, float] = (0.7, 2.2)
-    grain_voxels: tuple[float, float] = (4.0, 16.0)
+    coverage_threshold: tuple[float, float] = (0.9, 2.9)
+    grain_voxels: tuple[float, float] = (4.0, 20.0)
     grain_slices: tuple[float, float] = (1.5, 4.0)
     edge: tuple[float, float] = (0.1, 0.4)
     texture: float = 0.25
@@ -161,35 +161,37 @@ def add_opacities(
     return corrupted, mask[..., None]
 
 
-def paint_healthy_slices(
+def paint_slices(
     key: jax.Array, batch: dict[str, jax.Array], model: OpacityModel, share: float
 ) -> dict[str, jax.Array]:
-    """Puts opacities into some of the healthy slices of a batch: lesions whose masks are exact.
+    """Puts opacities into some of the slices of a batch: lesions whose masks are exact.
 
     Pseudo-masks share the GAN's faults from scan to scan; a network that sees these beside them
-    learns what it cannot learn from either alone.
+    learns what it cannot learn from either alone. COVID slices are painted too, beside what their
+    target marks: healthy subjects are few.
 
     Args:
       key: PRNG key.
       batch: IMAGE, TARGET, LUNGS (B, H, W, 1), LABEL and HEALTHY (B,); other keys pass through.
       model: the opacities' statistics; its clean_fraction is on top of `share`.
-      share: of the healthy slices that are painted, in [0, 1].
+      share: of the slices that are painted, in [0, 1].
 
     Returns:
-      The batch; where a slice was painted, TARGET is the opacities' mask, cut at 0.5, and LABEL 1;
-      LABEL is 0 for the other healthy slices.
+      The batch; where a slice was painted, TARGET is 1 in the opacities' mask, cut at 0.5, and
+      LABEL 1; LABEL is 0 for the other healthy slices.
     """
     share_key, paint_key = jax.random.split(key)
-    chosen = batch[HEALTHY] * (jax.random.uniform(share_key, batch[HEALTHY].shape) < share)
+    chosen = jax.random.uniform(share_key, batch[HEALTHY].shape) < share
     image, lungs = batch[IMAGE][:, None], batch[LUNGS][:, None]  # volumes of one slice
     painted, mask = add_opacities(paint_key, image, lungs, model)
     mask = (mask[:, 0] >= 0.5).astype(jnp.float32)
-    chosen *= mask.any((1, 2, 3))
-    here = chosen[:, None, None, None] > 0
+    chosen &= mask.any((1, 2, 3))
+    here = chosen[:, None, None, None]
+    label = jnp.where(batch[HEALTHY] > 0, 0, batch[LABEL])
     return batch | {
         IMAGE: jnp.where(here, painted[:, 0], batch[IMAGE]),
-        TARGET: jnp.where(here, mask, batch[TARGET]),
-        LABEL: jnp.where(batch[HEALTHY] > 0, (chosen > 0).astype(jnp.int32), batch[LABEL]),
+        TARGET: jnp.where(here, jnp.maximum(mask, batch[TARGET]), batch[TARGET]),
+        LABEL: jnp.maximum(label, chosen.astype(label.dtype)),
     }
 
 

@@ -124,6 +124,14 @@ def rank_slices(
     return dataclasses.replace(slices, index=slices.index[kept], labels=labels[kept])
 
 
+def spread_healthy(slices: Slices) -> Slices:
+    """Labels the slices of healthy cases 1 and 0 in turn, so that both groups hold half of them."""
+    healthy = np.array([slices.targets[number] is None for number, _ in slices.index])
+    labels = slices.labels.copy()
+    labels[healthy] = np.arange(healthy.sum()) % 2
+    return dataclasses.replace(slices, labels=labels)
+
+
 def _check_batch_size(batch_size: int, num_hosts: int) -> int:
     if batch_size % num_hosts:
         raise InputError(

@@ -28,7 +28,7 @@ from covseg_jax.imaging.workers import map_in_processes
 
 GEOMETRY_FILE = 'geometry.json'
 # Raised when the same files and settings would give another result: old cases are made anew.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

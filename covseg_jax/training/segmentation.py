@@ -15,7 +15,7 @@ from scipy import ndimage
 from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.cases import Splits
-from covseg_jax.data.opacities import paint_healthy_slices
+from covseg_jax.data.opacities import paint_slices
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead, TransUNet
 from covseg_jax.models.unet import UNet
@@ -127,12 +127,14 @@ def _training_slices(
         cases += splits.healthy_train
         targets += [None] * len(splits.healthy_train)
     slices = pipeline.all_slices(cases, targets)
-    return pipeline.rank_slices(
+    ranked = pipeline.rank_slices(
         slices,
         by=config.train.labels,
         cut=0.5 if config.train.binary_targets else None,
         high_percent=config.train.high_percent,
     )
+    # Painting gives a healthy slice its label, on the device.
+    return pipeline.spread_healthy(ranked) if config.train.synthetic_share else ranked
 
 
 def _augmentation(config: ml_collections.ConfigDict):
@@ -149,7 +151,7 @@ def _augmentation(config: ml_collections.ConfigDict):
             varied = add_dependent_density(vary_key, *volumes, config.gan.dependent_density)
             batch = batch | {pipeline.IMAGE: varied[:, 0]}
         if train.synthetic_share:
-            batch = paint_healthy_slices(paint_key, batch, opacities, train.synthetic_share)
+            batch = paint_slices(paint_key, batch, opacities, train.synthetic_share)
         return augment_slices(change_key, batch, changes) if train.augment else batch
 
     return augment

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
-from covseg_jax.data.opacities import OpacityModel, add_opacities, paint_healthy_slices
+from covseg_jax.data.opacities import OpacityModel, add_opacities, paint_slices
 from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 
 
@@ -100,26 +100,24 @@ def test_add_opacities_leaves_some_samples_clean_and_covers_a_part_of_others(opa
     assert coverage.max() > 0.02
 
 
-def test_paint_healthy_slices_touches_healthy_slices_only(batch):
+def test_paint_slices_adds_to_image_and_target(batch):
     healthy = np.array([0, 1, 0, 1, 1, 1], np.float32)
     aerated = 0.08 * batch[LUNGS]
-    batch |= {IMAGE: aerated, HEALTHY: healthy, LABEL: np.zeros(6, np.int32)}
+    batch |= {IMAGE: aerated, HEALTHY: healthy, LABEL: np.array([0, 1, 1, 0, 1, 0], np.int32)}
     batch[TARGET] = batch[TARGET] * (healthy == 0)[:, None, None, None]
     model = OpacityModel(grain_voxels=(3.0, 8.0), coverage_threshold=(0.2, 0.5), clean_fraction=0.0)
-    out = paint_healthy_slices(jax.random.key(0), batch, model, 1.0)
+    out = paint_slices(jax.random.key(0), batch, model, 1.0)
+    assert np.all(out[LABEL] == 1)
+    assert np.all(out[TARGET] >= batch[TARGET])  # what was marked in a COVID slice stays marked
     for row in range(6):
-        if not healthy[row]:
-            np.testing.assert_array_equal(out[IMAGE][row], batch[IMAGE][row])
-            np.testing.assert_array_equal(out[TARGET][row], batch[TARGET][row])
-            assert out[LABEL][row] == 0
-            continue
-        inside = out[TARGET][row] == 1
+        inside = (out[TARGET][row] == 1) & (batch[TARGET][row] < 1)
         assert inside.any()
-        assert out[LABEL][row] == 1
         # The mask is where density was added, and nothing is added outside the lungs.
         added = out[IMAGE][row] - batch[IMAGE][row]
-        assert added[inside].mean() > 3 * added[~inside & (batch[LUNGS][row] > 0)].mean()
+        outside = (out[TARGET][row] < 1) & (batch[LUNGS][row] > 0)
+        assert added[inside].mean() > 3 * added[outside].mean()
         assert np.all(added[batch[LUNGS][row] == 0] == 0)
-    untouched = paint_healthy_slices(jax.random.key(0), batch, model, 0.0)
+    untouched = paint_slices(jax.random.key(0), batch, model, 0.0)
     np.testing.assert_array_equal(untouched[IMAGE], batch[IMAGE])
     np.testing.assert_array_equal(untouched[TARGET], batch[TARGET])
+    assert untouched[LABEL].tolist() == [0, 0, 1, 0, 0, 0]  # healthy and unpainted: low

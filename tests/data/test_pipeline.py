@@ -36,6 +36,15 @@ def test_rank_slices_labels_by_quartiles(slices):
     assert sums[slices.labels == 1].min() > sums[low_covid].max()
 
 
+def test_spread_healthy_halves_the_healthy_slices_and_no_others(slices):
+    # 72 healthy slices, all low before.
+    spread = pipeline.spread_healthy(slices)
+    assert (spread.labels == 1).sum() == 24 + 36
+    assert (spread.labels == 0).sum() == 48 + 36
+    covid = np.array([slices.targets[number] is not None for number, _ in slices.index])
+    np.testing.assert_array_equal(spread.labels[covid], slices.labels[covid])
+
+
 def test_rank_slices_labels_by_infection(prepared):
     case = next(case for case in find_cases(prepared) if case.category == 'CT-2')
     lungs = np.asarray(case.lungs()) > 0

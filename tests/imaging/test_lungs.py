@@ -77,8 +77,8 @@ def test_dense_consolidation_at_the_pleura_comes_back(chest, name, centre_mm, ra
 @pytest.mark.parametrize('seed', [(3, 3), (3, 5), (3, 8), (3, 9)])
 def test_consolidated_phantom_keeps_its_lesions(seed):
     # CT-1 phantoms with consolidation at the pleura, 48 to 223 ml of lesion. Over 16 phantoms of
-    # this seed 0.968 of all lesion voxels are kept, and here 0.959 to 0.987; without the strips that
-    # are too thin for the opening under the ribs, (3, 5) and (3, 8) keep 0.924 and 0.937.
+    # this seed 0.968 of all lesion voxels are kept, and here 0.959 to 0.987; without the strips
+    # that are too thin for the opening under the ribs, (3, 5) and (3, 8) keep 0.924 and 0.937.
     made = phantom.make_phantom(seed, 'CT-1')
     image, lesion, true_lungs = (
         geometry.to_canonical(array, made.affine) for array in (made.image, made.lesion, made.lungs)
