@@ -108,8 +108,8 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     for study_id, notes in report.notes.items():
         for note in notes:
             print(f'prepare: note: {study_id}: {note}')
-    for message in report.bad.values():
-        print(f'prepare: set aside: {message}')
+    for study_id, message in report.bad.items():
+        print(f'prepare: set aside: {study_id}: {message}')
     if not report.made and not report.kept:
         raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
     return [prepared / study_id / 'geometry.json' for study_id in (*report.made, *report.kept)]
@@ -464,6 +464,9 @@ def main(arguments: list[str]) -> int:
         _run(arguments)
     except InputError as error:
         print(f'error: {error}', file=sys.stderr)
+        return 1
+    except OSError as error:  # a full or read-only disk, a folder where a file should be
+        print(f'error: {error.filename or "disk"}: {error.strerror or error}', file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt) as stop:
         what = str(stop) or 'stopped'

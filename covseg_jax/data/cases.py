@@ -170,7 +170,7 @@ def _refuse_leakage(splits: Splits) -> None:
     seen: dict[int, tuple[str, Case]] = {}
     for field in dataclasses.fields(splits):
         for case in getattr(splits, field.name):
-            crc32 = case.description.get('source_crc32')
+            crc32 = case.description.get('voxel_crc32')
             role, other = seen.setdefault(crc32, (field.name, case))
             if crc32 is not None and role != field.name:
                 raise InputError(

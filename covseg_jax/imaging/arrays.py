@@ -6,6 +6,7 @@ LungImages.npy, LungMask.npy and InfectionMasks.npy, each (N, D, H, W), the imag
 
 import os
 import pathlib
+import tokenize
 
 import numpy as np
 from isal import isal_zlib
@@ -32,9 +33,12 @@ def open_array(path: str | os.PathLike) -> np.ndarray:
         array = np.load(path, mmap_mode='r', allow_pickle=False)
     except FileNotFoundError as error:
         raise FileFault(path, f'no such file in {path.parent}', 'check the path') from error
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         fault = f'not a whole .npy array of numbers ({" ".join(str(error).split())[:120]})'
         raise FileFault(path, fault, 'download it again') from error
+    # A memory map takes what it needs of a file and says nothing of the rest.
+    if not isinstance(array, np.memmap) or path.stat().st_size != array.offset + array.nbytes:
+        raise FileFault(path, 'header and length of the file disagree', 'download it again')
     if array.ndim != 4 or min(array.shape) < 1:
         fault = f'an array of shape {array.shape}, not (N, depth, height, width)'
         raise FileFault(path, fault, 'give the published arrays')

@@ -28,6 +28,7 @@ _NEEDED = (
 )
 # DICOM's axes run to Left, Posterior, Superior; affines here to Right, Anterior, Superior.
 _TO_RAS = np.diag([-1.0, -1.0, 1.0])
+_ASIDE_MM = 1.0  # that a slice may lie beside the line of the others
 _EVEN = 0.05  # share of the usual gap that gaps between slices may differ by
 
 
@@ -63,25 +64,29 @@ def read_series(folder: str | os.PathLike) -> Volume:
             missing or there twice, or pixels that cannot be read.
     """
     folder = pathlib.Path(folder)
-    slices = [(path, _read_header(path)) for path in _files(folder) if _is_dicom(path)]
-    slices = [(path, data) for path, data in slices if 'Rows' in data]  # reports have none
+    slices = _find_slices(folder)
     if len(slices) < 2:
         fault = f'holds {len(slices)} DICOM slices'
         raise FileFault(folder, fault, 'name the folder of a whole CT series')
     for path, data in slices:
-        _check_slice(path, data)
+        try:
+            _check_slice(path, data)
+            _check_same_grid(path, data, *slices[0])
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            # One value where two belong, two where one does, or text.
+            fault = f'an element has no usable value ({_one_line(error)})'
+            raise FileFault(path, fault, _EXPORT_AGAIN) from error
     series = {str(data.get('SeriesInstanceUID', '')) for _, data in slices}
     if len(series) > 1:
         raise FileFault(folder, f'holds {len(series)} series', 'give each a folder of its own')
-    first_path, first = slices[0]
-    for path, data in slices[1:]:
-        _check_same_grid(path, data, first_path, first)
+    first = slices[0][1]
     across, down = np.reshape(np.asarray(first.ImageOrientationPatient, np.float64), (2, 3))
     normal = np.cross(across, down)
     positions = np.array([[float(v) for v in data.ImagePositionPatient] for _, data in slices])
     order = np.argsort(positions @ normal, kind='stable')
     slices, positions = [slices[i] for i in order], positions[order]
     _check_gaps(folder, positions @ normal, [path for path, _ in slices])
+    _check_line(positions, [path for path, _ in slices])
 
     affine = np.eye(4)
     row_mm, column_mm = (float(value) for value in first.PixelSpacing)
@@ -93,6 +98,36 @@ def read_series(folder: str | os.PathLike) -> Volume:
     data = _read_pixels(slices)
     data.flags.writeable = False
     return Volume(data=data, affine=affine, crc32=series_crc32(folder))
+
+
+def _find_slices(folder: pathlib.Path) -> list[tuple[pathlib.Path, pydicom.Dataset]]:
+    """The files of a folder that are slices of an image, with their headers.
+
+    A damaged slice at either end of the series leaves no gap. So a file is passed over only if it
+    says that it is something else: by its suffix, or as DICOM by its class.
+    """
+    files = _files(folder)
+    readable = [path for path in files if _is_dicom(path)]
+    suffixes = {path.suffix.lower() for path in readable}
+    slices = []
+    for path in files:
+        if path not in readable:
+            if path.suffix.lower() in suffixes and path.name != 'DICOMDIR':
+                fault = 'not a DICOM file, though it is named as the slices beside it'
+                raise FileFault(path, fault, f'{_EXPORT_AGAIN}, or remove it')
+            continue
+        data = _read_header(path)
+        if 'Rows' in data:
+            slices.append((path, data))
+        elif 'image' in _class_name(data).lower() or not _class_name(data):
+            raise FileFault(path, 'a slice without Rows', _EXPORT_AGAIN)
+    return slices
+
+
+def _class_name(data: pydicom.Dataset) -> str:
+    # Of the object that the file says it is: 'CT Image Storage', 'Basic Text SR Storage', ...
+    uid = data.get('SOPClassUID')
+    return pydicom.uid.UID(str(uid)).name if uid else ''
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -138,6 +173,9 @@ def _check_slice(path: pathlib.Path, data: pydicom.Dataset) -> None:
     missing = [name for name in _NEEDED if data.get(name) in (None, '')]
     if missing:
         raise FileFault(path, f'has no {" and no ".join(missing)}', _EXPORT_AGAIN)
+    whole = [int(data[name].value) for name in ('Rows', 'Columns', 'BitsStored')]
+    if min(whole) < 1 or int(data.PixelRepresentation) not in (0, 1):
+        raise FileFault(path, f'Rows, Columns and BitsStored are {whole}', _EXPORT_AGAIN)
     if int(data.get('SamplesPerPixel', 1)) != 1:
         raise FileFault(path, 'a colour image, not CT', 'give the original CT series')
     numbers = [
@@ -190,6 +228,18 @@ def _check_gaps(folder: pathlib.Path, heights: np.ndarray, paths: list[pathlib.P
     if np.abs(gaps - usual).max() > _EVEN * usual:
         fault = f'slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart, not evenly'
         raise FileFault(folder, fault, _CONVERT)
+
+
+def _check_line(positions: np.ndarray, paths: list[pathlib.Path]) -> None:
+    """Positions in mm, in order: the slices lie behind each other, in a line."""
+    share = np.linspace(0, 1, len(positions))[:, None]
+    aside_mm = np.linalg.norm(
+        positions - (positions[0] + share * (positions[-1] - positions[0])), axis=1
+    )
+    if aside_mm.max() > _ASIDE_MM:
+        path = paths[int(aside_mm.argmax())]
+        fault = f'lies {aside_mm.max():.1f} mm beside the line of the slices'
+        raise FileFault(path, fault, _EXPORT_AGAIN)
 
 
 def _read_pixels(slices: list[tuple[pathlib.Path, pydicom.Dataset]]) -> np.ndarray:

@@ -55,10 +55,15 @@ def source_crc32(path: str | os.PathLike) -> int:
         FileFault: the file is missing or cannot be read.
     """
     path = pathlib.Path(path)
-    if path.name.lower().endswith('.gz'):
-        return _trailer(path)[0]
+    trailer = _trailer(path)
+    # bgzip ends its files with an empty member, others pad them with zeros: they say nothing.
+    if path.name.lower().endswith('.gz') and all(trailer):
+        return trailer[0]
     with _open(path) as file:
-        return isal_zlib.crc32(file.read())
+        try:
+            return isal_zlib.crc32(file.read())
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
 def read_volume(path: str | os.PathLike) -> Volume:
@@ -83,12 +88,13 @@ def read_volume(path: str | os.PathLike) -> Volume:
     """
     path = pathlib.Path(path)
     with _open(path) as file:
-        stream = _content(path, file)
         try:
+            stream = _content(path, file)
             header = _read_header(path, stream)
             shape = _checked_shape(path, header)
             dtype = _checked_type(path, header)
             offset = _checked_offset(path, header)
+            _check_scaling(path, header)
             affine, notes = _checked_affine(path, header, shape)
             raw = _read_voxels(path, stream, shape, dtype, offset)
         except EOFError as error:
@@ -282,8 +288,11 @@ def _content_length(path: pathlib.Path, stream: io.BufferedIOBase, promised: int
 def _trailer(path: pathlib.Path) -> tuple[int, int]:
     """CRC-32 and length of a gzip file's (last) content."""
     with _open(path) as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
-        trailer = file.read(8)
+        try:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
+            trailer = file.read(8)
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return struct.unpack('<II', trailer) if len(trailer) == 8 else (0, 0)  # RFC 1952
 
 
@@ -296,6 +305,8 @@ def _checked_affine(
         fault = f'voxel size {pixdim.tolist()} mm is not positive'
         raise FileFault(path, fault, 'correct pixdim')
     notes = []
+    if header['pixdim'][0] == 0:  # the NIfTI-1 standard: qfac is then 1
+        header['pixdim'][0] = 1
     codes = int(header['sform_code']), int(header['qform_code'])
     if not all(0 <= code <= _HIGHEST_CODE for code in codes):
         raise FileFault(path, f'sform and qform codes {codes} do not exist', _DOWNLOAD_AGAIN)
@@ -347,6 +358,13 @@ def _qform(path: pathlib.Path, header: nibabel.Nifti1Header) -> np.ndarray:
         return header.get_qform()
     except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
         raise FileFault(path, 'qform is no rotation', 'correct it') from error
+
+
+def _check_scaling(path: pathlib.Path, header: nibabel.Nifti1Header) -> None:
+    slope, inter = float(header['scl_slope']), float(header['scl_inter'])
+    if np.isinf(slope) or (np.isinf(inter) and slope != 0 and not np.isnan(slope)):
+        fault = f'voxels are scaled by {slope:g} and {inter:g}'
+        raise FileFault(path, fault, 'correct scl_slope and scl_inter')
 
 
 def _scale(data: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:

@@ -6,11 +6,11 @@ kept as long as its settings and the files it was made from are the same.
 
 import dataclasses
 import functools
-import glob
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ class PreparedCase:
         lungs: uint8 (D, H, W), 0 or 1.
         lesion: uint8 (D, H, W), 0 or 1, or None without a mask.
         geometry: the way back to the study's grid.
-        crc32: of the image, as study_files.source_crc32.
+        crc32: of the image's file, as study_files.source_crc32.
+        voxel_crc32: of its voxels, as study_files.voxel_crc32.
         category: as in Study.
         data_set: as in Study.
         lung_ml: volume of the lungs on the study's own grid, ml.
@@ -97,6 +98,7 @@ class PreparedCase:
     lesion: np.ndarray | None
     geometry: geometry_lib.Geometry
     crc32: int
+    voxel_crc32: int
     category: str | None
     data_set: str
     lung_ml: float
@@ -148,6 +150,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
         lesion=lesion,
         geometry=geometry,
         crc32=volume.crc32,
+        voxel_crc32=study_files.voxel_crc32(volume),
         category=study.category,
         data_set=study.data_set,
         lung_ml=float(lungs.sum()) * volume.voxel_ml,
@@ -231,8 +234,8 @@ def read_geometry_file(case_folder: str | os.PathLike) -> dict:
     """The content of a case's geometry.json: plain JSON values.
 
     Keys: geometry (for Geometry.from_json), study_id, category, data_set, settings,
-    source_crc32, lung_ml, image, lesion_mask (paths as given), sources (CRC-32 of every file the
-    case was made from), notes and version.
+    source_crc32, voxel_crc32, lung_ml, image, lesion_mask (paths as given), sources (CRC-32 of
+    every file the case was made from), notes and version.
 
     Raises:
         InputError: there is none, or it is not JSON.
@@ -251,7 +254,7 @@ class _Outcome:
     study_id: str
     made: bool = False
     fault: str = ''
-    crc32: int | None = None  # of the image
+    voxel_crc32: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -272,17 +275,20 @@ def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings)
     try:
         sources = _source_checksums(study, settings)
         if _is_current(case_folder, study, settings, sources):
-            return _Outcome(study.study_id, crc32=sources['image'])
+            voxel_crc32 = read_geometry_file(case_folder)['voxel_crc32']
+            return _Outcome(study.study_id, voxel_crc32=voxel_crc32)
+        # What a process that was killed had begun; not what another one writes for A-<study_id>.
+        begun = re.compile(rf'\.tmp-\d+-{re.escape(study.study_id)}')
+        for left in folder.iterdir():
+            if begun.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
         case = prepare_volume(study, settings)
-        # What a process that was killed had begun.
-        for left in folder.glob(f'.tmp-*-{glob.escape(study.study_id)}'):
-            shutil.rmtree(left, ignore_errors=True)
         _write_case(case, case_folder, study, settings, sources)
     except InputError as error:
         # A case made before the study was spoilt is not to be trained on.
         shutil.rmtree(case_folder, ignore_errors=True)
         return _Outcome(study.study_id, fault=str(error))
-    return _Outcome(study.study_id, made=True, crc32=case.crc32, notes=case.notes)
+    return _Outcome(study.study_id, made=True, voxel_crc32=case.voxel_crc32, notes=case.notes)
 
 
 def _set_copies_aside(
@@ -292,7 +298,7 @@ def _set_copies_aside(
     for study in sorted(studies, key=lambda s: (s.lesion_mask is None, s.study_id)):
         outcome = outcomes[study.study_id]
         if not outcome.fault:
-            alike[outcome.crc32].append(study)
+            alike[outcome.voxel_crc32].append(study)
     for first, *others in alike.values():
         for other in others:
             # The checksum has 32 bits: among thousands of studies two may share it by chance.
@@ -312,7 +318,7 @@ def describe_copy(first: Study) -> str:
 
 def _source_checksums(study: Study, settings: PrepareSettings) -> dict[str, int | None]:
     names = ['image', 'lesion_mask']
-    if settings.lungs_source == 'file':
+    if study_files.uses_lung_mask(study, settings.lungs_source):
         names.append('lung_mask')
     return {name: study_files.source_crc32(study, name) for name in names}
 
@@ -354,6 +360,7 @@ def _write_case(
     description = {
         'geometry': case.geometry.to_json(),
         'source_crc32': case.crc32,
+        'voxel_crc32': case.voxel_crc32,
         'lung_ml': case.lung_ml,
         'notes': case.notes,
         'image': str(study.image),

@@ -16,12 +16,10 @@ import csv
 import os
 import pathlib
 import re
-import zipfile
 from collections import Counter
 from dataclasses import dataclass
 
 import openpyxl
-from openpyxl.utils.exceptions import InvalidFileException
 
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging import arrays, dicom, nifti
@@ -30,6 +28,7 @@ CATEGORIES = ('CT-0', 'CT-1', 'CT-2', 'CT-3', 'CT-4')
 REGISTRIES = ('dataset_registry.xlsx', 'dataset_registry.csv')
 MOSMED = 'MosMedData'
 _LESION_MASK, _LUNG_MASK = '_mask', '_lungs'
+_STUDY_ID = re.compile(r'\w[\w. +-]*')
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,11 @@ def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study
             f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
             'or a data set in one of the layouts ' + ', '.join(LAYOUTS)
         )
+    unusable = [s.study_id for s in studies if not _STUDY_ID.fullmatch(s.study_id)]
+    if unusable:
+        raise InputError(
+            f'{folder}: study id {min(unusable)!r} cannot name a folder; rename its file or folder'
+        )
     repeated = [name for name, number in Counter(s.study_id for s in studies).items() if number > 1]
     if repeated:
         raise InputError(f'{folder}: study {min(repeated)} is there twice; remove one of the two')
@@ -99,8 +103,6 @@ def find_inputs(path: str | os.PathLike, layout: str = 'auto') -> tuple[Study, .
         InputError: the path is missing, or neither a NIfTI file nor a folder with studies.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and dicom.is_series(path):
-        return (_series_study(path),)
     if not path.is_file():
         return find_studies(path, layout)
     if not nifti.is_nifti(path):
@@ -130,8 +132,6 @@ def _registered_studies(folder: pathlib.Path, registry: pathlib.Path) -> list[St
         image = _resolve(folder, row['study_file'], registry)
         mask = _resolve(folder, row['mask_file'], registry) if row.get('mask_file') else None
         study_id = row.get('study_id') or nifti.strip_suffix(image)
-        if not re.fullmatch(r'\w[\w. +-]*', study_id):
-            raise InputError(f'{registry.name}: study id {study_id!r} cannot name a folder')
         category = row.get('category') or None
         if category not in (None, *CATEGORIES):
             raise InputError(
@@ -146,14 +146,17 @@ def _registered_studies(folder: pathlib.Path, registry: pathlib.Path) -> list[St
 def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
     if registry.suffix == '.csv':
         # utf-8-sig drops the byte-order mark that a CSV form of the registry carries.
-        with registry.open(encoding='utf-8-sig', newline='') as file:
-            rows = list(csv.reader(file))
+        try:
+            with registry.open(encoding='utf-8-sig', newline='') as file:
+                rows = list(csv.reader(file))
+        except (UnicodeError, csv.Error, OSError) as error:
+            raise InputError(f'{registry}: not a CSV file in UTF-8; save it as one') from error
     else:
         try:
             book = openpyxl.load_workbook(registry, read_only=True, data_only=True)
             rows = list(book.worksheets[0].iter_rows(values_only=True))
             book.close()
-        except (InvalidFileException, zipfile.BadZipFile, KeyError, OSError) as error:
+        except Exception as error:  # a damaged workbook breaks openpyxl wherever it is damaged
             raise InputError(f'{registry}: not a readable workbook; download it again') from error
     cells = [['' if cell is None else str(cell).strip() for cell in row] for row in rows]
     columns = [name.lower() for name in cells[0]] if cells else []
@@ -170,7 +173,7 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
 def _resolve(folder: pathlib.Path, written: str, registry: pathlib.Path) -> pathlib.Path:
     # MosMed writes '/studies/CT-0/study_0001.nii.gz' for a path inside the data set.
     parts = [part for part in written.replace('\\', '/').split('/') if part not in ('', '.')]
-    if '..' in parts or any(':' in part for part in parts):
+    if '..' in parts or any(':' in part or '\0' in part or len(part) > 200 for part in parts):
         raise InputError(f'{registry.name}: path {written} leaves the data set; correct the row')
     path = folder.joinpath(*parts)
     if path.is_file():
@@ -183,7 +186,8 @@ def _foldered_studies(folder: pathlib.Path) -> list[Study]:
     studies = []
     for image in sorted((folder / 'studies').glob('CT-*/*')):
         category = image.parent.name
-        if nifti.is_nifti(image) and image.is_file() and category in CATEGORIES:
+        hidden = image.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
+        if nifti.is_nifti(image) and image.is_file() and category in CATEGORIES and not hidden:
             study_id = nifti.strip_suffix(image)
             mask = _existing(folder / 'masks' / f'{study_id}{_LESION_MASK}')
             lungs = _existing(folder / 'lung_masks' / f'{study_id}{_LUNG_MASK}')
@@ -315,7 +319,7 @@ def _plain_studies(folder: pathlib.Path) -> list[Study]:
 
 
 def _series_study(series: pathlib.Path) -> Study:
-    series = series.absolute()
+    series = series.resolve()  # '..' names no study
     return Study(
         study_id=series.name,
         image=series,

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from isal import isal_zlib
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import arrays, dicom, nifti
@@ -91,6 +92,16 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
     return geometry_lib.to_canonical(chosen, mask.affine)
 
 
+def voxel_crc32(volume: Volume) -> int:
+    """CRC-32 of a volume's voxels, whatever its header, type and format."""
+    return isal_zlib.crc32(volume.data.ravel(order='K').astype(np.float32, copy=False))
+
+
+def uses_lung_mask(study: Study, source: str) -> bool:
+    """Whether the study's lungs come from its file: published arrays have no other."""
+    return source == 'file' or study.index is not None
+
+
 def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
     """The study's lungs: bool (Z, Y, X) canonical.
 
@@ -103,7 +114,7 @@ def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
     Raises:
         FileFault: no lungs found, or no usable file where one is wanted.
     """
-    if source == 'file' or study.index is not None:
+    if uses_lung_mask(study, source):
         if study.lung_mask is None:
             raise FileFault(
                 study.image,
@@ -169,6 +180,8 @@ def read_any(path: pathlib.Path, index: int | None) -> Volume:
 def _undo_window(study: Study, volume: Volume) -> Volume:
     low, high, low_hu, high_hu = study.window
     found = float(volume.data.min()), float(volume.data.max())
+    if found[0] == found[1]:
+        raise FileFault(study.image, f'every voxel is {found[0]:.4g}', 'leave the study out')
     # Published arrays overshoot: they were interpolated by splines after the window.
     slack = 0.5 * (high - low) if study.index is not None else 0.0
     if found[0] < low - slack or found[1] > high + slack:

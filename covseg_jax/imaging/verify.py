@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tqdm
-from isal import isal_zlib
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import study_files
@@ -108,9 +107,13 @@ def _verify_study(
     attempt(lambda: study_files.find_study_lungs(study, image, settings.lungs_source))
     if study.lesion_mask is not None:
         attempt(lambda: study_files.read_mask(study, 'lesion_mask', image, settings.lesion_labels))
-    read_before = settings.lungs_source == 'file' or study.index is not None
+    read_before = study_files.uses_lung_mask(study, settings.lungs_source)
     if study.lung_mask is not None and not read_before:
         attempt(lambda: study_files.read_mask(study, 'lung_mask', image, labels=None))
-    # Of the voxels, not of the file: header and type may differ. 32 bits alone would be few.
-    voxels = image.data.ravel(order='K').astype(np.float32, copy=False)
-    return study.study_id, findings, (isal_zlib.crc32(voxels), voxels.shape, float(voxels.sum()))
+    # 32 bits alone would be few.
+    voxels = (
+        study_files.voxel_crc32(image),
+        image.data.shape,
+        float(image.data.mean(dtype=np.float64)),
+    )
+    return study.study_id, findings, voxels

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -37,7 +38,7 @@ def map_in_processes(
     context = multiprocessing.get_context('spawn')
     with _single_threaded_children():
         pool = futures.ProcessPoolExecutor(
-            min(num_workers, len(items)), context, initializer=_ignore_interrupt
+            min(num_workers, len(items)), context, initializer=_follow_parent
         )
         try:
             jobs = [pool.submit(function, item) for item in items]
@@ -68,6 +69,13 @@ def _single_threaded_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _ignore_interrupt() -> None:
+def _follow_parent() -> None:
     # Ctrl-C reaches every process of the terminal; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that was killed can tell nobody: wait for its end beside the work.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -104,6 +104,10 @@ def _delete(name):
         ({'change': _delete('RescaleIntercept')}, 'has no RescaleIntercept; export the series'),
         ({'change': _delete('PixelData')}, r'its pixels cannot be read'),
         ({'change': _set(PixelSpacing=[0.0, 4.0])}, r'pixel spacing .*; export the series'),
+        ({'change': _set(PixelSpacing=[4.0])}, r'no usable value|is no number'),
+        ({'change': _set(BitsStored=[12, 12])}, r'no usable value .*; export the series'),
+        ({'change': _set(ImagePositionPatient=[-130, -128, 72])}, r'beside the line of the slices'),
+        ({'change': _delete('Rows')}, r'a slice without Rows; export the series'),
     ],
 )
 def test_fault_of_a_series_is_named(tmp_path, image, options, words):
@@ -115,10 +119,11 @@ def test_fault_of_a_series_is_named(tmp_path, image, options, words):
 
 
 def test_slice_cut_short_is_refused(tmp_path, image):
+    # The last slice, whose absence leaves no gap.
     write_series(tmp_path / 's', image, AFFINE)
-    path = next((tmp_path / 's').iterdir())
+    path = max((tmp_path / 's').iterdir(), key=lambda p: pydicom.dcmread(p).ImagePositionPatient[2])
     content = path.read_bytes()
-    for kept in range(140, len(content), 97):
+    for kept in range(0, len(content), 97):
         path.write_bytes(content[:kept])
         with pytest.raises(FileFault, match=r'; '):
             dicom.read_series(tmp_path / 's')

@@ -217,12 +217,36 @@ def test_killed_run_leaves_nothing_half_made_and_the_next_one_finishes(data_set,
     process.kill()
     process.wait()
     (target / '.tmp-1-s009').mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
+    (target / '.tmp-1-x-s009').mkdir()  # as another process has it that is at study x-s009
     done = sorted(path.name for path in target.glob('[!.]*'))
     assert 0 < len(done) < 12
     report = _prepare(data_set)
     assert report.kept == done
     assert len(report.made) == 12 - len(done)
-    assert list(target.glob('.tmp*')) == []
+    assert [path.name for path in target.glob('.tmp*')] == ['.tmp-1-x-s009']
+
+
+def test_killed_parent_leaves_no_worker(data_set, tmp_path):
+    for number in range(40):
+        write_study(data_set, f's{number:03d}', lesion=False)
+    (tmp_path / 'program.py').write_text(PROGRAM)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / 'program.py', data_set, tmp_path / 'prepared'],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / 'prepared').glob('[!.]*')) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _living_members(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while _living_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _living_members(process.pid) == []
 
 
 def test_shards_share_the_studies_out(data_set):
@@ -242,7 +266,8 @@ def test_shards_share_the_studies_out(data_set):
 
 
 def test_of_two_studies_with_one_image_one_is_set_aside(data_set):
-    (data_set / 'copy.nii.gz').write_bytes((data_set / 'a.nii.gz').read_bytes())
+    volume = nifti.read_volume(data_set / 'a.nii.gz')  # the copy is another file: of float32
+    nifti.write_volume(data_set / 'copy.nii.gz', volume.data.astype(np.float32), volume.affine)
     report = _prepare(data_set)
     assert report.made == ['a', 'b']
     assert report.bad == {'copy': 'copy.nii.gz: the same image as study a; remove one of the two'}

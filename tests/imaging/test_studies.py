@@ -117,6 +117,26 @@ def test_registry_of_another_kind_is_refused(tmp_path):
         studies.find_studies(tmp_path)
 
 
+def test_names_that_cannot_be_study_ids_are_refused_or_passed_over(tmp_path):
+    nnunet = tmp_path / 'nnunet' / 'imagesTr'
+    nnunet.mkdir(parents=True)
+    (nnunet / '_0000.nii.gz').touch()  # the id would be '', and its case the whole folder
+    with pytest.raises(InputError, match="study id '' cannot name a folder; rename"):
+        studies.find_studies(tmp_path / 'nnunet')
+    mosmed = tmp_path / 'mosmed' / 'studies' / 'CT-0'
+    mosmed.mkdir(parents=True)
+    for name in ('study_0001.nii.gz', '._study_0001.nii.gz', '.nii.gz'):
+        (mosmed / name).touch()
+    assert [s.study_id for s in studies.find_studies(tmp_path / 'mosmed')] == ['study_0001']
+
+
+@pytest.mark.parametrize('content', [b'study_file\n\xff\xfe', b'study_file\n' + b'a' * 200_000])
+def test_registry_that_is_no_text_is_refused(tmp_path, content):
+    (tmp_path / 'dataset_registry.csv').write_bytes(content)
+    with pytest.raises(InputError, match=r'dataset_registry\.csv: '):
+        studies.find_studies(tmp_path)
+
+
 def test_study_that_is_there_twice_is_refused(tmp_path):
     _touch(tmp_path, 'a.nii', 'a.nii.gz')
     with pytest.raises(InputError, match='study a is there twice'):

@@ -242,6 +242,12 @@ def test_published_arrays_are_studies(tmp_path):
     findings = verify.verify_studies((first, second), settings, num_workers=0)
     assert {finding.status for finding in findings} == {verify.NOTE}
     assert 'no geometry' in findings[0].fault
+    content = bytearray((folder / 'LungImages.npy').read_bytes())
+    content[content.index(b'(2, 16') + 1] = ord('1')  # the header now says one study of two
+    (folder / 'LungImages.npy').write_bytes(content)
+    with pytest.raises(InputError, match=r'^LungImages\.npy: header and length .* disagree'):
+        studies.find_studies(folder)
+    np.save(folder / 'LungImages.npy', images)
     np.save(folder / 'LungMask.npy', np.zeros((3, 16, 32, 32), np.uint8))
     with pytest.raises(InputError, match=r'^LungMask\.npy: shape \(3, .*give the arrays of one'):
         studies.find_studies(folder)
