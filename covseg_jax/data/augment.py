@@ -49,7 +49,7 @@ def add_dependent_density(
 
     Healthy scans differ most in this, and a few of them do not show how much: without it a network
     takes the dependent density of the next scan for ground glass. Each half of the image has a
-    strength of its own, weak ones more often than strong ones.
+    strength of its own.
 
     Args:
       key: PRNG key.
@@ -63,7 +63,7 @@ def add_dependent_density(
     num, height, width = image.shape[0], image.shape[2], image.shape[3]
     strength_key, start_key, power_key = jax.random.split(key, 3)
     uniform = jax.random.uniform(strength_key, (num * 2,)).reshape(num, 2)
-    strengths = most * jnp.square(uniform)  # left and right
+    strengths = most * uniform  # left and right
     start = jax.random.uniform(start_key, (num, 1), minval=0.2, maxval=0.8)
     power = jax.random.uniform(power_key, (num, 1), minval=0.7, maxval=2.0)
     rows = jnp.linspace(0.0, 1.0, height)[None]
