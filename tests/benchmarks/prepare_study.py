@@ -1,6 +1,6 @@
 """Times the way of one study from NIfTI to a prepared case, part by part and against peers.
 
-    taskset -c 0 python tests/benchmarks/prepare_study.py [--repeats=5] [--num_studies=0]
+    taskset -c 0 python -m tests.benchmarks.prepare_study [--repeats=5] [--num_studies=0]
 
 Makes phantom studies of MosMedData's size (512 × 512 × 41) in a temporary folder and prints one
 JSON line. Medians of runs that take turns; peak memory is that of a process of its own that
@@ -63,7 +63,8 @@ def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
         data,
         num_healthy=num_studies // 2,
         num_covid=num_studies - num_studies // 2,
-        num_masked=num_studies // 4,
+        num_masked=0,
+        seed=0,
         shape=SHAPE,
         spacing_mm=SPACING_MM,
         num_workers=workers,

@@ -70,7 +70,11 @@ def test_add_dependent_density_is_at_the_back_of_the_lungs_and_never_darkens():
     assert np.all(np.diff(added, axis=1) >= -1e-6)  # rises towards the back
     halves = added[:, -1, 8], added[:, -1, -8]
     assert np.abs(np.corrcoef(*halves)[0, 1]) < 0.6  # each side by itself
-    assert np.median(halves) < 0.5 * np.max(halves)  # weak ones are commoner
+    # Any strength as often: quartiles of 64 uniform numbers, whose own deviation is 0.06.
+    strengths = np.ravel(halves) / (0.5 * (0.45 - 0.12))
+    np.testing.assert_allclose(
+        np.quantile(strengths, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.18
+    )
 
 
 @pytest.fixture(scope='module')
