@@ -125,9 +125,11 @@ def _find_slices(folder: pathlib.Path) -> list[tuple[pathlib.Path, pydicom.Datas
 
 
 def _class_name(data: pydicom.Dataset) -> str:
-    # Of the object that the file says it is: 'CT Image Storage', 'Basic Text SR Storage', ...
-    uid = data.get('SOPClassUID')
-    return pydicom.uid.UID(str(uid)).name if uid else ''
+    # Of the object that the file says it is: 'CT Image Storage', 'Basic Text SR Storage', ...; ''
+    # where DICOM knows no such class, as in a header that damage has run together.
+    uid = str(data.get('SOPClassUID', ''))
+    name = pydicom.uid.UID(uid).name
+    return '' if name == uid else name
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
