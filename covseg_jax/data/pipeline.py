@@ -60,6 +60,10 @@ class Slices:
             HEALTHY: np.float32(self.targets[case_number] is None),
         }
 
+    def are_healthy(self) -> np.ndarray:
+        """(N,) bool: which slices are of healthy cases, those without a target."""
+        return np.array([self.targets[number] is None for number, _ in self.index])
+
     def select(self, label: int) -> 'Slices':
         """The slices with one label."""
         chosen = self.labels == label
@@ -81,11 +85,6 @@ def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> S
     )
 
 
-def split_evenly(slices: Slices) -> Slices:
-    """Labels slices 1 and 0 in turn: two equal groups of slices that do not differ yet."""
-    return dataclasses.replace(slices, labels=(np.arange(len(slices)) % 2).astype(np.int32))
-
-
 def rank_slices(
     slices: Slices, *, by: str = 'quartiles', cut: float | None = None, high_percent: float = 1.0
 ) -> Slices:
@@ -105,7 +104,7 @@ def rank_slices(
     """
     if by not in ('quartiles', 'infection'):
         raise InputError(f"train.labels={by!r} is not one of 'quartiles', 'infection'")
-    healthy = np.array([slices.targets[number] is None for number, _ in slices.index])
+    healthy = slices.are_healthy()
     sums = np.zeros(len(slices))
     lungs = np.ones(len(slices))
     for row, (number, z) in enumerate(slices.index):
@@ -126,7 +125,7 @@ def rank_slices(
 
 def spread_healthy(slices: Slices) -> Slices:
     """Labels the slices of healthy cases 1 and 0 in turn, so that both groups hold half of them."""
-    healthy = np.array([slices.targets[number] is None for number, _ in slices.index])
+    healthy = slices.are_healthy()
     labels = slices.labels.copy()
     labels[healthy] = np.arange(healthy.sum()) % 2
     return dataclasses.replace(slices, labels=labels)

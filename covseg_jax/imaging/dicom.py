@@ -53,7 +53,8 @@ def read_series(folder: str | os.PathLike) -> Volume:
     """Reads a folder that holds the slices of one CT series, in HU.
 
     Args:
-        folder: other files in it, such as DICOMDIR or text, are passed over.
+        folder: other files in it, such as DICOMDIR or text, are passed over, but not those that
+            have the suffix of the slices.
 
     Returns:
         The volume, (X, Y, Z): x along a slice's rows, y along its columns, z along the slices.

@@ -55,10 +55,11 @@ def source_crc32(path: str | os.PathLike) -> int:
         FileFault: the file is missing or cannot be read.
     """
     path = pathlib.Path(path)
-    trailer = _trailer(path)
-    # bgzip ends its files with an empty member, others pad them with zeros: they say nothing.
-    if path.name.lower().endswith('.gz') and all(trailer):
-        return trailer[0]
+    if path.name.lower().endswith('.gz'):
+        trailer = _trailer(path)
+        # bgzip ends its files with an empty member, others pad them with zeros: they say nothing.
+        if all(trailer):
+            return trailer[0]
     with _open(path) as file:
         try:
             return isal_zlib.crc32(file.read())

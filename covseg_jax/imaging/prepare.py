@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from covseg_jax import atomic
-from covseg_jax.errors import InputError
+from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging import geometry as geometry_lib
 from covseg_jax.imaging import study_files
 from covseg_jax.imaging.studies import Study
@@ -305,15 +305,15 @@ def _set_copies_aside(
             images = [np.load(folder / s.study_id / 'image.npy') for s in (first, other)]
             if np.array_equal(*images):
                 shutil.rmtree(folder / other.study_id)
-                fault = f'{other.image.name}: {describe_copy(first)}'
                 outcomes[other.study_id] = dataclasses.replace(
-                    outcomes[other.study_id], fault=fault
+                    outcomes[other.study_id], fault=str(copy_fault(other, first))
                 )
 
 
-def describe_copy(first: Study) -> str:
-    """Fault and remedy of a study whose image another one has too."""
-    return f'the same image as study {first.study_id}; remove one of the two'
+def copy_fault(other: Study, first: Study) -> FileFault:
+    """What is wrong with a study whose image another one has too."""
+    fault = f'the same image as study {first.study_id}'
+    return FileFault(other.image, fault, 'remove one of the two')
 
 
 def _source_checksums(study: Study, settings: PrepareSettings) -> dict[str, int | None]:

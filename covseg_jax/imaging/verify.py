@@ -10,7 +10,7 @@ import tqdm
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import study_files
-from covseg_jax.imaging.prepare import PrepareSettings, describe_copy
+from covseg_jax.imaging.prepare import PrepareSettings, copy_fault
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 
@@ -70,15 +70,16 @@ def verify_studies(
     for same in alike.values():
         first, *others = sorted(same, key=lambda s: (s.lesion_mask is None, s.study_id))
         for other in others:
-            fault, _, remedy = describe_copy(first).partition('; ')
-            findings[other.study_id].append(
-                Finding(other.study_id, str(other.image), UNUSABLE, fault, remedy)
-            )
+            findings[other.study_id].append(_unusable(other, copy_fault(other, first)))
     lines = []
     for study in studies:
         found = findings[study.study_id]
         lines += found or [Finding(study.study_id, str(study.image), OK)]
     return lines
+
+
+def _unusable(study: Study, error: FileFault) -> Finding:
+    return Finding(study.study_id, str(error.file), UNUSABLE, error.fault, error.remedy)
 
 
 def _verify_study(
@@ -91,9 +92,7 @@ def _verify_study(
         try:
             return read()
         except FileFault as error:
-            findings.append(
-                Finding(study.study_id, str(error.file), UNUSABLE, error.fault, error.remedy)
-            )
+            findings.append(_unusable(study, error))
         return None
 
     image = attempt(lambda: study_files.read_image(study))

@@ -120,7 +120,7 @@ def _training_slices(
 ) -> pipeline.Slices:
     if kind == 'synthetic':
         healthy = splits.healthy_train
-        return pipeline.split_evenly(pipeline.all_slices(healthy, [None] * len(healthy)))
+        return pipeline.spread_healthy(pipeline.all_slices(healthy, [None] * len(healthy)))
     cases = list(splits.train)
     targets: list[np.ndarray | None] = [read_target(case) for case in cases]
     if config.train.use_healthy:
