@@ -111,6 +111,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     opacities.core_share = 0.4
     opacities.core_hu = (-250.0, 50.0)
     opacities.clean_fraction = 0.1
+    gan.conv_impl = 'auto'  # form of the convolutions, see models/convolution.py
     gan.compute_dtype = 'bfloat16'
     gan.log_every = 20  # steps
     gan.evaluate_every = 500
@@ -134,6 +135,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     network.dropout_rate = 0.1
     network.published_attention = False  # scores times sqrt(d), as in published weights
     network.initial_logit = -3.0  # of every pixel before training; published 0
+    network.conv_impl = 'auto'  # as gan.conv_impl
     network.unet_widths = (32, 64, 128, 256)
     network.projection_dim = 128
 
@@ -179,6 +181,9 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.evaluate_every = 500
     train.save_every = 500
 
+    config.compile_check = compile_check = ml_collections.ConfigDict()
+    compile_check.topology = 'v5e:1x1'  # or 'v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', ...
+
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
     predict.flip = True  # average with the prediction of the mirrored slices
@@ -218,7 +223,7 @@ def _shrink_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.network.projection_dim = 64
     config.train.mode = 'combined'  # one compiled step less than two phases
     config.train.batch_size = 8
-    config.train.num_steps = 2400
+    config.train.num_steps = 3000
     config.train.learning_rate = 2.5e-3
     config.train.warmup_steps = 40
     config.train.ema_decay = 0.98

@@ -1,9 +1,10 @@
 """Convolutions as functions: XLA's own, and forms that are faster on a CPU.
 
-conv_impl chooses the form: 'native' is XLA's own convolution, 'folded' builds it from thinner ones
-and products of matrices, and 'auto' is 'folded' on a CPU (where XLA's 3D convolution is ten times
-slower) and 'native' elsewhere. All forms compute the same from the same kernels. Measured choices:
-KERNELS.md, and the comments here.
+conv_impl chooses the form: 'native' is XLA's own convolution; 'folded' builds it from thinner ones
+and products of matrices; 'lanes' is the native one on tensors that fill a TPU's lanes, see `lanes`.
+'auto' is 'folded' on a CPU (where XLA's 3D convolution is ten times slower), 'lanes' on a TPU and
+'native' elsewhere. All forms compute the same from the same kernels. Measured choices: KERNELS.md,
+and the comments here.
 """
 
 from collections.abc import Sequence
@@ -16,15 +17,27 @@ from jax import lax
 Pads = tuple[tuple[int, int], ...]  # (before, after) for each spatial axis
 
 
-def is_folded(conv_impl: str) -> bool:
-    """True where conv_impl means the CPU forms.
+def choose_form(conv_impl: str) -> str:
+    """'native', 'folded' or 'lanes'.
 
     Raises:
-      ValueError: conv_impl is none of 'auto', 'native', 'folded'.
+      ValueError: conv_impl is none of these, nor 'auto'.
     """
-    if conv_impl not in ('auto', 'native', 'folded'):
-        raise ValueError(f"conv_impl={conv_impl!r}; use 'auto', 'native' or 'folded'")
-    return conv_impl == 'folded' or (conv_impl == 'auto' and jax.default_backend() == 'cpu')
+    if conv_impl not in ('auto', 'native', 'folded', 'lanes'):
+        raise ValueError(f"conv_impl={conv_impl!r}; use 'auto', 'native', 'folded' or 'lanes'")
+    if conv_impl != 'auto':
+        return conv_impl
+    return {'cpu': 'folded', 'tpu': 'lanes'}.get(jax.default_backend(), 'native')
+
+
+def is_folded(conv_impl: str) -> bool:
+    """True where conv_impl means the CPU forms."""
+    return choose_form(conv_impl) == 'folded'
+
+
+def fills_lanes(conv_impl: str) -> bool:
+    """True where conv_impl means the TPU forms."""
+    return choose_form(conv_impl) == 'lanes'
 
 
 # --- 2D convolution

@@ -4,13 +4,23 @@ Volumes are (B, D, H, W, 1) in [0, 1], published size 32 × 128 × 128. Source: 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.models.layers import Conv3D, ConvTranspose3D, Dropout, keras_uniform, max_pool
+from covseg_jax.models.convolution import fills_lanes
+from covseg_jax.models.lanes import Blocks, merge_depth, split_depth
+from covseg_jax.models.layers import (
+    Conv3D,
+    ConvTranspose3D,
+    Dropout,
+    join,
+    keras_uniform,
+    max_pool,
+)
 
 
 class Generator(nn.Module):
@@ -36,7 +46,7 @@ class Generator(nn.Module):
       use_norm: group normalisation, over groups of four channels, before each LeakyReLU; not
         published, but without it the rate at which the network can learn is far lower.
       dtype: of the arithmetic. Parameters and output are float32.
-      conv_impl: 'auto', 'native' or 'folded', see `convolution`.
+      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
     """
 
     filters: Sequence[int] = (8, 16, 32, 64)
@@ -90,12 +100,14 @@ class Generator(nn.Module):
             scaled = jnp.minimum(scaled, self.input_clip)
         scaled = scaled.astype(self.dtype)
         pooled = _patches_to_channels(scaled, self.patch)
+        if fills_lanes(self.conv_impl) and not self.use_norm:
+            pooled = split_depth(pooled, pooled.shape[1] // 2 ** (len(self.filters) - 1))
         skips = []
         for level, features in enumerate(self.filters, 1):
             name = f'encoder_{level}'
             first = self._conv(pooled, features, f'{name}_conv_1')
-            second = self._conv(_join(pooled, first), features, f'{name}_conv_2')
-            joined = _join(pooled, second)
+            second = self._conv(join(pooled, first), features, f'{name}_conv_2')
+            joined = join(pooled, second)
             deepest = level == len(self.filters)
             skips.append(joined if deepest else second)
             pooled = max_pool(joined)
@@ -105,10 +117,10 @@ class Generator(nn.Module):
         for level, features in reversed(list(enumerate(self.filters, 1))):
             name = f'decoder_{level}'
             up = ConvTranspose3D(4 * features, dtype=self.dtype, name=f'{name}_up')(x)
-            up = _join(up, skips[level - 1])
+            up = join(up, skips[level - 1])
             first = self._conv(up, features, f'{name}_conv_1')
-            second = self._conv(_join(up, first), features, f'{name}_conv_2')
-            x = _join(up, second)
+            second = self._conv(join(up, first), features, f'{name}_conv_2')
+            x = join(up, second)
 
         return self._head(x, volume.astype(jnp.float32))
 
@@ -123,7 +135,10 @@ class Generator(nn.Module):
             kernel_init=keras_uniform if published else nn.initializers.zeros,
             name='head',
         )
-        output = _channels_to_patches(conv(x), self.patch).astype(jnp.float32)
+        output = conv(x)
+        if isinstance(output, Blocks):
+            output = merge_depth(output)
+        output = _channels_to_patches(output, self.patch).astype(jnp.float32)
         if published:
             return nn.relu(output)
         if self.head == 'residual':
@@ -138,17 +153,17 @@ class Generator(nn.Module):
         if self.use_norm:
             groups = max(1, features // 4)
             x = nn.GroupNorm(groups, epsilon=1e-3, dtype=self.dtype, name=f'{name}_norm')(x)
-        return nn.leaky_relu(x, self.negative_slope)
+        return jax.tree.map(partial(nn.leaky_relu, negative_slope=self.negative_slope), x)
 
     def _bottleneck(self, pooled: jax.Array, noise: jax.Array) -> jax.Array:
-        x = _join(pooled, self._conv(pooled, self.bottleneck_filters, 'bottleneck_conv_1'))
-        noisy = _join(x, noise)
+        x = join(pooled, self._conv(pooled, self.bottleneck_filters, 'bottleneck_conv_1'))
+        noisy = join(x, noise)
         branches = [
             self._conv(noisy, self.branch_filters, f'bottleneck_branch_{size}', size)
             for size in (1, 3, 5)
         ]
         x = x + jnp.concatenate(branches, axis=-1)
-        return _join(pooled, self._conv(x, self.bottleneck_filters, 'bottleneck_conv_2'))
+        return join(pooled, self._conv(x, self.bottleneck_filters, 'bottleneck_conv_2'))
 
     def _check(self, volume_shape: Sequence[int], noise_shape: Sequence[int]) -> None:
         if self.head not in ('relu', 'residual', 'blend'):
@@ -191,7 +206,10 @@ class Discriminator(nn.Module):
         Returns:
           (B, 2) float32 softmax; entry 1 is "real healthy".
         """
-        x = volume.astype(self.dtype)
+        x, depth = volume.astype(self.dtype), volume.shape[1]
+        slices = 2 ** len(self.filters)
+        if fills_lanes(self.conv_impl) and depth % slices == 0:
+            x = split_depth(x, depth // slices)
         for index, features in enumerate(self.filters, 1):
             conv = Conv3D(
                 features,
@@ -201,7 +219,10 @@ class Discriminator(nn.Module):
                 conv_impl=self.conv_impl,
                 name=f'conv_{index}',
             )
-            x = max_pool(nn.relu(conv(x)))
+            x = max_pool(jax.tree.map(nn.relu, conv(x)))
+            depth = (depth - 2) // 2
+        if isinstance(x, Blocks):
+            x = merge_depth(x)[:, :depth]  # what follows reaches past the volume
         x = x.mean(axis=(1, 2, 3), dtype=jnp.float32)
         for index, features in enumerate(self.units, 1):
             x = nn.relu(_dense(features, f'dense_{index}')(x))
@@ -260,10 +281,6 @@ class PatchDiscriminator(nn.Module):
 
 def _dense(features: int, name: str) -> nn.Dense:
     return nn.Dense(features, kernel_init=keras_uniform, name=name)
-
-
-def _join(*parts: jax.Array) -> jax.Array:
-    return jnp.concatenate(parts, axis=-1)
 
 
 def _patches_to_channels(x: jax.Array, patch: int) -> jax.Array:

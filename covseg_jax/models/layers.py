@@ -1,7 +1,8 @@
 """Layers of the networks, with one layout of parameters whichever form of convolution runs.
 
-conv_impl is 'auto', 'native' or 'folded', see `convolution`. Axes are B D H W C, channels last;
-parameters are float32, arithmetic is in `dtype`.
+conv_impl is 'auto', 'native', 'folded' or 'lanes', see `convolution`. Axes are B D H W C, channels
+last; parameters are float32, arithmetic is in `dtype`. Where a volume may be `Blocks`, the layer
+does to them what it does to the volume that they stand for.
 """
 
 import math
@@ -15,6 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from covseg_jax.models.convolution import conv2d, conv3d, is_folded
+from covseg_jax.models.lanes import (
+    Blocks,
+    conv_blocks,
+    conv_phases,
+    conv_transpose_blocks,
+    join_blocks,
+    max_pool_blocks,
+    merge_depth,
+    split_depth,
+)
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -59,7 +70,8 @@ class Conv2D(nn.Module):
     """2D convolution with parameters `kernel` (k, k, C, n) and `bias` (n,).
 
     Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic; conv_impl;
-    kernel_init, bias_init. Padding is (k − 1) / 2 on every side.
+    in_phases: the image comes and goes in phases, see `lanes`; kernel_init, bias_init. Padding is
+    (k − 1) / 2 on every side.
     """
 
     features: int
@@ -68,17 +80,24 @@ class Conv2D(nn.Module):
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     conv_impl: str = 'auto'
+    in_phases: bool = False
     kernel_init: Initializer = torch_uniform
     bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, H, W, C) → (B, H / stride, W / stride, features) in `dtype`."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        phases = 4 if self.in_phases else 1
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // phases, self.features)
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
-        y = conv2d(x.astype(self.dtype), kernel, stride=self.stride, conv_impl=self.conv_impl)
+        x = x.astype(self.dtype)
+        if self.in_phases:
+            y = conv_phases(x, kernel)
+        else:
+            y = conv2d(x, kernel, stride=self.stride, conv_impl=self.conv_impl)
         if self.use_bias:
-            y += self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
+            bias = self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
+            y += jnp.tile(bias, phases)
         return y
 
 
@@ -104,13 +123,17 @@ class Conv3D(nn.Module):
     kernel_init: Initializer = keras_uniform
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """(B, D, H, W, C) → (B, d, h, w, features) in `dtype`, sizes as in `conv3d`."""
-        shape = (*(self.kernel_size,) * 3, x.shape[-1], self.features)
+    def __call__(self, x: jax.Array | Blocks, *, train: bool = False) -> jax.Array | Blocks:
+        """(B, D, H, W, C) → (B, d, h, w, features) in `dtype`, sizes as in `conv3d`; Blocks →
+        Blocks, as in `conv_blocks`, with a stride of 1."""
+        shape = (*(self.kernel_size,) * 3, _channels(x), self.features)
         kernel = self.param('kernel', self.kernel_init, shape)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.use_spectral_norm:
             kernel = kernel / self._largest_singular_value(kernel, train)
+        if isinstance(x, Blocks):
+            y = conv_blocks(x.astype(self.dtype), kernel.astype(self.dtype), padding=self.padding)
+            return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
         y = conv3d(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -147,14 +170,18 @@ class ConvTranspose3D(nn.Module):
     kernel_init: Initializer = keras_uniform
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, D, H, W, C) → (B, 2D, 2H, 2W, features) in `dtype`."""
-        batch, depth, height, width, channels = x.shape
+    def __call__(self, x: jax.Array | Blocks) -> jax.Array | Blocks:
+        """(B, D, H, W, C) → (B, 2D, 2H, 2W, features) in `dtype`; Blocks → Blocks."""
+        channels = _channels(x)
         kernel = self.param('kernel', self.kernel_init, (2, 2, 2, channels, self.features))
+        kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if isinstance(x, Blocks):
+            y = conv_transpose_blocks(x, kernel)
+            return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
+        batch, depth, height, width, _ = x.shape
         # the two taps in W as channels of one product: their order is already the output's
-        kernel = kernel.astype(self.dtype).transpose(0, 1, 3, 2, 4).reshape(2, 2, channels, -1)
-        x = x.astype(self.dtype)
+        kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(2, 2, channels, -1)
         slices = []
         for slice_kernel in kernel:
             rows = jnp.stack([x @ row_kernel for row_kernel in slice_kernel], axis=3)
@@ -163,21 +190,43 @@ class ConvTranspose3D(nn.Module):
         return volume.reshape(batch, 2 * depth, 2 * height, 2 * width, self.features) + bias
 
 
-# --- pooling and up-sampling
+def _channels(x: jax.Array | Blocks) -> int:
+    return x.channels if isinstance(x, Blocks) else x.shape[-1]
 
 
-def max_pool(x: jax.Array) -> jax.Array:
+# --- joining, pooling and up-sampling
+
+
+def join(*parts: jax.Array | Blocks) -> jax.Array | Blocks:
+    """Joined along C; Blocks where one of the parts is, in the blocks of that one."""
+    blocks = next((part for part in parts if isinstance(part, Blocks)), None)
+    if blocks is None:
+        return jnp.concatenate(parts, axis=-1)
+    return join_blocks(
+        *(
+            part if isinstance(part, Blocks) else split_depth(part, blocks.num_blocks)
+            for part in parts
+        )
+    )
+
+
+def max_pool(x: jax.Array | Blocks) -> jax.Array | Blocks:
     """Maximum over windows of 2 in every spatial axis; an odd last row is dropped.
 
     Where several elements of a window share the maximum, as in the constant air around the lungs,
     the gradient is split equally among them (`nn.max_pool` gives it to the first of them).
 
     Args:
-      x: (B, H, W, C) or (B, D, H, W, C).
+      x: (B, H, W, C) or (B, D, H, W, C), or Blocks.
 
     Returns:
-      The same with every spatial size halved, rounded down.
+      The same with every spatial size halved, rounded down; Blocks of single slices, which cannot
+      be halved, come back as an array.
     """
+    if isinstance(x, Blocks):
+        if x.slices > 1:
+            return max_pool_blocks(x)
+        x = merge_depth(x)
     spatial = x.shape[1:-1]
     x = x[(slice(None), *(slice(0, size // 2 * 2) for size in spatial))]
     windows = [part for size in spatial for part in (size // 2, 2)]
@@ -236,29 +285,33 @@ class BatchNorm(nn.Module):
     Normalises by the biased variance of the batch, and keeps the *unbiased* one (n / (n − 1) times
     as large) in 'batch_stats', as PyTorch does; `flax.linen.BatchNorm` keeps the biased one.
     Statistics are float32 whatever the compute dtype, found in two passes. Under jit with a batch
-    sharded over devices they are those of the whole batch. momentum 0.9 is PyTorch's 0.1.
+    sharded over devices they are those of the whole batch. momentum 0.9 is PyTorch's 0.1. With
+    in_phases the image is in phases, see `lanes`, and C is that of each.
 
     Parameters: `scale` and `bias` (C,); batch_stats: `mean` and `var` (C,).
     """
 
     dtype: Dtype = jnp.float32
+    in_phases: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Any (B, …, C) → the same shape in `dtype`."""
-        channels = (x.shape[-1],)
+        phases = 4 if self.in_phases else 1
+        channels = (x.shape[-1] // phases,)
         scale = self.param('scale', nn.initializers.ones, channels)
         bias = self.param('bias', nn.initializers.zeros, channels)
         running_mean = self.variable('batch_stats', 'mean', partial(jnp.zeros, channels))
         running_var = self.variable('batch_stats', 'var', partial(jnp.ones, channels))
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            return ((x - running_mean.value) * factor + bias).astype(self.dtype)
-        y, mean, var = _normalise_batch(x, scale, bias, self.epsilon)
+            mean, factor, bias = (jnp.tile(v, phases) for v in (running_mean.value, factor, bias))
+            return ((x - mean) * factor + bias).astype(self.dtype)
+        y, mean, var = _normalise_batch(x, scale, bias, phases, self.epsilon)
         if self.is_mutable_collection('batch_stats') and not self.is_initializing():
-            count = math.prod(x.shape[:-1])
+            count = math.prod(x.shape[:-1]) * phases
             unbiased = var * (count / max(count - 1, 1))
             keep = self.momentum
             running_mean.value = keep * running_mean.value + (1 - keep) * mean
@@ -266,34 +319,41 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalise_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, phases: int, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(normalised x, mean, biased variance); only the first is differentiated."""
     axes = tuple(range(x.ndim - 1))
-    mean = jnp.mean(x, axes, dtype=jnp.float32)
-    var = jnp.mean(jnp.square(x - mean), axes)
-    y = (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+    mean = _sum_phases(jnp.mean(x, axes, dtype=jnp.float32), phases) / phases
+    var = _sum_phases(jnp.mean(jnp.square(x - jnp.tile(mean, phases)), axes), phases) / phases
+    factor = jnp.tile(scale * lax.rsqrt(var + epsilon), phases)
+    y = (x - jnp.tile(mean, phases)) * factor + jnp.tile(bias, phases)
     return y.astype(x.dtype), mean, var
 
 
-def _normalise_batch_forward(x, scale, bias, epsilon):
-    y, mean, var = _normalise_batch(x, scale, bias, epsilon)
+def _sum_phases(values: jax.Array, phases: int) -> jax.Array:
+    return values.reshape(phases, -1).sum(axis=0)
+
+
+def _normalise_batch_forward(x, scale, bias, phases, epsilon):
+    y, mean, var = _normalise_batch(x, scale, bias, phases, epsilon)
     return (y, mean, var), (x, scale, mean, lax.rsqrt(var + epsilon))
 
 
-def _normalise_batch_backward(epsilon, saved, gradients):
+def _normalise_batch_backward(phases, epsilon, saved, gradients):
     del epsilon
     x, scale, mean, inverse = saved
     dy = gradients[0]
     axes = tuple(range(x.ndim - 1))
     # Ioffe and Szegedy (ICML 2015), section 3, with the sums gathered: two passes instead of the
     # four that automatic differentiation makes, and less cancellation in float32
-    dbias = jnp.sum(dy, axes, dtype=jnp.float32)
-    dscale = jnp.sum(dy * ((x - mean) * inverse), axes)
-    count = math.prod(x.shape[:-1])
-    dx = (dy - dbias / count - (x - mean) * (inverse * dscale / count)) * (scale * inverse)
+    wide_mean, wide_inverse = jnp.tile(mean, phases), jnp.tile(inverse, phases)
+    dbias = _sum_phases(jnp.sum(dy, axes, dtype=jnp.float32), phases)
+    dscale = _sum_phases(jnp.sum(dy * ((x - wide_mean) * wide_inverse), axes), phases)
+    count = math.prod(x.shape[:-1]) * phases
+    along = (x - wide_mean) * jnp.tile(inverse * dscale / count, phases)
+    dx = (dy - jnp.tile(dbias / count, phases) - along) * jnp.tile(scale * inverse, phases)
     return dx.astype(x.dtype), dscale, dbias
 
 

@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from covseg_jax.models.convolution import fills_lanes
+from covseg_jax.models.lanes import merge_phases, upsample_to_phases
 from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform, upsample_bilinear
 
 GRID_STEP = 16  # pixels a patch token stands for, in H and in W
@@ -43,7 +45,8 @@ class TransUNet(nn.Module):
       initial_logit: where the head's bias starts; published 0. Lesion is rare, and a bias has to
         walk down to its log odds first (Lin et al., ICCV 2017, section 3.3).
       dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
-      conv_impl: 'auto', 'native' or 'folded', see `convolution`.
+      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`. 'lanes' computes the
+        decoder's last level, whose channels are few, in phases.
 
     Variables: 'params' and 'batch_stats'. The position embedding has 1 + (H/16)(W/16) tokens of the
     size at init; `interpolate_positions` fits it to another.
@@ -99,19 +102,24 @@ class TransUNet(nn.Module):
         x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
         final_width = self.final_width or self.width // 8
         channels = (2 * self.width, self.width, self.width // 2, final_width)
+        in_phases = fills_lanes(self.conv_impl)
         for level, features, skip in zip(
             (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
         ):
-            x = DecoderBottleneck(features, name=f'decoder_{level}', **form)(x, skip, train=train)
+            block = DecoderBottleneck(
+                features, in_phases=in_phases and level == 4, name=f'decoder_{level}', **form
+            )
+            x = block(x, skip, train=train)
         head = Conv2D(
             self.num_classes,
             1,
             bias_init=nn.initializers.constant(self.initial_logit),
             conv_impl=self.conv_impl,
+            in_phases=in_phases,
             name='head',
         )
-        features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
-        return Segmentation(logits=head(x), features=features)
+        logits = merge_phases(head(x)) if in_phases else head(x)
+        return Segmentation(logits, jnp.mean(tokens, axis=1, dtype=jnp.float32))
 
 
 class EncoderBottleneck(nn.Module):
@@ -144,16 +152,23 @@ class EncoderBottleneck(nn.Module):
 
 
 class DecoderBottleneck(nn.Module):
-    """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU."""
+    """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU.
+
+    With in_phases, for a level without a skip, the result is in phases, see `lanes`.
+    """
 
     features: int
+    in_phases: bool = False
     dtype: Any = jnp.float32
     conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array | None, *, train: bool) -> jax.Array:
         """x (B, H, W, C), skip (B, 2H, 2W, c) or None → (B, 2H, 2W, features)."""
-        x = upsample_bilinear(x, conv_impl=self.conv_impl)
+        if self.in_phases:
+            x = upsample_to_phases(x)
+        else:
+            x = upsample_bilinear(x, conv_impl=self.conv_impl)
         if skip is not None:
             x = jnp.concatenate([skip, x], axis=-1)
         for name in ('first', 'second'):
@@ -162,9 +177,11 @@ class DecoderBottleneck(nn.Module):
                 3,
                 dtype=self.dtype,
                 conv_impl=self.conv_impl,
+                in_phases=self.in_phases,
                 name=f'{name}_conv',
             )
-            x = nn.relu(BatchNorm(self.dtype, name=f'{name}_norm')(conv(x), train=train))
+            norm = BatchNorm(self.dtype, self.in_phases, name=f'{name}_norm')
+            x = nn.relu(norm(conv(x), train=train))
         return x
 
 

@@ -19,7 +19,7 @@ class UNet(nn.Module):
       num_classes: channels of the logits.
       initial_logit: where the head's bias starts, see `TransUNet`.
       dtype: of the arithmetic. Parameters, statistics and outputs are float32.
-      conv_impl: 'auto', 'native' or 'folded', see `convolution`.
+      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
 
     Variables: 'params' and 'batch_stats'.
     """

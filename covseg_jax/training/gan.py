@@ -42,8 +42,10 @@ def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
     return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
 
 
-def build_gan(config: ml_collections.ConfigDict) -> GANParts:
+def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> GANParts:
     """Networks, optimizers and the shape of the state; nothing is computed yet.
+
+    `mesh` is where they live: by default all devices.
 
     Raises:
       InputError: gan.recipe or gan.schedule is not one that exists.
@@ -66,9 +68,12 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         patch=gan.patch,
         use_norm=gan.use_norm,
         dtype=dtype,
+        conv_impl=gan.conv_impl,
     )
     make_discriminator = Discriminator if published else PatchDiscriminator
-    discriminator = make_discriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
+    discriminator = make_discriminator(
+        filters=tuple(gan.discriminator_filters), dtype=dtype, conv_impl=gan.conv_impl
+    )
     try:
         learning_rate = optim.learning_rate_schedule(
             peak=gan.learning_rate,
@@ -83,7 +88,7 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
         # A short memory of gradients: the generator that D judges keeps moving.
         optim.make_adam(gan.discriminator_learning_rate, b1=0.9 if published else 0.5),
     )
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
     _, height, width = config.prepare.grid
     make_state, abstract_state = gan_steps.init_gan(
         generator,
@@ -99,7 +104,17 @@ def build_gan(config: ml_collections.ConfigDict) -> GANParts:
     )  # fmt: skip
 
 
-def _step_chooser(config: ml_collections.ConfigDict, parts: GANParts):
+def batch_shapes(
+    config: ml_collections.ConfigDict, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch."""
+    shape = (batch_size, config.gan.depth, *config.prepare.grid[1:], 1)
+    volume = jax.ShapeDtypeStruct(shape, jnp.float32)
+    names = (pipeline.IMAGE, pipeline.LUNGS, pipeline.COVID, pipeline.COVID_LUNGS)
+    return dict.fromkeys(names, volume)
+
+
+def choose_step(config: ml_collections.ConfigDict, parts: GANParts):
     """Step number -> compiled step of the config's recipe."""
     gan = config.gan
     if gan.recipe == 'published':
@@ -162,7 +177,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         state=parts.make_state(),
         abstract_state=parts.abstract_state,
         data=data,
-        step_at=_step_chooser(config, parts),
+        step_at=choose_step(config, parts),
         shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
         evaluate=_make_evaluation(parts, splits),
         schedule=loop.Schedule(gan.num_steps, gan.log_every, gan.evaluate_every, gan.save_every),

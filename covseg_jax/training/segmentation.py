@@ -65,16 +65,24 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
             published_attention=network.published_attention,
             initial_logit=network.initial_logit,
             dtype=dtype,
+            conv_impl=network.conv_impl,
         )
     if network.name == 'unet':
         return UNet(
-            widths=tuple(network.unet_widths), initial_logit=network.initial_logit, dtype=dtype
+            widths=tuple(network.unet_widths),
+            initial_logit=network.initial_logit,
+            dtype=dtype,
+            conv_impl=network.conv_impl,
         )
     raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
 
 
-def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
+def build_segmentation(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None
+) -> SegmentationParts:
     """Network, optimizer and the shape of the state; nothing is computed yet.
+
+    `mesh` is where it lives: by default all devices.
 
     Raises:
       InputError: a setting is not one that exists.
@@ -95,7 +103,7 @@ def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
     plateau = optim.reduce_on_plateau(
         patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
     )
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
     make_state, abstract_state = steps.init_segmentation(
         network,
         projection,
@@ -108,6 +116,20 @@ def build_segmentation(config: ml_collections.ConfigDict) -> SegmentationParts:
     return SegmentationParts(
         network, projection, optimizer, learning_rate, plateau, make_state, abstract_state, mesh
     )
+
+
+def batch_shapes(
+    config: ml_collections.ConfigDict, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch."""
+    image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
+    return {
+        pipeline.IMAGE: image,
+        pipeline.TARGET: image,
+        pipeline.LUNGS: image,
+        pipeline.LABEL: jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        pipeline.HEALTHY: jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+    }
 
 
 def _plan_rounds(config: ml_collections.ConfigDict) -> list[Round]:
@@ -157,7 +179,7 @@ def _augmentation(config: ml_collections.ConfigDict):
     return augment
 
 
-def _step_chooser(config: ml_collections.ConfigDict, parts: SegmentationParts):
+def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
     """Step number -> compiled step: METHOD.md section 4's two-phase epoch, or one sum."""
     train = config.train
     settings = steps.SegmentationLosses(
@@ -220,7 +242,7 @@ def train_segmentation(
     splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     validation = splits.validation or splits.train[:1]
     validation = pipeline.all_slices(validation, [read_target(case) for case in validation])
-    step_at = _step_chooser(config, parts)
+    step_at = choose_step(config, parts)
     evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
     state = parts.make_state()
     for number, each in enumerate(_plan_rounds(config)):

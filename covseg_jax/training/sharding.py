@@ -1,6 +1,6 @@
 """One mesh axis, 'data': batches are split over it, states are copied."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from covseg_jax.errors import InputError
 
 
-def make_mesh() -> Mesh:
-    """All devices of all hosts along the axis 'data'."""
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all hosts, or those given, along the axis 'data'."""
     # Under the default Explicit axes linen's Dropout fails.
-    return jax.make_mesh((jax.device_count(),), ('data',), axis_types=(AxisType.Auto,))
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -41,6 +42,15 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
             f'{field}={batch_size} cannot be split over {mesh.size} devices; '
             f'make it a multiple of {mesh.size}'
         )
+
+
+def abstract_batch(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict:
+    """The shapes of a batch, split along their first axis: what a step is compiled for."""
+    sharding = NamedSharding(mesh, PartitionSpec('data'))
+    return {
+        key: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding)
+        for key, each in shapes.items()
+    }
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,0 +1,178 @@
+"""Times the networks on this machine, alone or in turns with the same networks in PyTorch.
+
+    python tests/benchmarks/train_step.py --model=transunet|gan3d --mode=train|forward
+        [--batch_size=4] [--variant=mosmed] [--repeats=5] [--conv_impl=auto] [--peer=torch]
+
+transunet is the config's network at its image size, in training the real combined step (contrastive
++ MSE + sensitivity-enhanced BCE, clipped Adam, averaged weights); gan3d is the published generator
+at 32 x 128 x 128, in training a whole published iteration (reconstruction, discriminator,
+adversarial; here the corrupting Perlin noise is made in the step, the peer gets it ready-made). All
+in float32. Prints one JSON line; the first call of each side, which compiles, is not counted, and
+`flops` are the compiler's count of ours. PyTorch is no requirement: `pip install torch`.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from configs import gan3d, transunet  # noqa: E402
+from covseg_jax.data.pipeline import COVID, IMAGE, LABEL, LUNGS, TARGET  # noqa: E402
+from covseg_jax.models.gan3d import Generator  # noqa: E402
+from covseg_jax.training import gan, segmentation, steps  # noqa: E402
+
+Work = tuple[Callable[[], None], float]  # one call, and its FLOPs
+
+
+def _flops(compiled: jax.stages.Compiled) -> float:
+    return float((compiled.cost_analysis() or {}).get('flops', float('nan')))
+
+
+def _transunet_config(arguments: argparse.Namespace):
+    config = transunet.get_config(arguments.variant)
+    with config.unlocked():
+        config.train.compute_dtype = 'float32'
+        config.train.mode = 'combined'
+        config.train.batch_size = arguments.batch_size
+        config.train.synthetic_share, config.train.augment = 0.0, False  # the network alone
+    return config
+
+
+def transunet_work(arguments: argparse.Namespace) -> Work:
+    config = _transunet_config(arguments)
+    parts = segmentation.build_segmentation(config)
+    network = parts.network.clone(conv_impl=arguments.conv_impl)
+    rng = np.random.default_rng(0)
+    shape = (arguments.batch_size, *config.prepare.grid[1:], 1)
+    image = jnp.asarray(rng.random(shape, np.float32))
+    state = parts.make_state()
+    if arguments.mode == 'forward':
+        variables = jax.device_put(state.ema)
+        predict = steps.make_predict(network).lower(variables, image).compile()
+        return lambda: jax.block_until_ready(predict(variables, image)), _flops(predict)
+    losses = config.train
+    settings = steps.SegmentationLosses(losses.contrastive, losses.mse, losses.sensitivity)
+    batch = {
+        IMAGE: image,
+        TARGET: jnp.asarray(rng.random(shape) > 0.9, jnp.float32),
+        LUNGS: jnp.ones(shape),
+        LABEL: jnp.arange(arguments.batch_size, dtype=jnp.int32) % 2,
+    }
+    step = steps.make_segmentation_step(
+        network, parts.projection, parts.optimizer, parts.learning_rate, settings, None,
+        terms=steps.COMBINED, ema_decay=losses.ema_decay,
+    )  # fmt: skip
+    return _stateful(step, state, batch)
+
+
+def gan_work(arguments: argparse.Namespace) -> Work:
+    config = gan3d.get_config('published')
+    with config.unlocked():
+        config.gan.batch_size = arguments.batch_size
+    shape = (arguments.batch_size, *config.prepare.grid, 1)
+    rng = np.random.default_rng(0)
+    volume = jnp.asarray(rng.random(shape, np.float32))
+    if arguments.mode == 'forward':
+        generator = Generator(conv_impl=arguments.conv_impl)
+        noise = jnp.asarray(rng.random(generator.noise_shape(shape), np.float32) - 0.5)
+        params = jax.jit(generator.init)(jax.random.key(0), volume, noise)
+        forward = jax.jit(generator.apply).lower(params, volume, noise).compile()
+        return lambda: jax.block_until_ready(forward(params, volume, noise)), _flops(forward)
+    parts = gan.build_gan(config)
+    batch = {IMAGE: volume, COVID: volume[:, ::-1]}
+    return _stateful(gan.choose_step(config, parts)(0), parts.make_state(), batch)
+
+
+def _stateful(step: Callable, state, batch: dict) -> Work:
+    compiled = step.lower(state, batch).compile()
+
+    def run() -> None:
+        nonlocal state
+        state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+
+    return run, _flops(compiled)
+
+
+def torch_work(arguments: argparse.Namespace) -> Callable[[], None]:
+    import torch
+
+    from tests.benchmarks import torch_peers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if arguments.model == 'gan3d':
+        make = torch_peers.gan_iteration if arguments.mode == 'train' else torch_peers.gan_forward
+        return make(arguments.batch_size, tuple(gan3d.get_config('published').prepare.grid))
+    config = _transunet_config(arguments)
+    network = config.network
+    fields = {
+        'width': network.width,
+        'final_width': network.final_width,
+        'num_heads': network.num_heads,
+        'mlp_dim': network.mlp_dim,
+        'num_blocks': network.num_blocks,
+        'dropout': network.dropout_rate,
+    }
+    size = config.prepare.grid[-1]
+    if arguments.mode == 'forward':
+        return torch_peers.transunet_forward(arguments.batch_size, fields, size)
+    return torch_peers.transunet_step(
+        arguments.batch_size, fields, size, network.projection_dim, config.train.contrastive
+    )
+
+
+def take_turns(sides: list[Callable[[], None]], repeats: int) -> list[list[float]]:
+    """Seconds of each side's calls, in turns; the first turn is not counted."""
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(repeats + 1):
+        for side, work in zip(seconds, sides, strict=True):
+            began = time.perf_counter()
+            work()
+            if turn:
+                side.append(time.perf_counter() - began)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', choices=('transunet', 'gan3d'), default='transunet')
+    parser.add_argument('--mode', choices=('train', 'forward'), default='train')
+    parser.add_argument('--batch_size', type=int, default=4)
+    parser.add_argument('--variant', default='mosmed', help='of configs/transunet.py')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--conv_impl', default='auto', help='native, folded or auto')
+    parser.add_argument('--peer', choices=('torch',))
+    arguments = parser.parse_args()
+    work, flops = (gan_work if arguments.model == 'gan3d' else transunet_work)(arguments)
+    sides = [work] + ([torch_work(arguments)] if arguments.peer else [])
+    seconds = take_turns(sides, arguments.repeats)
+    medians = [statistics.median(each) for each in seconds]
+    found = {
+        'median_s': round(medians[0], 4),
+        'runs': arguments.repeats,
+        'batch_size': arguments.batch_size,
+        'flops': flops,
+        'gflops_per_s': round(flops / medians[0] / 1e9, 1),
+    }
+    if arguments.peer:
+        found |= {
+            'peer_median_s': round(medians[1], 4),
+            'ratio': round(medians[0] / medians[1], 3),
+            'ratios': [round(a / b, 3) for a, b in zip(*seconds, strict=True)],
+        }
+    print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    main()
