@@ -116,6 +116,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.log_every = 20  # steps
     gan.evaluate_every = 500
     gan.save_every = 500
+    gan.profile_steps = ()  # or (first, last): those steps are traced into gan/profile
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
     synthesize.difference = 'opacity'  # or 'published', see inference/synthesize.py
@@ -180,6 +181,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.log_every = 20  # steps
     train.evaluate_every = 500
     train.save_every = 500
+    train.profile_steps = ()  # or (first, last): those steps are traced into transunet/profile
 
     config.compile_check = compile_check = ml_collections.ConfigDict()
     compile_check.topology = 'v5e:1x1'  # or 'v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', ...

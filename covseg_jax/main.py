@@ -31,7 +31,7 @@ Config = ml_collections.ConfigDict
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = (
     'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
-    'conv_impl',
+    'conv_impl', 'profile_steps',
 )  # fmt: skip
 
 
@@ -136,6 +136,8 @@ def _run(arguments: list[str]) -> None:
         atomic.write_text(
             workdir / 'environment.json', json.dumps(_describe_environment(), indent=2)
         )
+    # JAX reads it when a stage imports it: what was compiled once is there for the next run.
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str((workdir / 'compile_cache').absolute()))
     run_stages(config, workdir, names, stages.Given(_path(_INPUT.value), _path(_OUTPUT.value)))
 
 

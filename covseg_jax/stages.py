@@ -160,7 +160,7 @@ def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> No
             f'(arithmetic) and {result["bytes_ms"]:.1f} ms (bytes), ratio {result["ratio"]:.2f}'
         )
         for kind, each in result['collectives'].items():
-            print(f'compile_check: {stage}: {kind}: {each["count"]}, {each["mbytes"]:.1f} MB')
+            print(f'compile_check: {stage}: {kind}: {each["count"]}, {each["bytes"] / 1e6:.1f} MB')
     print(f'compile_check: {path}')
 
 

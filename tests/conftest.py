@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import zlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -11,6 +13,8 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_force_host_platform_device_count=8'
     + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
 ).strip()
+# Tests, and the commands that they start, compile the same programs again and again.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_tests_')
 
 import hypothesis
 import numpy as np
@@ -21,6 +25,10 @@ hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None, m
 hypothesis.settings.load_profile('fixed')
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(scope='session')

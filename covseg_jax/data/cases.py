@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import re
+import threading
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging.geometry import Geometry
 
 HEALTHY = 'CT-0'
+_OPENING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +40,22 @@ class Case:
 
     def image(self) -> np.ndarray:
         """(D, H, W) float16 in [0, 1], 0 outside the lungs, memory-mapped."""
-        return np.load(self.folder / 'image.npy', mmap_mode='r')
+        return _open(self.folder / 'image.npy')
 
     def lungs(self) -> np.ndarray:
         """(D, H, W) uint8, memory-mapped."""
-        return np.load(self.folder / 'lungs.npy', mmap_mode='r')
+        return _open(self.folder / 'lungs.npy')
 
     def lesion(self) -> np.ndarray:
         """(D, H, W) uint8 human (or phantom) mask, memory-mapped; for evaluation only."""
-        return np.load(self.folder / 'lesion.npy', mmap_mode='r')
+        return _open(self.folder / 'lesion.npy')
+
+
+def _open(path: pathlib.Path) -> np.ndarray:
+    # One at a time: NumPy parses the header with ast, whose count of its depth threads share in
+    # Python 3.11 (python/cpython#106905), and a thread of a feed then fails, rarely.
+    with _OPENING:
+        return np.load(path, mmap_mode='r')
 
 
 def find_cases(prepared: str | pathlib.Path, *, subject_pattern: str = '(.*)') -> tuple[Case, ...]:

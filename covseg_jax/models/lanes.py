@@ -1,12 +1,9 @@
-"""Forms of layers that fill the lanes of a TPU: neighbours in space become channels.
+"""Volumes in a form that fills the lanes of a TPU: neighbouring slices become channels.
 
 A tensor whose last axis holds 8 channels uses 8 of a TPU's 128 lanes and is padded 16 × in memory.
-Two forms mend that, and compute the same from the same kernels, enlarged with zeros:
-
-- Volumes as `Blocks` of depth: the slices of a block are channels.
-- Images as phases: each 2 × 2 pixels are the channels of one, at half the size.
-
-More products are computed than are needed, and less memory moved. KERNELS.md has measurements.
+In `Blocks` of depth the slices of a block are channels, and the layers compute the same from the
+same kernels, enlarged with zeros: more products than are needed, and less memory moved. KERNELS.md
+has measurements.
 """
 
 import functools
@@ -16,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-
-# --- volumes
 
 
 @struct.dataclass
@@ -202,59 +197,3 @@ def conv_transpose_blocks(x: Blocks, kernel: jax.Array) -> Blocks:
     y = y.reshape(rows, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
     y = y.reshape(rows, 2 * height, 2 * width, -1)
     return Blocks((y,), x.num_blocks, 2 * x.slices)
-
-
-# --- images in phases: (B, 2H, 2W, C) as (B, H, W, 4·C), pixel (2h + a, 2w + b) in phase 2a + b
-
-
-def upsample_to_phases(x: jax.Array) -> jax.Array:
-    """Bilinear up-sampling ×2 with aligned corners, (B, H, W, C) → phases (B, H, W, 4·C)."""
-    rows = _double(x, 1)
-    return jnp.concatenate([each for row in rows for each in _double(row, 2)], axis=-1)
-
-
-def _double(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The even and the odd samples of linear ×2 along one axis, see `layers.upsample_bilinear`."""
-    size = x.shape[axis]
-    shape = [1] * x.ndim
-    shape[axis] = size
-    share = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)
-    # the first sample's share of the one before it is 0, and the last's of the one after it too
-    earlier, later = jnp.roll(x, 1, axis), jnp.roll(x, -1, axis)
-    return x + share * (earlier - x), x + jnp.flip(share, axis) * (later - x)
-
-
-def conv_phases(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """2D convolution of an image in phases, padded by (k − 1) / 2.
-
-    Args:
-      x: (B, H, W, 4·C).
-      kernel: (k, k, C, n), k 1 or 3.
-
-    Returns:
-      (B, H, W, 4·n).
-    """
-    size, channels, features = kernel.shape[0], *kernel.shape[2:]
-    # tap t of output phase a meets input phase p of the pixel `step` further on
-    steps = range(-(size // 2), size // 2 + 1)
-    indicator = np.zeros((size, len(steps), 2, 2), np.float32)
-    for row, step in enumerate(steps):
-        for p in range(2):
-            for a in range(2):
-                tap = 2 * step + p - a + size // 2
-                if 0 <= tap < size:
-                    indicator[tap, row, p, a] = 1
-    indicator = jnp.asarray(indicator, kernel.dtype)
-    enlarged = jnp.einsum('yxcn,yipa,xjqb->ijpqcabn', kernel, indicator, indicator)
-    enlarged = enlarged.reshape(len(steps), len(steps), 4 * channels, 4 * features)
-    pad = (size // 2, size // 2)
-    return lax.conv_general_dilated(
-        x, enlarged, (1, 1), (pad, pad), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-
-
-def merge_phases(x: jax.Array) -> jax.Array:
-    """(B, H, W, 4·C) → (B, 2H, 2W, C)."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, 2 * height, 2 * width, channels // 4)

@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from covseg_jax.models.convolution import conv2d, conv3d, is_folded
+from covseg_jax.models.convolution import conv2d, conv3d
 from covseg_jax.models.lanes import (
     Blocks,
     conv_blocks,
-    conv_phases,
     conv_transpose_blocks,
     join_blocks,
     max_pool_blocks,
     merge_depth,
     split_depth,
 )
+from covseg_jax.models.upsampling import conv_upsampled
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -70,8 +70,7 @@ class Conv2D(nn.Module):
     """2D convolution with parameters `kernel` (k, k, C, n) and `bias` (n,).
 
     Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic; conv_impl;
-    in_phases: the image comes and goes in phases, see `lanes`; kernel_init, bias_init. Padding is
-    (k − 1) / 2 on every side.
+    kernel_init, bias_init. Padding is (k − 1) / 2 on every side.
     """
 
     features: int
@@ -80,24 +79,32 @@ class Conv2D(nn.Module):
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     conv_impl: str = 'auto'
-    in_phases: bool = False
     kernel_init: Initializer = torch_uniform
     bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, H, W, C) → (B, H / stride, W / stride, features) in `dtype`."""
-        phases = 4 if self.in_phases else 1
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // phases, self.features)
+    def __call__(self, x: jax.Array | None, below: jax.Array | None = None) -> jax.Array:
+        """Convolve x, or x joined with the up-sampled `below`, or that alone.
+
+        Args:
+          x: (B, H, W, C), or None.
+          below: (B, H / 2, W / 2, c), for a stride of 1; bilinear ×2 with aligned corners makes it
+            as large as x, whose channels come first.
+
+        Returns:
+          (B, H / stride, W / stride, features) in `dtype`.
+        """
+        inputs = [each.astype(self.dtype) for each in (x, below) if each is not None]
+        channels = sum(each.shape[-1] for each in inputs)
+        shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
-        if self.in_phases:
-            y = conv_phases(x, kernel)
+        if below is None:
+            y = conv2d(inputs[0], kernel, stride=self.stride, conv_impl=self.conv_impl)
         else:
-            y = conv2d(x, kernel, stride=self.stride, conv_impl=self.conv_impl)
+            *skip, below = inputs
+            y = conv_upsampled(skip[0] if skip else None, below, kernel, conv_impl=self.conv_impl)
         if self.use_bias:
-            bias = self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
-            y += jnp.tile(bias, phases)
+            y += self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
         return y
 
 
@@ -194,7 +201,7 @@ def _channels(x: jax.Array | Blocks) -> int:
     return x.channels if isinstance(x, Blocks) else x.shape[-1]
 
 
-# --- joining, pooling and up-sampling
+# --- joining and pooling
 
 
 def join(*parts: jax.Array | Blocks) -> jax.Array | Blocks:
@@ -234,48 +241,6 @@ def max_pool(x: jax.Array | Blocks) -> jax.Array | Blocks:
     return x.max(axis=tuple(range(2, 2 * len(spatial) + 1, 2)))
 
 
-def upsample_bilinear(x: jax.Array, *, conv_impl: str = 'auto') -> jax.Array:
-    """Bilinear up-sampling ×2 with aligned corners, as PyTorch's align_corners=True.
-
-    Output sample i of 2n lies at input position i (n − 1) / (2n − 1); `jax.image.resize` would put
-    it at (i + ½) / 2 − ½. 'native' is two products of matrices, 'folded' shifts and adds.
-
-    Args:
-      x: (B, H, W, C).
-      conv_impl: form, see the module's docstring.
-
-    Returns:
-      (B, 2H, 2W, C), dtype of x.
-    """
-    if is_folded(conv_impl):
-        return _double_axis(_double_axis(x, 1), 2)
-    rows, columns = (_corner_aligned_matrix(size).astype(x.dtype) for size in x.shape[1:3])
-    return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x)
-
-
-def _corner_aligned_matrix(size: int) -> jax.Array:
-    """(2n, n) weights of linear interpolation with aligned corners."""
-    position = jnp.arange(2 * size) * ((size - 1) / (2 * size - 1))
-    return jnp.maximum(0, 1 - jnp.abs(position[:, None] - jnp.arange(size)))
-
-
-def _double_axis(x: jax.Array, axis: int) -> jax.Array:
-    """Linear ×2 along one axis: samples 2m and 2m + 1 lie m / (2n − 1) before x[m] and as far
-    after it as n − 1 − m counts, so each is a mix of x[m] with one neighbour."""
-    size = x.shape[axis]
-    shape = [1] * x.ndim
-    shape[axis] = size
-    share = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)
-    first = lax.slice_in_dim(x, 0, 1, axis=axis)
-    last = lax.slice_in_dim(x, size - 1, size, axis=axis)
-    earlier = jnp.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
-    later = jnp.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
-    even = x + share * (earlier - x)
-    odd = x + jnp.flip(share, axis) * (later - x)
-    doubled = jnp.stack([even, odd], axis + 1)
-    return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-
-
 # --- normalisation
 
 
@@ -285,33 +250,29 @@ class BatchNorm(nn.Module):
     Normalises by the biased variance of the batch, and keeps the *unbiased* one (n / (n − 1) times
     as large) in 'batch_stats', as PyTorch does; `flax.linen.BatchNorm` keeps the biased one.
     Statistics are float32 whatever the compute dtype, found in two passes. Under jit with a batch
-    sharded over devices they are those of the whole batch. momentum 0.9 is PyTorch's 0.1. With
-    in_phases the image is in phases, see `lanes`, and C is that of each.
+    sharded over devices they are those of the whole batch. momentum 0.9 is PyTorch's 0.1.
 
     Parameters: `scale` and `bias` (C,); batch_stats: `mean` and `var` (C,).
     """
 
     dtype: Dtype = jnp.float32
-    in_phases: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Any (B, …, C) → the same shape in `dtype`."""
-        phases = 4 if self.in_phases else 1
-        channels = (x.shape[-1] // phases,)
+        channels = (x.shape[-1],)
         scale = self.param('scale', nn.initializers.ones, channels)
         bias = self.param('bias', nn.initializers.zeros, channels)
         running_mean = self.variable('batch_stats', 'mean', partial(jnp.zeros, channels))
         running_var = self.variable('batch_stats', 'var', partial(jnp.ones, channels))
         if not train:
             factor = scale * lax.rsqrt(running_var.value + self.epsilon)
-            mean, factor, bias = (jnp.tile(v, phases) for v in (running_mean.value, factor, bias))
-            return ((x - mean) * factor + bias).astype(self.dtype)
-        y, mean, var = _normalise_batch(x, scale, bias, phases, self.epsilon)
+            return ((x - running_mean.value) * factor + bias).astype(self.dtype)
+        y, mean, var = _normalise_batch(x, scale, bias, self.epsilon)
         if self.is_mutable_collection('batch_stats') and not self.is_initializing():
-            count = math.prod(x.shape[:-1]) * phases
+            count = math.prod(x.shape[:-1])
             unbiased = var * (count / max(count - 1, 1))
             keep = self.momentum
             running_mean.value = keep * running_mean.value + (1 - keep) * mean
@@ -319,41 +280,34 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _normalise_batch(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, phases: int, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(normalised x, mean, biased variance); only the first is differentiated."""
     axes = tuple(range(x.ndim - 1))
-    mean = _sum_phases(jnp.mean(x, axes, dtype=jnp.float32), phases) / phases
-    var = _sum_phases(jnp.mean(jnp.square(x - jnp.tile(mean, phases)), axes), phases) / phases
-    factor = jnp.tile(scale * lax.rsqrt(var + epsilon), phases)
-    y = (x - jnp.tile(mean, phases)) * factor + jnp.tile(bias, phases)
+    mean = jnp.mean(x, axes, dtype=jnp.float32)
+    var = jnp.mean(jnp.square(x - mean), axes)
+    y = (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
     return y.astype(x.dtype), mean, var
 
 
-def _sum_phases(values: jax.Array, phases: int) -> jax.Array:
-    return values.reshape(phases, -1).sum(axis=0)
-
-
-def _normalise_batch_forward(x, scale, bias, phases, epsilon):
-    y, mean, var = _normalise_batch(x, scale, bias, phases, epsilon)
+def _normalise_batch_forward(x, scale, bias, epsilon):
+    y, mean, var = _normalise_batch(x, scale, bias, epsilon)
     return (y, mean, var), (x, scale, mean, lax.rsqrt(var + epsilon))
 
 
-def _normalise_batch_backward(phases, epsilon, saved, gradients):
+def _normalise_batch_backward(epsilon, saved, gradients):
     del epsilon
     x, scale, mean, inverse = saved
     dy = gradients[0]
     axes = tuple(range(x.ndim - 1))
     # Ioffe and Szegedy (ICML 2015), section 3, with the sums gathered: two passes instead of the
     # four that automatic differentiation makes, and less cancellation in float32
-    wide_mean, wide_inverse = jnp.tile(mean, phases), jnp.tile(inverse, phases)
-    dbias = _sum_phases(jnp.sum(dy, axes, dtype=jnp.float32), phases)
-    dscale = _sum_phases(jnp.sum(dy * ((x - wide_mean) * wide_inverse), axes), phases)
-    count = math.prod(x.shape[:-1]) * phases
-    along = (x - wide_mean) * jnp.tile(inverse * dscale / count, phases)
-    dx = (dy - jnp.tile(dbias / count, phases) - along) * jnp.tile(scale * inverse, phases)
+    dbias = jnp.sum(dy, axes, dtype=jnp.float32)
+    dscale = jnp.sum(dy * ((x - mean) * inverse), axes)
+    count = math.prod(x.shape[:-1])
+    dx = (dy - dbias / count - (x - mean) * (inverse * dscale / count)) * (scale * inverse)
     return dx.astype(x.dtype), dscale, dbias
 
 

@@ -11,9 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.models.convolution import fills_lanes
-from covseg_jax.models.lanes import merge_phases, upsample_to_phases
-from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform, upsample_bilinear
+from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform
 
 GRID_STEP = 16  # pixels a patch token stands for, in H and in W
 
@@ -45,8 +43,7 @@ class TransUNet(nn.Module):
       initial_logit: where the head's bias starts; published 0. Lesion is rare, and a bias has to
         walk down to its log odds first (Lin et al., ICCV 2017, section 3.3).
       dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
-      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`. 'lanes' computes the
-        decoder's last level, whose channels are few, in phases.
+      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
 
     Variables: 'params' and 'batch_stats'. The position embedding has 1 + (H/16)(W/16) tokens of the
     size at init; `interpolate_positions` fits it to another.
@@ -102,24 +99,19 @@ class TransUNet(nn.Module):
         x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
         final_width = self.final_width or self.width // 8
         channels = (2 * self.width, self.width, self.width // 2, final_width)
-        in_phases = fills_lanes(self.conv_impl)
         for level, features, skip in zip(
             (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
         ):
-            block = DecoderBottleneck(
-                features, in_phases=in_phases and level == 4, name=f'decoder_{level}', **form
-            )
-            x = block(x, skip, train=train)
+            x = DecoderBottleneck(features, name=f'decoder_{level}', **form)(x, skip, train=train)
         head = Conv2D(
             self.num_classes,
             1,
             bias_init=nn.initializers.constant(self.initial_logit),
             conv_impl=self.conv_impl,
-            in_phases=in_phases,
             name='head',
         )
-        logits = merge_phases(head(x)) if in_phases else head(x)
-        return Segmentation(logits, jnp.mean(tokens, axis=1, dtype=jnp.float32))
+        features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
+        return Segmentation(logits=head(x), features=features)
 
 
 class EncoderBottleneck(nn.Module):
@@ -152,37 +144,20 @@ class EncoderBottleneck(nn.Module):
 
 
 class DecoderBottleneck(nn.Module):
-    """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU.
-
-    With in_phases, for a level without a skip, the result is in phases, see `lanes`.
-    """
+    """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU."""
 
     features: int
-    in_phases: bool = False
     dtype: Any = jnp.float32
     conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array | None, *, train: bool) -> jax.Array:
         """x (B, H, W, C), skip (B, 2H, 2W, c) or None → (B, 2H, 2W, features)."""
-        if self.in_phases:
-            x = upsample_to_phases(x)
-        else:
-            x = upsample_bilinear(x, conv_impl=self.conv_impl)
-        if skip is not None:
-            x = jnp.concatenate([skip, x], axis=-1)
-        for name in ('first', 'second'):
-            conv = Conv2D(
-                self.features,
-                3,
-                dtype=self.dtype,
-                conv_impl=self.conv_impl,
-                in_phases=self.in_phases,
-                name=f'{name}_conv',
-            )
-            norm = BatchNorm(self.dtype, self.in_phases, name=f'{name}_norm')
-            x = nn.relu(norm(conv(x), train=train))
-        return x
+        form = {'dtype': self.dtype, 'conv_impl': self.conv_impl}
+        x = Conv2D(self.features, 3, name='first_conv', **form)(skip, below=x)
+        x = nn.relu(BatchNorm(self.dtype, name='first_norm')(x, train=train))
+        x = Conv2D(self.features, 3, name='second_conv', **form)(x)
+        return nn.relu(BatchNorm(self.dtype, name='second_norm')(x, train=train))
 
 
 class VisionTransformer(nn.Module):
@@ -251,16 +226,30 @@ class TransformerBlock(nn.Module):
     def _attend(self, x: jax.Array) -> jax.Array:
         batch, count, features = x.shape
         head_width = features // self.num_heads
-        fused = _dense(3 * features, self.dtype, 'qkv', use_bias=False)(x)
-        # the published layout of the fused output: (head width, q k v, heads), heads fastest
-        fused = fused.reshape(batch, count, head_width, 3, self.num_heads)
-        query, key, value = (fused[:, :, :, part] for part in range(3))
+        # The published layout of the fused output is (head width, q k v, heads), heads fastest.
+        # Weights are put in order rather than tokens: they are fewer.
+        kernel = _Kernel(3 * features, name='qkv')(features).astype(self.dtype)
+        kernel = kernel.reshape(features, head_width, 3, self.num_heads).transpose(2, 0, 3, 1)
+        query, key, value = (
+            (x @ each.reshape(features, features)).reshape(batch, count, self.num_heads, head_width)
+            for each in kernel
+        )
         root = head_width**0.5
         scale = root if self.published_attention else 1 / root
-        scores = jnp.einsum('bqdh,bkdh->bhqk', query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
         weights = nn.softmax(scores * scale).astype(self.dtype)
-        mixed = jnp.einsum('bhqk,bkdh->bqhd', weights, value).reshape(x.shape)
+        mixed = jnp.einsum('bhqk,bkhd->bqhd', weights, value).reshape(x.shape)
         return _dense(features, self.dtype, 'out', use_bias=False)(mixed)
+
+
+class _Kernel(nn.Module):
+    """The kernel (inputs, features) of a dense layer without bias."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> jax.Array:
+        return self.param('kernel', torch_uniform, (inputs, self.features))
 
 
 class ProjectionHead(nn.Module):

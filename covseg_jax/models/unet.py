@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.models.layers import BatchNorm, Conv2D, max_pool, upsample_bilinear
+from covseg_jax.models.layers import BatchNorm, Conv2D, max_pool
 from covseg_jax.models.transunet import Segmentation
 
 
@@ -59,9 +59,9 @@ class UNet(nn.Module):
         x = self._convolve_twice(x, self.widths[-1], 'bottleneck', train)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         for level in range(len(skips), 0, -1):
-            x = upsample_bilinear(x, conv_impl=self.conv_impl)
-            x = jnp.concatenate([skips[level - 1], x], axis=-1)
-            x = self._convolve_twice(x, self.widths[level - 1], f'decoder_{level}', train)
+            x = self._convolve_twice(
+                skips[level - 1], self.widths[level - 1], f'decoder_{level}', train, below=x
+            )
         head = Conv2D(
             self.num_classes,
             1,
@@ -71,7 +71,9 @@ class UNet(nn.Module):
         )
         return Segmentation(logits=head(x), features=features)
 
-    def _convolve_twice(self, x: jax.Array, width: int, name: str, train: bool) -> jax.Array:
+    def _convolve_twice(
+        self, x: jax.Array, width: int, name: str, train: bool, below: jax.Array | None = None
+    ) -> jax.Array:
         for part in ('first', 'second'):
             conv = Conv2D(
                 width,
@@ -82,5 +84,5 @@ class UNet(nn.Module):
                 name=f'{name}_{part}_conv',
             )
             norm = BatchNorm(self.dtype, name=f'{name}_{part}_norm')
-            x = nn.relu(norm(conv(x), train=train))
+            x, below = nn.relu(norm(conv(x, below), train=train)), None
         return x

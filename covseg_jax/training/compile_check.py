@@ -7,6 +7,7 @@ the process with it when it fails.
 """
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import re
@@ -24,7 +25,8 @@ _GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One TPU chip, from Google Cloud's pages on its versions.
+    """One device of a TPU, from Google Cloud's pages on its versions: a chip, and on v4 one of its
+    two cores, which this compiler takes for devices of their own.
 
     Attributes: memory, GiB; bfloat16 arithmetic, FLOP/s; memory bandwidth, bytes/s; clock, Hz, that
     the compiler's cycles are of.
@@ -37,7 +39,7 @@ class Chip:
 
 
 CHIPS = {
-    'v4': Chip(32, 275e12, 1228e9, 1.05e9),
+    'v4': Chip(16, 137.5e12, 614e9, 1.05e9),
     'v5e': Chip(16, 197e12, 819e9, 1.5e9),
     'v5p': Chip(95, 459e12, 2765e9, 1.75e9),
 }
@@ -74,6 +76,9 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
         'TPU_SKIP_MDS_QUERY': '1',
         'TF_CPP_MIN_LOG_LEVEL': '3',
+        # libtpu complains where these are not set, whatever they say
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
     }
     found = {}
     for stage in wanted:
@@ -91,8 +96,16 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict:
     from jax.experimental import topologies
 
+    sizes = topology.split(':')[1].split('x')
+    options = {}
+    if len(sizes) <= 3 and all(size.isdigit() for size in sizes):
+        shape = tuple(map(int, [*sizes, 1, 1][:3]))
+        if math.prod(shape) < 4:  # less than a host's usual share of chips
+            options['chips_per_host_bounds'] = shape
     try:
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+        devices = topologies.get_topology_desc(
+            platform='tpu', topology_name=topology, **options
+        ).devices
     except Exception as error:  # whatever libtpu and its loader have to say
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -104,7 +117,7 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
     compiled = _compile(config, devices, stage, wanted)
     result = {
         'topology': topology,
-        'chips': len(devices),
+        'devices': len(devices),
         'batch_size': wanted,
         'compute_dtype': group.compute_dtype,
         'fits': compiled is not None,
@@ -165,7 +178,7 @@ def describe(compiled: Any, chip: Chip) -> dict:
       peak_gib and memory_gib of the chip; gflops; gbytes that it reads and writes; estimated
       mcycles and ms; the floors arithmetic_ms and bytes_ms (what the chip's units need at least for
       the FLOPs and the bytes), and ratio, the estimate over the larger of the two; collectives:
-      kind -> {count, mbytes}.
+      kind -> {count, bytes}.
     """
     costs = compiled.cost_analysis() or {}
     text = compiled.as_text()
@@ -236,18 +249,18 @@ def sum_estimated_cycles(text: str) -> int:
     return cycles_of(entry)
 
 
-def count_collectives(text: str) -> dict[str, dict[str, float]]:
-    """Kind -> how many, and the MB that their results hold, in a compiled program's text."""
-    found: dict[str, dict[str, float]] = {}
+def count_collectives(text: str) -> dict[str, dict[str, int]]:
+    """Kind -> how many, and the bytes that their results hold, in a compiled program's text."""
+    found: dict[str, dict[str, int]] = {}
     for line in text.splitlines():
         match = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', line)
         if not match:
             continue
         kind = match.group(2).removesuffix('-start')
         if kind in _COLLECTIVES:
-            entry = found.setdefault(kind, {'count': 0, 'mbytes': 0.0})
+            entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
             entry['count'] += 1
-            entry['mbytes'] = round(entry['mbytes'] + _result_bytes(match.group(1)) / 1e6, 3)
+            entry['bytes'] += _result_bytes(match.group(1))
     return found
 
 

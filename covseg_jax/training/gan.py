@@ -180,7 +180,13 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         step_at=choose_step(config, parts),
         shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
         evaluate=_make_evaluation(parts, splits),
-        schedule=loop.Schedule(gan.num_steps, gan.log_every, gan.evaluate_every, gan.save_every),
+        schedule=loop.Schedule(
+            gan.num_steps,
+            gan.log_every,
+            gan.evaluate_every,
+            gan.save_every,
+            tuple(gan.profile_steps),
+        ),
         best='validation/removed',
     )
 

@@ -23,12 +23,16 @@ Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long, and how often what, in steps. 0 means never, but for the end of the run."""
+    """How long, and how often what, in steps. 0 means never, but for the end of the run.
+
+    `profile` is () or (first, last): the steps that XLA's profiler looks at.
+    """
 
     num_steps: int
     log_every: int
     evaluate_every: int
     save_every: int
+    profile: tuple[int, int] | tuple[()] = ()
 
 
 def mean_metrics(collected: list[Metrics]) -> dict[str, float]:
@@ -59,6 +63,28 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(s, handler)
 
 
+class _Profiler:
+    """A trace of the steps from the first to the last of a pair; of none where it is ()."""
+
+    def __init__(self, folder: pathlib.Path, steps: tuple[int, int] | tuple[()]):
+        self._folder, self._steps, self._is_running = folder, steps, False
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._is_running and step >= self._steps[1]:
+            jax.block_until_ready(state)  # steps are only queued until then
+            self.close()
+
+    def close(self) -> None:
+        if self._is_running:
+            jax.profiler.stop_trace()
+            self._is_running = False
+
+
 def run(
     *,
     name: str,
@@ -77,7 +103,8 @@ def run(
 
     Args:
       name: what the progress bar says.
-      folder: gets checkpoints/, tensorboard/ and metrics.jsonl.
+      folder: gets checkpoints/, tensorboard/, metrics.jsonl and, with a profile, profile/, which
+        TensorBoard's profile plugin and Perfetto show.
       state: a fresh state with a `step` field; donated.
       abstract_state: its shapes and shardings.
       data: the feed; its position is saved with the state.
@@ -105,6 +132,7 @@ def run(
     values: dict[str, float] = {best: -math.inf}
     collected: list[Metrics] = []
     waited, since = 0.0, time.monotonic()
+    profiler = _Profiler(folder / 'profile', schedule.profile)
     try:
         with (
             _stop_signals() as stop_asked,
@@ -130,7 +158,9 @@ def run(
                 before = time.monotonic()
                 batch = next(data)
                 waited += time.monotonic() - before
+                profiler.before(step)
                 state, metrics = step_at(step)(state, shard(batch))
+                profiler.after(step, state)
                 collected.append(metrics)
                 bar.update()
                 if _is_due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps:
@@ -143,6 +173,7 @@ def run(
                     bar.set_postfix(loss=f'{means["loss/total"]:.4f}')
                     collected, waited, since = [], 0.0, time.monotonic()
     finally:
+        profiler.close()
         checkpoints.close()
         log.close()
     return state

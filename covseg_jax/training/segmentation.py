@@ -270,7 +270,11 @@ def train_segmentation(
             shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
             evaluate=evaluate,
             schedule=loop.Schedule(
-                each.end, train.log_every, train.evaluate_every, train.save_every
+                each.end,
+                train.log_every,
+                train.evaluate_every,
+                train.save_every,
+                tuple(train.profile_steps),
             ),
             best='validation/dice',
             first_step=each.start,

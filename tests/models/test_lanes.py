@@ -9,18 +9,17 @@ from covseg_jax.models import lanes
 from covseg_jax.models.convolution import conv3d
 from covseg_jax.models.gan3d import Discriminator, Generator
 from covseg_jax.models.layers import ConvTranspose3D, join, max_pool
-from covseg_jax.models.transunet import TransUNet
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def assert_equal(fast, plain, share=1e-5):
-    """Every array to `share` of its largest entry."""
+def assert_equal(fast, plain):
+    """Every array to 1e-5 of its largest entry."""
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, atol=share * max(float(jnp.abs(b).max()), 1e-6))
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(float(jnp.abs(b).max()), 1e-6))
 
 
 def test_blocks_come_back_as_the_volume():
@@ -89,28 +88,4 @@ def test_gan_in_blocks_equals_the_plain_one():
             return jnp.square(judged[:, 1] - 1).mean() + jnp.square(healthy - volume).mean()
 
         found.append((params, jax.jit(jax.value_and_grad(loss, (0, 1)))(params, d_params)))
-    assert_equal(*found)
-
-
-def test_transunet_in_phases_equals_the_plain_one():
-    image, weights = jax.nn.sigmoid(draw(0, 2, 16, 32, 1)), draw(1, 2, 16, 32, 2)
-    found = []
-    for form in ('lanes', 'native'):
-        network = TransUNet(
-            width=8, num_heads=2, mlp_dim=8, num_blocks=1, num_classes=2, dropout_rate=0.0,
-            conv_impl=form,
-        )  # fmt: skip
-        variables = network.init(jax.random.key(0), image)
-
-        def loss(params, stats, network=network):
-            output, updated = network.apply(
-                {'params': params, 'batch_stats': stats}, image, train=True, mutable=['batch_stats']
-            )
-            return jnp.vdot(output.logits, weights), (output, updated)
-
-        graded = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        (_, outputs), gradients = graded(variables['params'], variables['batch_stats'])
-        # as one vector: a bias before a normalisation has no gradient but rounding
-        gradients = jnp.concatenate([each.ravel() for each in jax.tree.leaves(gradients)])
-        found.append((variables, outputs, gradients, network.apply(variables, image)))
     assert_equal(*found)

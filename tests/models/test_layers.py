@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from covseg_jax.models import layers
 
@@ -34,29 +33,6 @@ def test_max_pool_shares_the_gradient_of_ties():
     x = jnp.array([3.0, 3.0, 1.0, 3.0]).reshape(1, 2, 2, 1)
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
     np.testing.assert_allclose(gradient.ravel(), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
-
-
-@pytest.mark.parametrize('conv_impl', ['folded', 'native'])
-def test_upsample_keeps_corners_and_interpolates_between(conv_impl):
-    # n = 3: output i lies at i · 2/5; along [0, 5, 10] the values are 2 i
-    x = jnp.array([0.0, 5.0, 10.0]).reshape(1, 1, 3, 1)
-    actual = layers.upsample_bilinear(x, conv_impl=conv_impl)
-    np.testing.assert_allclose(actual[0, :, :, 0], [[0, 2, 4, 6, 8, 10]] * 2, atol=1e-5)
-
-
-def test_upsample_folded_equals_native():
-    x, weights = draw(0, 2, 4, 7, 3), draw(1, 2, 8, 14, 3)
-    (folded, folded_gradient), (native, native_gradient) = (
-        jax.jit(
-            jax.value_and_grad(
-                lambda x, form: jnp.vdot(weights, layers.upsample_bilinear(x, conv_impl=form))
-            ),
-            static_argnums=1,
-        )(x, form)
-        for form in ('folded', 'native')
-    )
-    np.testing.assert_allclose(folded, native, rtol=1e-5)
-    np.testing.assert_allclose(folded_gradient, native_gradient, atol=1e-5)
 
 
 def test_batch_norm_keeps_the_unbiased_variance():

@@ -33,6 +33,7 @@ def run(
     *,
     num_steps=12,
     first_step=0,
+    profile=(),
     on_step=lambda number: None,
     poison=None,
     evaluated=None,
@@ -69,7 +70,9 @@ def run(
         step_at=step_at,
         shard=lambda batch: sharding.shard_batch(batch, mesh),
         evaluate=evaluate,
-        schedule=loop.Schedule(num_steps, log_every=2, evaluate_every=4, save_every=3),
+        schedule=loop.Schedule(
+            num_steps, log_every=2, evaluate_every=4, save_every=3, profile=profile
+        ),
         best='validation/score',
         first_step=first_step,
     )
@@ -159,3 +162,10 @@ def test_mean_metrics_weighs_by_count():
     means = loop.mean_metrics([{'a': (3.0, 1.0), 'b': (0.0, 0.0)}, {'a': (1.0, 3.0)}])
     assert means['a'] == 1.0  # (3 + 1) / (1 + 3)
     assert np.isnan(means['b'])
+
+
+def test_chosen_steps_are_traced(tmp_path):
+    run(tmp_path, num_steps=4, profile=(1, 2))
+    traces = list((tmp_path / 'profile').rglob('*.xplane.pb'))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 0

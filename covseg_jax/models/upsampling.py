@@ -1,0 +1,97 @@
+"""Bilinear up-sampling ×2 with aligned corners, and convolutions of what it gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from covseg_jax.models.convolution import choose_form, conv2d, is_folded
+
+
+def upsample_bilinear(x: jax.Array, *, conv_impl: str = 'auto') -> jax.Array:
+    """Bilinear up-sampling ×2 with aligned corners, as PyTorch's align_corners=True.
+
+    Output sample i of 2n lies at input position i (n − 1) / (2n − 1); `jax.image.resize` would put
+    it at (i + ½) / 2 − ½. 'native' is two products of matrices, 'folded' shifts and adds.
+
+    Args:
+      x: (B, H, W, C).
+      conv_impl: form, see `convolution`.
+
+    Returns:
+      (B, 2H, 2W, C), dtype of x.
+    """
+    if is_folded(conv_impl):
+        return _double_axis(_double_axis(x, 1), 2)
+    rows, columns = (jnp.asarray(_corner_aligned_matrix(size), x.dtype) for size in x.shape[1:3])
+    return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x)
+
+
+def _corner_aligned_matrix(size: int) -> np.ndarray:
+    """(2n, n) weights of linear interpolation with aligned corners."""
+    position = np.arange(2 * size) * ((size - 1) / (2 * size - 1))
+    return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size)))
+
+
+def _double_axis(x: jax.Array, axis: int) -> jax.Array:
+    """Linear ×2 along one axis: samples 2m and 2m + 1 lie m / (2n − 1) before x[m] and as far
+    after it as n − 1 − m counts, so each is a mix of x[m] with one neighbour."""
+    size = x.shape[axis]
+    shape = [1] * x.ndim
+    shape[axis] = size
+    share = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)
+    first = lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = lax.slice_in_dim(x, size - 1, size, axis=axis)
+    earlier = jnp.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
+    later = jnp.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
+    even = x + share * (earlier - x)
+    odd = x + jnp.flip(share, axis) * (later - x)
+    doubled = jnp.stack([even, odd], axis + 1)
+    return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
+def conv_upsampled(
+    x: jax.Array | None, below: jax.Array, kernel: jax.Array, *, conv_impl: str = 'auto'
+) -> jax.Array:
+    """Convolution of [x, up-sampled below], padded by 1.
+
+    'native' joins the two. The other forms take the sum of two convolutions, and for that of the
+    up-sampled image, where its channels are many, mix channels first: both are linear, so that each
+    tap of the kernel is a product at a quarter of the pixels, and one matrix an axis then does the
+    up-sampling, the taps' shifts and their sum. Measured for the TransUNet's levels on a CPU, value
+    and gradients in 0.35 to 0.4 of the time of the joined form; on a TPU it pays where few features
+    are left (the compiler's estimate for 64 → 16 at 128²: 6.5 against 11.7 ms).
+
+    Args:
+      x: (B, 2H, 2W, c), or None.
+      below: (B, H, W, C).
+      kernel: (3, 3, c + C, n).
+      conv_impl: form, see `convolution`.
+
+    Returns:
+      (B, 2H, 2W, n).
+    """
+    few = {'native': 0, 'folded': 1 / 2, 'lanes': 1 / 4}[choose_form(conv_impl)]
+    if kernel.shape[3] > few * below.shape[3]:
+        up = upsample_bilinear(below, conv_impl=conv_impl)
+        joined = up if x is None else jnp.concatenate([x, up], axis=-1)
+        return conv2d(joined, kernel, conv_impl=conv_impl)
+    channels = 0 if x is None else x.shape[3]
+    y = _mix_then_upsample(below, kernel[:, :, channels:])
+    if x is not None:
+        y += conv2d(x, kernel[:, :, :channels], conv_impl=conv_impl)
+    return y
+
+
+def _mix_then_upsample(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution of the up-sampled x (B, H, W, C) with kernel (3, 3, C, n) → (B, 2H, 2W, n)."""
+    rows, columns = (jnp.asarray(_shifted_matrices(size), x.dtype) for size in x.shape[1:3])
+    mixed = jnp.einsum('bhwc,yxcn->bhwyxn', x, kernel)
+    wide = jnp.einsum('qxw,bhwyxn->bhyqn', columns, mixed)
+    return jnp.einsum('pyh,bhyqn->bpqn', rows, wide)
+
+
+def _shifted_matrices(size: int) -> np.ndarray:
+    """(2n, 3, n): row p of tap t holds the weights of up-sampled sample p + t − 1, 0 outside."""
+    matrix = np.pad(_corner_aligned_matrix(size), ((1, 1), (0, 0)))
+    return np.stack([matrix[tap : tap + 2 * size] for tap in range(3)], axis=1)
