@@ -226,14 +226,19 @@ class TransformerBlock(nn.Module):
     def _attend(self, x: jax.Array) -> jax.Array:
         batch, count, features = x.shape
         head_width = features // self.num_heads
-        # The published layout of the fused output is (head width, q k v, heads), heads fastest.
-        # Weights are put in order rather than tokens: they are fewer.
         kernel = _Kernel(3 * features, name='qkv')(features).astype(self.dtype)
-        kernel = kernel.reshape(features, head_width, 3, self.num_heads).transpose(2, 0, 3, 1)
-        query, key, value = (
-            (x @ each.reshape(features, features)).reshape(batch, count, self.num_heads, head_width)
-            for each in kernel
-        )
+        # The published layout of the fused output is (head width, q k v, heads), heads fastest.
+        # Tokens or weights are put in another order, whichever are fewer.
+        layout = (head_width, 3, self.num_heads)
+        if batch * count < features:
+            fused = (x @ kernel).reshape(batch, count, *layout)
+            query, key, value = fused.transpose(3, 0, 1, 4, 2)
+        else:
+            kernel = kernel.reshape(features, *layout).transpose(2, 0, 3, 1)
+            query, key, value = (
+                (x @ each.reshape(features, features)).reshape(batch, count, -1, head_width)
+                for each in kernel
+            )
         root = head_width**0.5
         scale = root if self.published_attention else 1 / root
         scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
