@@ -70,16 +70,10 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
     wanted = [stage for stage in ('gan', 'train') if stage in config.stages.split(',')]
     if config.gan.recipe == 'none' and 'gan' in wanted:
         wanted.remove('gan')
-    # On the host nothing but the compiler runs: no accelerator is looked for.
-    os.environ |= {
-        'JAX_PLATFORMS': 'cpu',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-        'TPU_SKIP_MDS_QUERY': '1',
-        'TF_CPP_MIN_LOG_LEVEL': '3',
-        # libtpu complains where these are not set, whatever they say
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
-        'TPU_WORKER_HOSTNAMES': 'localhost',
-    }
+    if not wanted:
+        raise InputError(
+            f'compile_check: config.stages={config.stages!r} trains nothing; name gan or train'
+        )
     found = {}
     for stage in wanted:
         with futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
@@ -94,6 +88,18 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
 
 
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict:
+    """One stage's part of `run_check`, in a process that has not imported JAX yet."""
+    os.environ |= {
+        'JAX_PLATFORMS': 'cpu',  # beside the compiler no accelerator is looked for
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TF_CPP_MIN_LOG_LEVEL': '3',
+        # libtpu complains where these are not set, whatever they say
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+    }
+    # What is compiled for a machine that is not there cannot be loaded again.
+    os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
     from jax.experimental import topologies
 
     sizes = topology.split(':')[1].split('x')

@@ -72,6 +72,14 @@ def test_unknown_chip_is_named_with_those_there_are():
         compile_check.run_check(transunet.get_config('tiny'), 'v9:2x2')
 
 
+def test_config_that_trains_nothing_is_named():
+    config = transunet.get_config('tiny')
+    with config.unlocked():
+        config.stages = 'prepare,evaluate'
+    with pytest.raises(InputError, match='trains nothing'):
+        compile_check.run_check(config, 'v5e:2x4')
+
+
 @pytest.mark.slow
 def test_tiny_step_compiles_for_eight_chips():
     pytest.importorskip('libtpu')
