@@ -1,0 +1,65 @@
+"""What a TPU's compiler says of the published generator's gradient through its discriminator.
+
+    python tests/benchmarks/tpu_gan_gradient.py [--batch_size=5] [--conv_impl=lanes]
+
+For one v5e chip in bfloat16, which need not be there; needs libtpu, see requirements.txt. Prints
+one JSON line, `compile_check.describe`. Takes minutes.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+os.environ |= {
+    'JAX_PLATFORMS': 'cpu',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from covseg_jax.models.gan3d import Discriminator, Generator
+from covseg_jax.training import compile_check, sharding
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--batch_size', type=int, default=5)
+    parser.add_argument('--conv_impl', default='lanes', help='lanes or native')
+    arguments = parser.parse_args()
+    one_chip = topologies.get_topology_desc(
+        platform='tpu', topology_name='v5e:1x1', chips_per_host_bounds=(1, 1, 1)
+    ).devices
+    placed = sharding.replicated(sharding.make_mesh(one_chip))
+
+    def place(tree):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree
+        )
+
+    form = {'conv_impl': arguments.conv_impl, 'dtype': jnp.bfloat16}
+    generator, discriminator = Generator(**form), Discriminator(**form)
+    volume = place(jax.ShapeDtypeStruct((arguments.batch_size, 32, 128, 128, 1), jnp.float32))
+    noise = place(jax.ShapeDtypeStruct(generator.noise_shape(volume.shape), jnp.float32))
+    key = jax.random.key(0)
+    params = place(jax.eval_shape(generator.init, key, volume, noise))
+    d_params = place(jax.eval_shape(discriminator.init, key, volume))
+
+    def loss(params, d_params, volume, noise):
+        judged = discriminator.apply(d_params, generator.apply(params, volume, noise))
+        return jnp.square(judged[:, 1] - 1).mean()
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, d_params, volume, noise).compile()
+    print(json.dumps(compile_check.describe(compiled, compile_check.CHIPS['v5e'])))
+
+
+if __name__ == '__main__':
+    main()
