@@ -335,13 +335,12 @@ def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
 
     studies = find_inputs(given.input, config.data.layout)
     probability, settings, _ = _load_segmenter(config, workdir)
-    output = given.output
     rows, faults = predict_studies(
         studies,
         probability,
         _prepare_settings(config),
         settings,
-        output,
+        given.output,
         write_probability=config.predict.write_probability,
     )
     for row in rows:

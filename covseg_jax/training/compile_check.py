@@ -87,8 +87,12 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
     return found
 
 
-def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict:
-    """One stage's part of `run_check`, in a process that has not imported JAX yet."""
+def find_devices(topology: str) -> list:
+    """The devices of a TPU topology that need not be there, in a process that has not started JAX.
+
+    Raises:
+      InputError: no libtpu, or no such topology.
+    """
     os.environ |= {
         'JAX_PLATFORMS': 'cpu',  # beside the compiler no accelerator is looked for
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -109,7 +113,7 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
         if math.prod(shape) < 4:  # less than a host's usual share of chips
             options['chips_per_host_bounds'] = shape
     try:
-        devices = topologies.get_topology_desc(
+        return topologies.get_topology_desc(
             platform='tpu', topology_name=topology, **options
         ).devices
     except Exception as error:  # whatever libtpu and its loader have to say
@@ -118,6 +122,11 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
             f'compile_check: {topology}: {text}; is libtpu installed (pip install '
             "'libtpu==0.0.42.*') and the topology one that exists?"
         ) from None
+
+
+def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict:
+    """One stage's part of `run_check`, in a process of its own."""
+    devices = find_devices(topology)
     group = config.gan if stage == 'gan' else config.train
     wanted = group.batch_size
     compiled = _compile(config, devices, stage, wanted)

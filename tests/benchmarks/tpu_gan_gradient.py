@@ -8,23 +8,13 @@ one JSON line, `compile_check.describe`. Takes minutes.
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 
-os.environ |= {
-    'JAX_PLATFORMS': 'cpu',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TF_CPP_MIN_LOG_LEVEL': '3',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-}
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from covseg_jax.models.gan3d import Discriminator, Generator
 from covseg_jax.training import compile_check, sharding
@@ -35,9 +25,7 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=5)
     parser.add_argument('--conv_impl', default='lanes', help='lanes or native')
     arguments = parser.parse_args()
-    one_chip = topologies.get_topology_desc(
-        platform='tpu', topology_name='v5e:1x1', chips_per_host_bounds=(1, 1, 1)
-    ).devices
+    one_chip = compile_check.find_devices('v5e:1x1')
     placed = sharding.replicated(sharding.make_mesh(one_chip))
 
     def place(tree):
