@@ -46,40 +46,35 @@ def _transunet_config(arguments: argparse.Namespace):
         config.train.mode = 'combined'
         config.train.batch_size = arguments.batch_size
         config.train.synthetic_share, config.train.augment = 0.0, False  # the network alone
+        config.network.conv_impl = arguments.conv_impl
     return config
 
 
 def transunet_work(arguments: argparse.Namespace) -> Work:
     config = _transunet_config(arguments)
     parts = segmentation.build_segmentation(config)
-    network = parts.network.clone(conv_impl=arguments.conv_impl)
     rng = np.random.default_rng(0)
     shape = (arguments.batch_size, *config.prepare.grid[1:], 1)
     image = jnp.asarray(rng.random(shape, np.float32))
     state = parts.make_state()
     if arguments.mode == 'forward':
         variables = jax.device_put(state.ema)
-        predict = steps.make_predict(network).lower(variables, image).compile()
+        predict = steps.make_predict(parts.network).lower(variables, image).compile()
         return lambda: jax.block_until_ready(predict(variables, image)), _flops(predict)
-    losses = config.train
-    settings = steps.SegmentationLosses(losses.contrastive, losses.mse, losses.sensitivity)
     batch = {
         IMAGE: image,
         TARGET: jnp.asarray(rng.random(shape) > 0.9, jnp.float32),
         LUNGS: jnp.ones(shape),
         LABEL: jnp.arange(arguments.batch_size, dtype=jnp.int32) % 2,
     }
-    step = steps.make_segmentation_step(
-        network, parts.projection, parts.optimizer, parts.learning_rate, settings, None,
-        terms=steps.COMBINED, ema_decay=losses.ema_decay,
-    )  # fmt: skip
-    return _stateful(step, state, batch)
+    return _stateful(segmentation.choose_step(config, parts)(0), state, batch)
 
 
 def gan_work(arguments: argparse.Namespace) -> Work:
     config = gan3d.get_config('published')
     with config.unlocked():
         config.gan.batch_size = arguments.batch_size
+        config.gan.conv_impl = arguments.conv_impl
     shape = (arguments.batch_size, *config.prepare.grid, 1)
     rng = np.random.default_rng(0)
     volume = jnp.asarray(rng.random(shape, np.float32))
