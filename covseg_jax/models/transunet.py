@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform
 
@@ -228,22 +229,25 @@ class TransformerBlock(nn.Module):
         head_width = features // self.num_heads
         kernel = _Kernel(3 * features, name='qkv')(features).astype(self.dtype)
         # The published layout of the fused output is (head width, q k v, heads), heads fastest.
-        # Tokens or weights are put in another order, whichever are fewer.
-        layout = (head_width, 3, self.num_heads)
+        # Tokens or weights are put in another order, whichever are fewer: each head in channels of
+        # its own, so that no axis of heads has to be carried past that of the tokens.
+        layout, groups = (head_width, 3, self.num_heads), 3 * self.num_heads
         if batch * count < features:
-            fused = (x @ kernel).reshape(batch, count, *layout)
-            query, key, value = fused.transpose(3, 0, 1, 4, 2)
+            fused = (x @ kernel).reshape(batch, count, *layout).transpose(3, 4, 0, 1, 2)
+            fused = fused.reshape(groups, batch, count, head_width)
+            parts = [part[0] for part in lax.split(fused, (1,) * groups)]
         else:
-            kernel = kernel.reshape(features, *layout).transpose(2, 0, 3, 1)
-            query, key, value = (
-                (x @ each.reshape(features, features)).reshape(batch, count, -1, head_width)
-                for each in kernel
-            )
+            kernel = kernel.reshape(features, *layout).transpose(0, 2, 3, 1)
+            parts = jnp.split(x @ kernel.reshape(features, -1), groups, axis=-1)
         root = head_width**0.5
         scale = root if self.published_attention else 1 / root
-        scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
-        weights = nn.softmax(scores * scale).astype(self.dtype)
-        mixed = jnp.einsum('bhqk,bkhd->bqhd', weights, value).reshape(x.shape)
+        mixed = []
+        for head in range(self.num_heads):
+            query, key, value = parts[head :: self.num_heads]
+            scores = jnp.einsum('bqd,bkd->bqk', query, key, preferred_element_type=jnp.float32)
+            weights = nn.softmax(scores * scale).astype(self.dtype)
+            mixed.append(jnp.einsum('bqk,bkd->bqd', weights, value))
+        mixed = jnp.concatenate(mixed, axis=-1)
         return _dense(features, self.dtype, 'out', use_bias=False)(mixed)
 
 

@@ -60,7 +60,8 @@ def conv_upsampled(
     tap of the kernel is a product at a quarter of the pixels, and one matrix an axis then does the
     up-sampling, the taps' shifts and their sum. Measured for the TransUNet's levels on a CPU, value
     and gradients in 0.35 to 0.4 of the time of the joined form; on a TPU it pays where few features
-    are left (the compiler's estimate for 64 → 16 at 128²: 6.5 against 11.7 ms).
+    are left (the compiler's estimate for 64 → 16 at 128²: 6.5 against 11.7 ms). Where it does not
+    pay, a TPU does better without joining all the same (128 + 128 → 64 at 64²: 5.7 against 6.5 ms).
 
     Args:
       x: (B, 2H, 2W, c), or None.
@@ -71,13 +72,17 @@ def conv_upsampled(
     Returns:
       (B, 2H, 2W, n).
     """
-    few = {'native': 0, 'folded': 1 / 2, 'lanes': 1 / 4}[choose_form(conv_impl)]
-    if kernel.shape[3] > few * below.shape[3]:
-        up = upsample_bilinear(below, conv_impl=conv_impl)
-        joined = up if x is None else jnp.concatenate([x, up], axis=-1)
-        return conv2d(joined, kernel, conv_impl=conv_impl)
+    form = choose_form(conv_impl)
     channels = 0 if x is None else x.shape[3]
-    y = _mix_then_upsample(below, kernel[:, :, channels:])
+    few = {'native': 0, 'folded': 1 / 2, 'lanes': 1 / 4}[form]
+    if kernel.shape[3] <= few * below.shape[3]:
+        y = _mix_then_upsample(below, kernel[:, :, channels:])
+    else:
+        up = upsample_bilinear(below, conv_impl=conv_impl)
+        if x is None or form != 'lanes':
+            joined = up if x is None else jnp.concatenate([x, up], axis=-1)
+            return conv2d(joined, kernel, conv_impl=conv_impl)
+        y = conv2d(up, kernel[:, :, channels:], conv_impl=conv_impl)
     if x is not None:
         y += conv2d(x, kernel[:, :, :channels], conv_impl=conv_impl)
     return y
