@@ -44,7 +44,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     data.prepared = ''  # '' means <workdir>/prepared
     data.pseudo_masks = ''  # '' means <workdir>/pseudo_masks
     data.layout = 'auto'  # or one of imaging/studies.py, such as 'zenodo'
-    data.num_workers = 0  # processes that prepare or verify; 0 means one a core
+    data.num_workers = 0  # processes that prepare, verify, predict; 0 means one a core
     data.on_bad_study = 'skip'  # or 'stop'
     data.subject_pattern = '(.*)'  # regex on a study id; its first group is the subject
     data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation

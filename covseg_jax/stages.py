@@ -228,7 +228,7 @@ def _pseudo_mask_reader(config: Config, workdir: pathlib.Path):
 def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     """Trains the segmentation network, and finds its thresholds on held-out healthy scans."""
     from covseg_jax.data.opacities import paint_scans
-    from covseg_jax.inference.predict import calibrate_mask
+    from covseg_jax.inference.calibrate import calibrate_mask
     from covseg_jax.training.gan import opacity_model
     from covseg_jax.training.segmentation import load_probability, train_segmentation
 
@@ -260,7 +260,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
 
 def _load_segmenter(config: Config, workdir: pathlib.Path):
     """The trained network's probability function, its mask settings, its checkpoint's step."""
-    from covseg_jax.inference.predict import MaskSettings
+    from covseg_jax.inference.masks import MaskSettings
     from covseg_jax.training.segmentation import load_probability
 
     calibration = workdir / 'transunet' / 'calibration.json'
@@ -284,7 +284,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     import numpy as np
 
     from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort, format_summary
-    from covseg_jax.inference.predict import MaskSettings
+    from covseg_jax.inference.masks import MaskSettings
 
     splits = _splits(config, workdir)
     if not splits.evaluation:
@@ -341,6 +341,7 @@ def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
         _prepare_settings(config),
         settings,
         given.output,
+        num_workers=_num_workers(config),
         write_probability=config.predict.write_probability,
     )
     for row in rows:

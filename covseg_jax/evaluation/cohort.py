@@ -10,7 +10,7 @@ from covseg_jax.data.cases import Case
 from covseg_jax.evaluation import evaluate, report
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.nifti import read_volume
-from covseg_jax.inference.predict import MaskSettings, StudyMask, mask_on_study_grid
+from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
 
 PSEUDO_MASK_CUT = 0.5  # synthesize.py puts its threshold there
 

@@ -1,4 +1,4 @@
-"""The same function over many items, in processes that leave with their parent."""
+"""Work in processes that leave with their parent."""
 
 import contextlib
 import multiprocessing
@@ -35,15 +35,28 @@ def map_in_processes(
     if num_workers <= 1 or len(items) <= 1:
         yield from map(function, items)
         return
+    with process_pool(min(num_workers, len(items)), what) as pool:
+        jobs = [pool.submit(function, item) for item in items]
+        for job in futures.as_completed(jobs):
+            yield job.result()
+
+
+@contextlib.contextmanager
+def process_pool(num_workers: int, what: str) -> Iterator[futures.Executor]:
+    """Within the block, processes to submit work to; with num_workers < 1, this one. At its end
+    what waits is dropped, what runs is finished, and no process stays behind.
+
+    Raises:
+        InputError: a process was killed.
+    """
+    if num_workers < 1:
+        yield _Here()
+        return
     context = multiprocessing.get_context('spawn')
     with _single_threaded_children():
-        pool = futures.ProcessPoolExecutor(
-            min(num_workers, len(items)), context, initializer=_follow_parent
-        )
+        pool = futures.ProcessPoolExecutor(num_workers, context, initializer=_follow_parent)
         try:
-            jobs = [pool.submit(function, item) for item in items]
-            for job in futures.as_completed(jobs):
-                yield job.result()
+            yield pool
         except BrokenProcessPool as error:
             raise InputError(
                 f'{what}: a worker process was killed, most likely for memory; '
@@ -51,6 +64,18 @@ def map_in_processes(
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Here(futures.Executor):
+    """Does what is submitted at once, in this process."""
+
+    def submit(self, function, /, *args, **kwargs):
+        job = futures.Future()
+        try:
+            job.set_result(function(*args, **kwargs))
+        except Exception as error:
+            job.set_exception(error)
+        return job
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import json
 import pathlib
 from collections.abc import Callable, Sequence
 
-import cc3d
 import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from covseg_jax import atomic
 from covseg_jax.data.cases import Case
 from covseg_jax.errors import InputError
+from covseg_jax.inference.masks import drop_small_components
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,6 @@ def _eroded(lungs: np.ndarray, radius: float) -> np.ndarray:
     if radius < 0.5:
         return lungs
     return np.stack([ndimage.distance_transform_edt(one) > radius for one in lungs])
-
-
-def drop_small_components(mask: np.ndarray, min_voxels: float) -> np.ndarray:
-    """The boolean mask without 26-connected components of fewer than `min_voxels` voxels."""
-    if min_voxels <= 1 or not mask.any():
-        return mask
-    return cc3d.dust(mask, threshold=int(np.ceil(min_voxels)), connectivity=26) > 0
 
 
 def soft_mask(

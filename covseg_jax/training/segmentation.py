@@ -250,7 +250,7 @@ def train_segmentation(
             read_target = refine_targets(
                 splits.train,
                 read_target,
-                _probability(config, parts.network, state.ema),
+                make_probability(config, parts.network, state.ema),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
             )
@@ -326,23 +326,25 @@ def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4)
 def load_probability(
     config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
-    """The trained network as (image, lungs), both (D, H, W), -> (D, H, W) float32 lesion
-    probability, 0 outside the lungs; and the checkpoint's step.
-
-    Slices are predicted `predict.batch_size` at a time; with `predict.flip`, together with their
-    mirror images. Then the probability is smoothed from slice to slice.
+    """The trained network as `make_probability` gives it, and the checkpoint's step.
 
     Raises:
       InputError: there is no checkpoint that fits.
     """
     parts = build_segmentation(config)
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    return _probability(config, parts.network, state.ema), step
+    return make_probability(config, parts.network, state.ema), step
 
 
-def _probability(
+def make_probability(
     config: ml_collections.ConfigDict, network: nn.Module, variables: Any
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """A network as (image, lungs), both (D, H, W), -> (D, H, W) float32 lesion probability, 0
+    outside the lungs.
+
+    Slices are predicted `predict.batch_size` at a time; with `predict.flip`, together with their
+    mirror images. Then the probability is smoothed from slice to slice.
+    """
     predict = steps.make_predict(network)
     size, smoothing = config.predict.batch_size, config.predict.smoothing_slices
 

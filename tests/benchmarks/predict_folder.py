@@ -1,0 +1,90 @@
+"""Times predict over a folder of 512 × 512 × 41 studies: one after the other, and overlapped.
+
+    python -m tests.benchmarks.predict_folder [--variant=phantom] [--num_studies=12] [--repeats=3]
+
+Makes phantom studies in a temporary folder and predicts them, NIfTI to NIfTI, with the config's
+network in fresh weights (its time does not depend on them), in turns with and without other
+processes beside it. Prints one JSON line: the medians in seconds a study, their ratio, and what a
+study's parts take one after the other.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+from configs import transunet
+from covseg_jax.imaging import phantom, prepare, studies
+from covseg_jax.imaging.nifti import write_volume
+from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.inference.predict import predict_studies, write_prediction
+from covseg_jax.training import segmentation
+
+SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--variant', default='phantom', help='of configs/transunet.py')
+    parser.add_argument('--num_studies', type=int, default=12)
+    parser.add_argument('--repeats', type=int, default=3)
+    options = parser.parse_args()
+    config = transunet.get_config(options.variant)
+    parts = segmentation.build_segmentation(config)
+    probability = segmentation.make_probability(config, parts.network, parts.make_state().ema)
+    preparation = prepare.PrepareSettings(grid=tuple(config.prepare.grid))
+    settings = MaskSettings(0.5, 0.6)
+    workers = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for number in range(options.num_studies):
+            made = phantom.make_phantom(number, 'CT-1', SHAPE, SPACING_MM)
+            write_volume(folder / 'scans' / f'study_{number:04d}.nii.gz', made.image, made.affine)
+        found = studies.find_inputs(folder / 'scans')
+
+        def predict(num_workers: int) -> float:
+            began = time.perf_counter()
+            predict_studies(
+                found, probability, preparation, settings, folder / 'masks', num_workers=num_workers
+            )
+            return (time.perf_counter() - began) / len(found)
+
+        seconds: dict[int, list[float]] = {0: [], workers: []}
+        case = prepare.prepare_volume(found[0], preparation)
+        probability(case.image, case.lungs)  # compiles
+        for _ in range(options.repeats):
+            for num_workers, each in seconds.items():
+                each.append(predict(num_workers))
+        steps = [time.perf_counter()]
+        case = prepare.prepare_volume(found[0], preparation)
+        steps.append(time.perf_counter())
+        mask = probability(case.image, case.lungs)
+        steps.append(time.perf_counter())
+        write_prediction(case, mask, settings, folder / 'masks')
+        steps.append(time.perf_counter())
+    alone, overlapped = (statistics.median(each) for each in seconds.values())
+    prepare_s, network_s, write_s = np.diff(steps).round(3).tolist()
+    print(
+        json.dumps(
+            {
+                'one_at_a_time_s': round(alone, 3),
+                'overlapped_s': round(overlapped, 3),
+                'ratio': round(alone / overlapped, 2),
+                'processes': workers,
+                'num_studies': len(found),
+                'prepare_s': prepare_s,
+                'network_s': network_s,
+                'write_s': write_s,
+            }
+        )
+    )
+
+
+if __name__ == '__main__':
+    main()
