@@ -145,6 +145,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.epoch_steps = 500
     train.contrastive_steps = 50  # of an epoch's steps, the first, in mode 'two_phase'
     train.batch_size = 32  # half high-, half low-infection slices
+    train.micro_batches = 1  # parts of a batch, one after the other where memory is short
     train.num_steps = 20_000
     train.rounds = ('synthetic', 'refined')  # and 'targets', see training/targets.py
     train.round_shares = (0.7, 0.3)  # of num_steps

@@ -138,7 +138,7 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
         'fits': compiled is not None,
     }
     if compiled is None:
-        step = len(devices) if stage == 'gan' else max(2, len(devices))
+        step = len(devices) if stage == 'gan' else max(2, len(devices)) * group.micro_batches
         largest = _largest_that(
             lambda size: _compile(config, devices, stage, size) is not None, wanted, step
         )
@@ -164,7 +164,7 @@ def _compile(config: ml_collections.ConfigDict, devices: list, stage: str, batch
         step = gan.choose_step(config, parts)(0)
         shapes = gan.batch_shapes(config, batch_size)
     else:
-        sharding.check_batch_size(batch_size, mesh, 'train.batch_size')
+        segmentation.check_train_batch(config, batch_size, mesh)
         parts = segmentation.build_segmentation(config, mesh)
         step = segmentation.choose_step(config, parts)(config.train.epoch_steps - 1)
         shapes = segmentation.batch_shapes(config, batch_size)

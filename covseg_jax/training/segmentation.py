@@ -118,6 +118,20 @@ def build_segmentation(
     )
 
 
+def check_train_batch(
+    config: ml_collections.ConfigDict, batch_size: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Raises an InputError where a batch cannot be split over devices and into micro-batches, each
+    with as many high- as low-infection slices."""
+    parts = config.train.micro_batches
+    if parts < 1 or batch_size % (2 * parts):
+        raise InputError(
+            f'train.batch_size={batch_size} cannot be split into train.micro_batches={parts} '
+            f'balanced parts; make it a multiple of {2 * max(parts, 1)}'
+        )
+    sharding.check_batch_size(batch_size // parts, mesh, 'train.batch_size / train.micro_batches')
+
+
 def batch_shapes(
     config: ml_collections.ConfigDict, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -204,6 +218,8 @@ def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
             _augmentation(config),
             terms=terms,
             ema_decay=train.ema_decay,
+            micro_batches=train.micro_batches,
+            unroll=parts.mesh.devices.flat[0].platform == 'cpu',
         )
 
     if train.mode == 'combined':
@@ -238,7 +254,7 @@ def train_segmentation(
     """
     train = config.train
     parts = build_segmentation(config)
-    sharding.check_batch_size(train.batch_size, parts.mesh, 'train.batch_size')
+    check_train_batch(config, train.batch_size, parts.mesh)
     splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     validation = splits.validation or splits.train[:1]
     validation = pipeline.all_slices(validation, [read_target(case) for case in validation])

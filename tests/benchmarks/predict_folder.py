@@ -1,11 +1,11 @@
 """Times predict over a folder of 512 × 512 × 41 studies: one after the other, and overlapped.
 
-    python -m tests.benchmarks.predict_folder [--variant=phantom] [--num_studies=12] [--repeats=3]
+    python -m tests.benchmarks.predict_folder [--variant=phantom] [--num_studies=24] [--repeats=3]
 
 Makes phantom studies in a temporary folder and predicts them, NIfTI to NIfTI, with the config's
 network in fresh weights (its time does not depend on them), in turns with and without other
 processes beside it. Prints one JSON line: the medians in seconds a study, their ratio, and what a
-study's parts take one after the other.
+study's parts take one after the other. Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `main` does.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from covseg_jax.imaging import phantom, prepare, studies
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.inference.masks import MaskSettings
 from covseg_jax.inference.predict import predict_studies, write_prediction
-from covseg_jax.training import segmentation
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -32,9 +31,12 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--variant', default='phantom', help='of configs/transunet.py')
-    parser.add_argument('--num_studies', type=int, default=12)
+    parser.add_argument('--num_studies', type=int, default=24)
     parser.add_argument('--repeats', type=int, default=3)
     options = parser.parse_args()
+    # Not above: the other processes read this module too, and need no JAX.
+    from covseg_jax.training import segmentation
+
     config = transunet.get_config(options.variant)
     parts = segmentation.build_segmentation(config)
     probability = segmentation.make_probability(config, parts.network, parts.make_state().ema)

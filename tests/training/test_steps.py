@@ -40,7 +40,7 @@ def mesh_of(num_devices):
     return Mesh(jax.devices()[:num_devices], ('data',), axis_types=(AxisType.Auto,))
 
 
-def train(config, terms, num_steps, mesh_size=1):
+def train(config, terms, num_steps, mesh_size=1, repeat=1, micro_batches=1, unroll=False):
     parts = segmentation.build_segmentation(config)
     step = steps.make_segmentation_step(
         parts.network,
@@ -51,10 +51,13 @@ def train(config, terms, num_steps, mesh_size=1):
         None,
         terms=terms,
         ema_decay=0.9,
+        micro_batches=micro_batches,
+        unroll=unroll,
     )
     mesh = mesh_of(mesh_size)
     state = jax.device_put(parts.make_state(), sharding.replicated(mesh))
-    batch = sharding.shard_batch(slice_batch(), mesh)
+    batch = {key: np.repeat(rows, repeat, axis=0) for key, rows in slice_batch().items()}
+    batch = sharding.shard_batch(batch, mesh)
     history = []
     for _ in range(num_steps):
         state, metrics = step(state, batch)
@@ -75,6 +78,22 @@ def test_combined_step_reports_all_three_losses(config):
     assert names < set(history[0])
     assert sum(history[0][name] for name in names) == pytest.approx(history[0]['loss/total'])
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize(('mesh_size', 'unroll'), [(1, True), (2, False)])
+def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, mesh_size, unroll):
+    # each row three times: every third row is the batch itself
+    one, expected = train(config, steps.COMBINED, 1)
+    three, found = train(
+        config, steps.COMBINED, 1, mesh_size, repeat=3, micro_batches=3, unroll=unroll
+    )
+    for name in ('loss/total', 'loss/contrastive', 'optimizer/gradient_norm'):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5)
+    # Adam's first step is the gradient's sign: compare what it is made of
+    moments = [jax.device_get(state.opt_state) for state in (one, three)]
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moments[0]))
+    for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_sharpen_targets_gives_doubtful_pixels_no_weight():
