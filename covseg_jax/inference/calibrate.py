@@ -1,14 +1,12 @@
 """The cuts that an operator should use, found without any human mask."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from covseg_jax.data.cases import Case
 from covseg_jax.data.opacities import PaintedScan
-from covseg_jax.inference.masks import MaskSettings, mask_on_model_grid
-
-Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
+from covseg_jax.inference.masks import MaskSettings, Probability, mask_on_model_grid
 
 # Not lower and no higher: painted opacities can be cut at 0.3 and be asked for a 0.96 somewhere;
 # lesions unlike them then run into the vessels beside them, or are never sure enough.

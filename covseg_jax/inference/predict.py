@@ -4,7 +4,7 @@ import csv
 import functools
 import pathlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
@@ -17,9 +17,8 @@ from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.prepare import PreparedCase, PrepareSettings, prepare_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
-from covseg_jax.inference.masks import MaskSettings, mask_on_study_grid
+from covseg_jax.inference.masks import MaskSettings, Probability, mask_on_study_grid
 
-Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
 Row = dict[str, str | float]
 
 COLUMNS = ('study_id', 'status', 'lesion_ml', 'lung_ml', 'infection_percent', 'mask')
