@@ -14,7 +14,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, manifest, stages
+from covseg_jax import atomic, cpu, manifest, stages
 from covseg_jax.errors import InputError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
@@ -177,18 +177,6 @@ def _one_line(error: Exception) -> str:
     return lines[-1] if 'Traceback' in text or isinstance(error, OSError) else '; '.join(lines)
 
 
-def _use_huge_pages() -> None:
-    """Starts this process over, once, with memory in huge pages, where the C library can.
-
-    XLA takes a step's buffers anew each time, and on a CPU the faults of small pages were a sixth
-    of a step of the phantom variant. glibc reads this setting when a process starts, at no other
-    time.
-    """
-    if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-        os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
 if __name__ == '__main__':
-    _use_huge_pages()
+    cpu.tune_process()
     app.run(main, flags_parser=_parse_flags)

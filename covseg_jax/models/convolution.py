@@ -8,7 +8,6 @@ and the comments here.
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +112,7 @@ def conv3d(
 
     The folded form puts the depth taps of the kernel into the channels of one 2D convolution: into
     its inputs where C < n or with a stride, else into its outputs, which are then shifted in depth
-    and added. Its gradients are forms of the same kind (`_conv3d_thin`).
+    and added. With the setting of `cpu.tune_process` their gradients are as quick.
 
     Args:
       x: (B, D, H, W, C).
@@ -196,56 +195,8 @@ def _conv3d_taps_out(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     return total
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv3d_thin(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """3D convolution of stride 1 by whichever of the two forms has fewer folded channels."""
     if kernel.shape[3] < kernel.shape[4]:
         return _conv3d_taps_in(x, kernel, 1, pads)
     return _conv3d_taps_out(x, kernel, pads)
-
-
-def _conv3d_thin_forward(x, kernel, pads):
-    return _conv3d_thin(x, kernel, pads), (x, kernel)
-
-
-def _conv3d_thin_backward(pads, saved, dy):
-    x, kernel = saved
-    size = kernel.shape[0]
-    mirrored = tuple((size - 1 - before, size - 1 - after) for before, after in pads)
-    dx = _conv3d_thin(dy, jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4), mirrored)
-    return dx, _kernel_gradient(x, dy, size, pads)
-
-
-_conv3d_thin.defvjp(_conv3d_thin_forward, _conv3d_thin_backward)
-
-
-def _kernel_gradient(x: jax.Array, dy: jax.Array, size: int, pads: Pads) -> jax.Array:
-    """Gradient (k, k, k, C, n) of a 3D convolution of stride 1 with respect to its kernel.
-
-    A scan over depth: the k×k patches of a slice of x against the k slices of dy that it reaches,
-    one matrix product a slice (about 4 × faster than XLA's own where slices are large).
-    """
-    depth, channels = x.shape[1], x.shape[-1]
-    out_depth, height, width, features = dy.shape[1:]
-    # input slice e meets tap t in output slice e − t + before
-    before = pads[0][0]
-    edge = (size - 1 - before, depth + before - out_depth, 0)
-    none = (0, 0, 0)
-    dy = lax.pad(dy, jnp.zeros((), dy.dtype), (none, edge, none, none, none))
-    x = jnp.pad(x, ((0, 0), (0, 0), *pads[1:], (0, 0)))
-
-    def add_slice(total, index):
-        image = lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
-        windows = [
-            image[:, i : i + height, j : j + width] for i in range(size) for j in range(size)
-        ]
-        patches = jnp.concatenate(windows, axis=-1).reshape(-1, size * size * channels)
-        reached = lax.dynamic_slice_in_dim(dy, index, size, axis=1)  # taps in falling order
-        reached = jnp.moveaxis(reached, 1, 3).reshape(-1, size * features)
-        product = jnp.matmul(patches.T, reached, preferred_element_type=jnp.float32)
-        return total + product, None
-
-    zeros = jnp.zeros((size * size * channels, size * features), jnp.float32)
-    total, _ = lax.scan(add_slice, zeros, jnp.arange(depth))
-    gradient = total.reshape(size, size, channels, size, features)
-    return jnp.flip(gradient, 3).transpose(3, 0, 1, 2, 4).astype(dy.dtype)

@@ -5,7 +5,7 @@
 Makes phantom studies in a temporary folder and predicts them, NIfTI to NIfTI, with the config's
 network in fresh weights (its time does not depend on them), in turns with and without other
 processes beside it. Prints one JSON line: the medians in seconds a study, their ratio, and what a
-study's parts take one after the other. Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `main` does.
+study's parts take one after the other.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 import numpy as np
 
 from configs import transunet
+from covseg_jax import cpu
 from covseg_jax.imaging import phantom, prepare, studies
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.inference.masks import MaskSettings
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    cpu.tune_process()  # as `covseg_jax.main` does
     main()

@@ -23,6 +23,11 @@ from collections.abc import Callable
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from covseg_jax import cpu  # noqa: E402
+
+if __name__ == '__main__':
+    cpu.tune_process()  # as `covseg_jax.main` does
+
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
