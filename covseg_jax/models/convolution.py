@@ -200,3 +200,49 @@ def _conv3d_thin(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     if kernel.shape[3] < kernel.shape[4]:
         return _conv3d_taps_in(x, kernel, 1, pads)
     return _conv3d_taps_out(x, kernel, pads)
+
+
+# --- transposed 3D convolution
+
+
+@jax.custom_vjp
+def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Transposed 3D convolution of stride 2: output voxel 2i + a is input voxel i times kernel[a].
+
+    Args:
+      x: (B, D, H, W, C).
+      kernel: (2, 2, 2, C, n).
+
+    Returns:
+      (B, 2D, 2H, 2W, n).
+    """
+    batch, depth, height, width, channels = x.shape
+    # the two taps in W as channels of one product: their order is already the output's
+    flat = kernel.transpose(0, 1, 3, 2, 4).reshape(2, 2, channels, -1)
+    slices = []
+    for slice_kernel in flat:
+        rows = jnp.stack([x @ row_kernel for row_kernel in slice_kernel], axis=3)
+        slices.append(rows.reshape(batch, depth, 2 * height, 2 * width, -1))
+    volume = jnp.stack(slices, axis=2)
+    return volume.reshape(batch, 2 * depth, 2 * height, 2 * width, -1)
+
+
+def _conv_transpose_forward(x, kernel):
+    return conv_transpose(x, kernel), (x, kernel)
+
+
+def _conv_transpose_backward(saved, dy):
+    # The eight taps' parts of dy beside each other, once for both products: JAX's own gradient
+    # copies each of them for each (39 against 86 ms, 24 → 32 at 16 × 64², 2 cores).
+    x, kernel = saved
+    batch, depth, height, width, channels = x.shape
+    features = kernel.shape[-1]
+    dy = dy.reshape(batch, depth, 2, height, 2, width, 2 * features)
+    dy = dy.transpose(0, 1, 3, 5, 2, 4, 6).reshape(-1, 8 * features)
+    dx = dy @ kernel.transpose(0, 1, 2, 4, 3).reshape(8 * features, channels)
+    dkernel = x.reshape(-1, channels).T @ dy
+    dkernel = dkernel.reshape(channels, 2, 2, 2, features).transpose(1, 2, 3, 0, 4)
+    return dx.reshape(x.shape), dkernel
+
+
+conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from covseg_jax.models.convolution import conv2d, conv3d
+from covseg_jax.models.convolution import conv2d, conv3d, conv_transpose
 from covseg_jax.models.lanes import (
     Blocks,
     conv_blocks,
@@ -186,15 +186,7 @@ class ConvTranspose3D(nn.Module):
         if isinstance(x, Blocks):
             y = conv_transpose_blocks(x, kernel)
             return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
-        batch, depth, height, width, _ = x.shape
-        # the two taps in W as channels of one product: their order is already the output's
-        kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(2, 2, channels, -1)
-        slices = []
-        for slice_kernel in kernel:
-            rows = jnp.stack([x @ row_kernel for row_kernel in slice_kernel], axis=3)
-            slices.append(rows.reshape(batch, depth, 2 * height, 2 * width, self.features))
-        volume = jnp.stack(slices, axis=2)
-        return volume.reshape(batch, 2 * depth, 2 * height, 2 * width, self.features) + bias
+        return conv_transpose(x, kernel) + bias
 
 
 def _channels(x: jax.Array | Blocks) -> int:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from covseg_jax.models import layers
+from covseg_jax.models import convolution, layers
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -20,6 +20,15 @@ def test_transposed_convolution_equals_placing_each_voxel():
     params = {'kernel': kernel, 'bias': jnp.ones(5)}
     actual = layers.ConvTranspose3D(5).apply({'params': params}, x)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_transposed_convolution_has_the_gradients_of_its_sum():
+    x, kernel, dy = draw(0, 1, 2, 1, 3, 4), draw(1, 2, 2, 2, 4, 5), draw(2, 1, 4, 2, 6, 5)
+    _, pull_back = jax.vjp(convolution.conv_transpose, x, kernel)
+    taps = np.asarray(dy).reshape(1, 2, 2, 1, 2, 3, 2, 5)  # (b, D, i, H, j, W, k, n)
+    dx, dkernel = pull_back(dy)
+    np.testing.assert_allclose(dx, np.einsum('bdihjwkn,ijkcn->bdhwc', taps, kernel), atol=1e-5)
+    np.testing.assert_allclose(dkernel, np.einsum('bdihjwkn,bdhwc->ijkcn', taps, x), atol=1e-5)
 
 
 def test_max_pool_takes_maxima_and_drops_an_odd_row():
