@@ -113,6 +113,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     opacities.clean_fraction = 0.1
     gan.conv_impl = 'auto'  # form of the convolutions, see models/convolution.py
     gan.compute_dtype = 'bfloat16'
+    gan.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     gan.log_every = 20  # steps
     gan.evaluate_every = 500
     gan.save_every = 500
@@ -179,6 +180,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.bias = 0.02
     train.noise = 0.01
     train.compute_dtype = 'bfloat16'
+    train.max_skipped_steps = 10  # as gan.max_skipped_steps
     train.log_every = 20  # steps
     train.evaluate_every = 500
     train.save_every = 500

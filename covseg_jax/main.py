@@ -31,7 +31,7 @@ Config = ml_collections.ConfigDict
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = (
     'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
-    'conv_impl', 'profile_steps',
+    'conv_impl', 'profile_steps', 'max_skipped_steps',
 )  # fmt: skip
 
 

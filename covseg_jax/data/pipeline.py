@@ -1,7 +1,8 @@
 """Grain feeds: prepared cases and pseudo-masks to batches of NumPy arrays.
 
-Every feed has one global order that depends on its seed alone. A host takes every n-th element of
-it, so that the union of what all hosts see in a step does not depend on how many there are.
+Every feed has one global order that depends on its seed alone, and its n-th batch can be had
+without those before it. Of each batch a host takes its block of rows, so that what all hosts see
+together in a step, row by row, does not depend on how many there are.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ WEIGHT = 'weight'  # as TARGET: how much a pixel counts in the losses
 VALID = 'valid'  # (B,) float32: 0 for rows that only fill up a batch
 COVID = 'covid'  # as IMAGE: a COVID scan beside the healthy one (GAN)
 COVID_LUNGS = 'covid_lungs'
+CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
+COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
 _UNRANKED = -1
 
@@ -58,6 +61,7 @@ class Slices:
             LUNGS: lungs,
             LABEL: self.labels[item],
             HEALTHY: np.float32(self.targets[case_number] is None),
+            CASE: np.int32(case_number),
         }
 
     def are_healthy(self) -> np.ndarray:
@@ -131,28 +135,48 @@ def spread_healthy(slices: Slices) -> Slices:
     return dataclasses.replace(slices, labels=labels)
 
 
-def _check_batch_size(batch_size: int, num_hosts: int) -> int:
-    if batch_size % num_hosts:
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Endless batches of one host. Its place needs no saving: the batch of a step is `batches[n]`.
+
+    `batches` is their random-access dataset; `study_ids` gives for CASE, and for COVID_CASE where
+    batches have it, the study ids that their numbers stand for.
+    """
+
+    batches: grain.MapDataset
+    study_ids: dict[str, tuple[str, ...]]
+
+    def start(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Batches from the given one on; threads read ahead."""
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)
+        return iter(self.batches.slice(slice(number, None)).to_iter_dataset(options))
+
+    def inputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of a batch is for the device."""
+        return {key: array for key, array in batch.items() if key not in self.study_ids}
+
+    def studies(self, batch: dict[str, np.ndarray]) -> list[str]:
+        """The ids of the studies in a batch, in order, each once."""
+        found = {ids[number] for key, ids in self.study_ids.items() for number in batch[key]}
+        return sorted(found)
+
+
+def _share(dataset: grain.MapDataset, size: int, host: int, num_hosts: int) -> grain.MapDataset:
+    """Batches of `size` elements, of each a host's block of them."""
+    if size % num_hosts:
         raise InputError(
-            f'batch size {batch_size} cannot be shared by {num_hosts} hosts; '
+            f'a batch of {size} volumes or pairs of slices cannot be shared by {num_hosts} hosts; '
             f'make it a multiple of {num_hosts}'
         )
-    return batch_size // num_hosts
-
-
-def _feed(dataset: grain.MapDataset, *, batch_size: int, host: int, num_hosts: int):
-    per_host = _check_batch_size(batch_size, num_hosts)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * per_host)
-    dataset = dataset.slice(slice(host, None, num_hosts)).to_iter_dataset(options)
-    return iter(dataset.batch(per_host, drop_remainder=True))
+    return dataset.batch(size // num_hosts, drop_remainder=True).slice(slice(host, None, num_hosts))
 
 
 def balanced_feed(
     slices: Slices, *, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
-) -> grain.DatasetIterator:
-    """Endless shuffled batches, half of them high- and half low-infection slices.
+) -> Feed:
+    """Endless shuffled batches of high- and low-infection slices in turn.
 
-    Yields dicts IMAGE, TARGET, LUNGS (batch_size / num_hosts, H, W, 1), LABEL and HEALTHY.
+    Gives dicts IMAGE, TARGET, LUNGS (batch_size / num_hosts, H, W, 1), LABEL, HEALTHY and CASE.
 
     Raises:
       InputError: one of the two groups is empty, or the batch size is odd or not shareable.
@@ -168,18 +192,19 @@ def balanced_feed(
         grain.MapDataset.source(group).seed(seed + number).shuffle().repeat()
         for number, group in enumerate(groups)
     ]
-    # Taken in turn from both groups, so that every batch is balanced exactly. Pairs go to a host
-    # together: each host's share is balanced too.
+    # Pairs of both groups go to a host together: each host's share is balanced too.
     pairs = grain.experimental.ZipMapDataset(shuffled)
-    per_host = _check_batch_size(batch_size // 2, num_hosts)
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * per_host)
-    feed = pairs.slice(slice(host, None, num_hosts)).to_iter_dataset(options)
-    return iter(feed.batch(per_host, drop_remainder=True).map(_join_pairs))
+    batches = _share(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
+    return Feed(batches, {CASE: _study_ids(slices.cases)})
 
 
-def _join_pairs(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
+def _study_ids(cases: Sequence[Case]) -> tuple[str, ...]:
+    return tuple(case.study_id for case in cases)
+
+
+def _in_turn(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
     high, low = pair
-    return {key: np.concatenate([high[key], low[key]]) for key in high}
+    return {key: np.stack([high[key], low[key]], 1).reshape(-1, *low[key].shape[1:]) for key in low}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +221,7 @@ class Volumes:
         return {
             IMAGE: np.asarray(case.image(), np.float32)[..., None],
             LUNGS: np.asarray(case.lungs(), np.float32)[..., None],
+            CASE: np.int32(item),
         }
 
 
@@ -207,7 +233,8 @@ class _CropDepth(grain.transforms.RandomMap):
 
     def random_map(self, element: dict, rng: np.random.Generator) -> dict:
         start = rng.integers(element[IMAGE].shape[0] - self.depth + 1)
-        return {key: array[start : start + self.depth] for key, array in element.items()}
+        crop = slice(start, start + self.depth)
+        return {key: array if key == CASE else array[crop] for key, array in element.items()}
 
 
 def paired_volume_feed(
@@ -219,11 +246,11 @@ def paired_volume_feed(
     seed: int,
     host: int = 0,
     num_hosts: int = 1,
-) -> grain.DatasetIterator:
+) -> Feed:
     """Endless batches of healthy scans, each beside a COVID scan, cropped to `depth` slices.
 
-    Yields dicts IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (batch_size / num_hosts, depth, H,
-    W, 1) float32.
+    Gives dicts IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (batch_size / num_hosts, depth, H, W,
+    1) float32, with CASE and COVID_CASE.
     """
     sides = [
         grain.MapDataset.source(Volumes(tuple(cases)))
@@ -239,9 +266,14 @@ def paired_volume_feed(
             LUNGS: pair[0][LUNGS],
             COVID: pair[1][IMAGE],
             COVID_LUNGS: pair[1][LUNGS],
+            CASE: pair[0][CASE],
+            COVID_CASE: pair[1][CASE],
         }
     )
-    return _feed(pairs, batch_size=batch_size, host=host, num_hosts=num_hosts)
+    return Feed(
+        _share(pairs, batch_size, host, num_hosts),
+        {CASE: _study_ids(healthy), COVID_CASE: _study_ids(covid)},
+    )
 
 
 def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -1,26 +1,43 @@
-"""Orbax checkpoints: state and data position together, the newest and the best kept."""
+"""Orbax checkpoints: a run's state with what its log needs, the newest and the best kept."""
 
+import dataclasses
 import pathlib
+import shutil
+import sys
 from typing import Any
 
-import grain
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from covseg_jax.errors import InputError
+
+_CHECKSUM = 'checksum'
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read: its step, the state, and what was saved beside it."""
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
 
 
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     Saving is asynchronous: call `wait` before the process ends. A save that was cut off leaves a
-    temporary folder that is never taken for a checkpoint.
+    temporary folder that is never taken for a checkpoint and goes when the folder is opened again.
+    All hosts call the same methods.
     """
 
     def __init__(self, folder: pathlib.Path, *, best: str | None = None):
-        """Opens or makes `folder`. `best` names a metric of `save` whose largest value marks the
-        checkpoint that is kept beside the newest."""
-        policies = [checkpoint_managers.LatestN(1)]
+        """Opens or makes `folder`. The two newest checkpoints are kept, and the one with the
+        largest value of the metric `best` where that is named."""
+        policies = [checkpoint_managers.LatestN(2)]
         if best is not None:
             policies.append(
                 checkpoint_managers.BestN(
@@ -36,47 +53,89 @@ class Checkpoints:
             ),
         )
 
-    def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
-        return self._manager.latest_step()
+    def check_space(self, state: Any) -> None:
+        """Raises an InputError where the disk cannot hold the checkpoints that a run keeps at a
+        time: three, and one that is being written."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        missing = max(4 - len(self._manager.all_steps()), 1) * size
+        free = shutil.disk_usage(self._folder).free
+        if free < missing:
+            raise InputError(
+                f'{self._folder}: {free:,} bytes are free and its checkpoints need {missing:,}; '
+                'free as much, or use another --workdir'
+            )
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        data: grain.DatasetIterator | None,
-        metrics: dict[str, float],
+        self, step: int, state: Any, metrics: dict[str, float], progress: dict[str, Any]
     ) -> None:
-        """Starts to save the state after `step` steps and, if given, the position of its feed."""
+        """Starts to save the state after `step` steps, with `progress` (as JSON has it) beside it.
+
+        Raises:
+          InputError: the disk is full or does not let itself be written.
+        """
         if self._manager.latest_step() == step:
             return
-        items = {'state': ocp.args.StandardSave(state)}
-        if data is not None:
-            items['data'] = grain.checkpoint.CheckpointSave(data)
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        progress = progress | {_CHECKSUM: int(_checksum(state))}
+        items = {
+            'state': ocp.args.StandardSave(state),
+            'progress': ocp.args.JsonSave(progress),
+        }
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:  # of this save, or of the one before it
+            raise self._explain(error) from error
 
-    def restore(
-        self, abstract_state: Any, data: grain.DatasetIterator, *, first_step: int = 0
-    ) -> Any | None:
-        """The newest state, laid out as `abstract_state` says (shapes and shardings), with `data`
-        moved to its position, if one was saved after `first_step`, where this feed begins; None
-        where there is no checkpoint."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        items = {'state': ocp.args.StandardRestore(abstract_state)}
-        # Imported weights have no feed yet.
-        if step > first_step and (self._folder / str(step) / 'data').exists():
-            items['data'] = grain.checkpoint.CheckpointRestore(data)
-        return self._manager.restore(step, args=ocp.args.Composite(**items))['state']
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint that is whole, laid out as `abstract_state` says (shapes and
+        shardings); None where there is none at all. Newer ones that are damaged are set aside, in
+        `damaged_checkpoints` beside the folder, with a line that says so.
+
+        Raises:
+          InputError: none of those that are there can be read.
+        """
+        found, damaged = _restore_newest(self._manager, self._folder, abstract_state)
+        for step in damaged:
+            aside = self._folder.parent / 'damaged_checkpoints' / str(step)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(aside)
+        if damaged:
+            _wait_for_all_hosts('damaged checkpoints are set aside')
+            self._manager.reload()
+        return found
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
-        self._manager.wait_until_finished()
+        """Returns once everything is on disk.
+
+        Raises:
+          InputError: it cannot be written there.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._explain(error) from error
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: Exception) -> Exception:
+        """What to raise for an error of Orbax: an InputError where the disk is at fault."""
+        text = str(error)
+        if not isinstance(error, OSError) and not any(
+            sign in text for sign in ('Error writing', 'No space left', 'PERMISSION_DENIED')
+        ):
+            return error
+        whole = max(self._manager.all_steps(), default=None)
+        remains = 'none was written before' if whole is None else f'that of step {whole} is whole'
+        return InputError(
+            f'{self._folder}: a checkpoint could not be written ({_first_line(error)}), {remains}; '
+            'free space there or let it be written, and run the same command again'
+        )
 
 
 def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, int]:
@@ -90,21 +149,76 @@ def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[An
     manager = ocp.CheckpointManager(
         folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)
     )
-    step = manager.latest_step()
-    if step is None:
-        raise InputError(f'{folder}: no checkpoint; train first')
     try:
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        )
-    except ValueError as error:
-        raise InputError(
-            f'{folder}/{step}: the checkpoint does not fit the config ({_first_line(error)}); '
-            'use the config that it was trained with'
-        ) from error
+        found, _ = _restore_newest(manager, folder, abstract_state)
     finally:
         manager.close()
-    return restored['state'], step
+    if found is None:
+        raise InputError(f'{folder}: no checkpoint; train first')
+    return found.state, found.step
+
+
+def _restore_newest(
+    manager: ocp.CheckpointManager, folder: pathlib.Path, abstract_state: Any
+) -> tuple[Restored | None, list[int]]:
+    """The newest checkpoint that can be read, and the steps of newer ones that cannot."""
+    faults: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            found = _read(manager, folder / str(step), step, abstract_state)
+        except Exception as error:  # each of Orbax's parts raises its own
+            faults[step] = _first_line(error)
+            continue
+        for bad, fault in faults.items():
+            print(
+                f'{folder}/{bad}: the checkpoint is damaged ({fault}); going on from the one '
+                f'before, of step {step}',
+                file=sys.stderr,
+            )
+        return found, list(faults)
+    if faults:
+        newest, fault = next(iter(faults.items()))
+        raise InputError(
+            f'{folder}/{newest}: the checkpoint does not fit the config or is damaged ({fault}), '
+            'and there is no other; use the config that it was trained with'
+        )
+    return None, []
+
+
+def _read(
+    manager: ocp.CheckpointManager, path: pathlib.Path, step: int, abstract_state: Any
+) -> Restored:
+    items = {'state': ocp.args.StandardRestore(abstract_state)}
+    # Imported weights have no run yet.
+    if (path / 'progress').exists():
+        items['progress'] = ocp.args.JsonRestore()
+    found = manager.restore(step, args=ocp.args.Composite(**items))
+    progress = dict(found.get('progress') or {})
+    expected = progress.pop(_CHECKSUM, None)
+    if expected is not None and int(_checksum(found['state'])) != expected:
+        raise ValueError('its numbers are not those that were saved')
+    return Restored(step, found['state'], progress)
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    """A number that differs where a bit of a tree differs, or two neighbours are swapped: Orbax
+    finds a damaged file by its structure, and gives changed weights without a word. The same
+    however the tree is laid out over devices."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = lax.bitcast_convert_type(jnp.atleast_1d(leaf), words).astype(jnp.uint32)
+        odd = 2 * lax.broadcasted_iota(jnp.uint32, bits.shape, bits.ndim - 1) + 1
+        total = 31 * total + (bits * odd).sum(dtype=jnp.uint32)
+    return total
+
+
+def _wait_for_all_hosts(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def _first_line(error: Exception) -> str:

@@ -162,7 +162,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
     gan = config.gan
     parts = build_gan(config)
     sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
-    data = pipeline.paired_volume_feed(
+    feed = pipeline.paired_volume_feed(
         splits.healthy_train,
         splits.train,
         batch_size=gan.batch_size,
@@ -176,7 +176,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         folder=folder,
         state=parts.make_state(),
         abstract_state=parts.abstract_state,
-        data=data,
+        feed=feed,
         step_at=choose_step(config, parts),
         shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
         evaluate=_make_evaluation(parts, splits),
@@ -186,6 +186,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
             gan.evaluate_every,
             gan.save_every,
             tuple(gan.profile_steps),
+            gan.max_skipped_steps,
         ),
         best='validation/removed',
     )
@@ -201,7 +202,7 @@ def _make_evaluation(parts: GANParts, splits: Splits):
     def evaluate(state: GANState):
         collected = []
         for number in range(len(healthy)):
-            batch = {k: v[None] for k, v in healthy[number].items()}
+            batch = {k: np.asarray(v)[None] for k, v in healthy[number].items()}
             metrics, (corrupted, restored) = evaluate_step(state.ema, batch, jax.random.key(number))
             collected.append(metrics)
         values = loop.mean_metrics(collected)

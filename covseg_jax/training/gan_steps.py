@@ -15,6 +15,7 @@ from covseg_jax.data.augment import add_dependent_density
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.pipeline import COVID, COVID_LUNGS, IMAGE, LUNGS
 from covseg_jax.training import losses
+from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.sharding import place_state
 from covseg_jax.training.state import GANState
@@ -230,6 +231,7 @@ def make_gan_step(
         return state, {
             'loss/discriminator': (loss, 1.0),
             'discriminator/accuracy': (accuracy, 1.0),
+            'discriminator/gradient_norm': (optax.global_norm(gradients), 1.0),
         }
 
     def step(state: GANState, batch: dict) -> tuple[GANState, dict]:
@@ -256,7 +258,7 @@ def make_gan_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(skip_non_finite(step), donate_argnums=0)
 
 
 def make_heal(generator: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:

@@ -1,13 +1,20 @@
 """metrics.jsonl and TensorBoard, kept in step with the checkpoints."""
 
+import contextlib
 import json
 import math
+import os
 import pathlib
+import time
+from collections.abc import Iterator
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from covseg_jax import atomic
+from covseg_jax.errors import InputError
 
 
 class MetricsLog:
@@ -27,28 +34,64 @@ class MetricsLog:
             ]
             atomic.write_text(self._path, ''.join(line + '\n' for line in kept))
         self._file = self._path.open('a', encoding='utf-8')
-        self._writer = tensorboardX.SummaryWriter(
-            str(folder / 'tensorboard'), purge_step=start_step + 1 if start_step else None
-        )
+        # Not tensorboardX's SummaryWriter: its thread holds events back, and dies of a full disk
+        # without a word.
+        events = folder / 'tensorboard'
+        events.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(events / 'events'), f'.{os.getpid()}.{start_step}')
+        # TensorBoard drops these steps of earlier files.
+        self._events.write_event(Event(step=start_step + 1, file_version='brain.Event:2'))
+        self._write_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, and one TensorBoard scalar a value."""
+        """One line, and one TensorBoard scalar a value.
+
+        Raises:
+          InputError: the disk is full or does not let itself be written.
+        """
         # JSON has no NaN: an undefined value is null, as everywhere in this project.
         line = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        self._file.write(json.dumps({'step': step} | line) + '\n')
-        self._file.flush()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with self._explained():
+            self._file.write(json.dumps({'step': step} | line) + '\n')
+            self._file.flush()
+            for name, value in values.items():
+                self._write_event(step, summary=summary.scalar(name, value))
+            self._events.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """One (H, W) or (H, W, 3) picture in [0, 1]."""
         image = np.clip(np.asarray(image, np.float32), 0, 1)
-        self._writer.add_image(name, image, step, dataformats='HWC' if image.ndim == 3 else 'HW')
+        form = 'HWC' if image.ndim == 3 else 'HW'
+        with self._explained():
+            self._write_event(step, summary=summary.image(name, image, dataformats=form))
+
+    def _write_event(self, step: int, **content) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+
+    def sync(self) -> None:
+        """Returns once what was written is on disk."""
+        with self._explained():
+            self._events.flush()
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flushes both."""
-        self._file.close()
-        self._writer.close()
+        """Lets go of both files."""
+        with contextlib.suppress(OSError):  # nothing is held back but what a full disk refused
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f'{self._path.parent}: the log could not be written ({error.strerror or error}); '
+                'free space there or let it be written, and run the same command again: it goes on '
+                'from the last checkpoint'
+            ) from error
 
 
 def _step_of(line: str) -> int | None:

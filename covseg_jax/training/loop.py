@@ -1,21 +1,28 @@
-"""The only training loop: evaluate -> save -> next batch -> step -> log."""
+"""The only training loop: evaluate -> save -> next batch -> step -> log.
+
+What a run writes depends on its steps alone and not on where it was cut: the state, the values that
+are not logged yet and the last evaluation's are saved together, the batch of a step is its feed's.
+"""
 
 import contextlib
 import dataclasses
+import json
 import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from covseg_jax import atomic
+from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training.checkpoint import Checkpoints
+from covseg_jax.training.finite import SKIPPED
 from covseg_jax.training.logging import MetricsLog
 
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
@@ -25,7 +32,8 @@ Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 class Schedule:
     """How long, and how often what, in steps. 0 means never, but for the end of the run.
 
-    `profile` is () or (first, last): the steps that XLA's profiler looks at.
+    `profile` is () or (first, last): the steps that XLA's profiler looks at. `max_skipped` steps in
+    a row may be skipped because their loss or gradient is not finite.
     """
 
     num_steps: int
@@ -33,9 +41,10 @@ class Schedule:
     evaluate_every: int
     save_every: int
     profile: tuple[int, int] | tuple[()] = ()
+    max_skipped: int = 10
 
 
-def mean_metrics(collected: list[Metrics]) -> dict[str, float]:
+def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
     """Merges (sum, count) pairs of many steps into means; nothing counted gives NaN."""
     sums: dict[str, list[float]] = {}
     for metrics in jax.device_get(collected):
@@ -85,13 +94,55 @@ class _Profiler:
             self._is_running = False
 
 
+class _Unlogged:
+    """The metrics of the steps since the last logged line, and which steps in a row, up to the
+    newest, were skipped."""
+
+    def __init__(self, saved: dict[str, Any]):
+        """From what `to_json` gave."""
+        self._metrics: list[Metrics] = saved.get('metrics', [])
+        self._skipped: list[tuple[int, list[str]]] = saved.get('skipped', [])
+        self._studies: list[tuple[int, list[str]]] = []  # of the steps not looked at yet
+
+    def add(self, step: int, metrics: Metrics, studies: list[str]) -> None:
+        self._metrics.append(metrics)
+        self._studies.append((step, studies))
+
+    def _look(self) -> None:
+        """Brings the steps from the device, and counts those that were skipped."""
+        self._metrics = [
+            {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+            for metrics in jax.device_get(self._metrics)
+        ]
+        new = self._metrics[len(self._metrics) - len(self._studies) :]
+        for metrics, named in zip(new, self._studies, strict=True):
+            self._skipped = [*self._skipped, named] if metrics.get(SKIPPED, (0,))[0] else []
+        self._studies = []
+
+    def to_json(self) -> dict[str, Any]:
+        self._look()
+        # a copy: what is saved is written while steps go on
+        return {'metrics': list(self._metrics), 'skipped': self._skipped}
+
+    def skipped(self) -> list[tuple[int, list[str]]]:
+        """(step, study ids) of the newest steps, all in a row, that were skipped."""
+        self._look()
+        return self._skipped
+
+    def take_means(self) -> dict[str, float]:
+        """Their means; they count as logged then."""
+        means = mean_metrics(self._metrics)
+        self._metrics = []
+        return means
+
+
 def run(
     *,
     name: str,
     folder: pathlib.Path,
     state: Any,
     abstract_state: Any,
-    data: grain.DatasetIterator,
+    feed: Feed,
     step_at: Callable[[int], Callable[[Any, Any], tuple[Any, Metrics]]],
     shard: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     evaluate: Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]],
@@ -107,87 +158,117 @@ def run(
         TensorBoard's profile plugin and Perfetto show.
       state: a fresh state with a `step` field; donated.
       abstract_state: its shapes and shardings.
-      data: the feed; its position is saved with the state.
+      feed: the batches.
       step_at: step number -> the compiled step to run there.
       shard: host batch -> device batch.
       evaluate: state -> (state, values, pictures); may change the state (plateau).
       schedule: how long and how often.
       best: the name of the value of `evaluate` whose largest marks the best checkpoint.
-      first_step: at which `data` begins. A checkpoint of that step was made at the end of another
-        feed: the state is taken from it, the position is not.
+      first_step: the step of the feed's first batch.
 
     Returns:
       The state after the last step, saved.
 
     Raises:
       Stopped: Ctrl-C or SIGTERM came; everything is saved.
-      InputError: a loss is no longer finite.
+      InputError: too many steps in a row are not finite, or the disk cannot be written.
     """
     checkpoints = Checkpoints(folder / 'checkpoints', best=best)
-    restored = checkpoints.restore(abstract_state, data, first_step=first_step)
+    checkpoints.check_space(abstract_state)
+    restored = checkpoints.restore(abstract_state)
+    progress: dict[str, Any] = {}
     if restored is not None:
-        state = restored
+        state, progress = restored.state, restored.progress
     start = int(state.step)
-    log = MetricsLog(folder, start_step=start)
-    values: dict[str, float] = {best: -math.inf}
-    collected: list[Metrics] = []
-    waited, since = 0.0, time.monotonic()
-    profiler = _Profiler(folder / 'profile', schedule.profile)
-    try:
-        with (
-            _stop_signals() as stop_asked,
-            tqdm(
-                total=schedule.num_steps, initial=start, desc=name, unit='step', disable=None
-            ) as bar,
-        ):
-            for step in range(start, schedule.num_steps + 1):
-                at_end = step == schedule.num_steps
-                before = time.monotonic()
+    unlogged = _Unlogged(progress.get('unlogged', {}))
+    values = progress.get('values', {best: -math.inf})
+    batches = feed.start(max(start - first_step, 0))
+    timer = _Timer()
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(MetricsLog(folder, start_step=start)) as log,
+        contextlib.closing(_Profiler(folder / 'profile', schedule.profile)) as profiler,
+        _stop_signals() as stop_asked,
+        tqdm(total=schedule.num_steps, initial=start, desc=name, unit='step', disable=None) as bar,
+    ):
+        for step in range(start, schedule.num_steps + 1):
+            at_end = step == schedule.num_steps
+            with timer.pause():  # the speed that is logged is the steps' own
                 if step > start and (at_end or _is_due(step, schedule.evaluate_every)):
                     state, values, pictures = evaluate(state)
                     log.write(step, values)
                     for title, picture in pictures.items():
                         log.write_image(step, title, picture)
-                if step > start and (at_end or stop_asked() or _is_due(step, schedule.save_every)):
-                    checkpoints.save(step, state, data, values)
+                stop = stop_asked()
+                if step > start and (at_end or stop or _is_due(step, schedule.save_every)):
+                    log.sync()  # the lines up to this step are on disk before it
+                    progress = {'unlogged': unlogged.to_json(), 'values': values}
+                    checkpoints.save(step, state, values, progress)
                 if at_end:
                     break
-                if stop_asked():
+                if stop:
+                    checkpoints.wait()
                     raise Stopped(f'{name}: stopped and saved at step {step}')
-                since += time.monotonic() - before  # the speed that is logged is the steps' own
-                before = time.monotonic()
-                batch = next(data)
-                waited += time.monotonic() - before
-                profiler.before(step)
-                state, metrics = step_at(step)(state, shard(batch))
-                profiler.after(step, state)
-                collected.append(metrics)
-                bar.update()
-                if _is_due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps:
-                    means = mean_metrics(collected)
-                    _check_finite(means, name, step + 2 - len(collected), step + 1, folder)
-                    seconds = time.monotonic() - since
-                    means['speed/steps_per_s'] = len(collected) / seconds
-                    means['speed/input_wait_share'] = waited / seconds
-                    log.write(step + 1, means)
-                    bar.set_postfix(loss=f'{means["loss/total"]:.4f}')
-                    collected, waited, since = [], 0.0, time.monotonic()
-    finally:
-        profiler.close()
-        checkpoints.close()
-        log.close()
+            with timer.wait():
+                batch = next(batches)
+            profiler.before(step)
+            state, metrics = step_at(step)(state, shard(feed.inputs(batch)))
+            profiler.after(step, state)
+            unlogged.add(step + 1, metrics, feed.studies(batch))
+            bar.update()
+            if _is_due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps:
+                _check_skipped(unlogged.skipped(), schedule.max_skipped, name, folder)
+                means = unlogged.take_means()
+                log.write(step + 1, means | timer.take())
+                bar.set_postfix(loss=f'{means["loss/total"]:.4f}')
     return state
+
+
+class _Timer:
+    """How fast steps were since the last line, and which share of the time they waited for data."""
+
+    def __init__(self) -> None:
+        self._since, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._paused += time.monotonic() - began
+
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+        self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The two, and begins anew."""
+        seconds = time.monotonic() - self._since - self._paused
+        found = {
+            'speed/steps_per_s': self._steps / seconds,
+            'speed/input_wait_share': self._waited / seconds,
+        }
+        self.__init__()
+        return found
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_finite(
-    means: dict[str, float], name: str, first: int, last: int, folder: pathlib.Path
+def _check_skipped(
+    skipped: list[tuple[int, list[str]]], most: int, name: str, folder: pathlib.Path
 ) -> None:
-    if not math.isfinite(means['loss/total']):
-        raise InputError(
-            f'{name}: the loss is not finite in steps {first} to {last}; the last checkpoint in '
-            f'{folder / "checkpoints"} is whole: go on from it with a smaller learning rate'
-        )
+    if len(skipped) <= most:
+        return
+    path = folder / 'not_finite.json'
+    steps = [{'step': step, 'studies': studies} for step, studies in skipped]
+    atomic.write_text(path, json.dumps(steps, indent=2))
+    first, last = skipped[0][0], skipped[-1][0]
+    raise InputError(
+        f'{name}: loss or gradient is not finite in steps {first} to {last}, all skipped; look at '
+        f'the studies in {path}, or go on with a smaller learning rate in another --workdir; the '
+        f'checkpoints in {folder / "checkpoints"} are whole'
+    )

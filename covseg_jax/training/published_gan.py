@@ -16,6 +16,7 @@ import optax
 from covseg_jax.data.perlin import PerlinModel, add_perlin_noise
 from covseg_jax.data.pipeline import COVID, IMAGE
 from covseg_jax.training import losses
+from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.gan_steps import draw_noise, join_rows, separate_rows
 from covseg_jax.training.state import GANState
 
@@ -63,7 +64,8 @@ def make_published_step(
         value, gradients = jax.value_and_grad(loss)(state.generator, *arguments)
         updates, opt = generator_optimizer.update(gradients, state.generator_opt)
         params = optax.apply_updates(state.generator, updates)
-        return state.replace(generator=params, generator_opt=opt, ema=params), value
+        state = state.replace(generator=params, generator_opt=opt, ema=params)
+        return state, value, optax.global_norm(gradients)
 
     def update_discriminator(state: GANState, batch: dict, key: jax.Array):
         noise_key, dropout_key = jax.random.split(key)
@@ -73,14 +75,19 @@ def make_published_step(
         )
         updates, opt = discriminator_optimizer.update(gradients, state.discriminator_opt)
         params = optax.apply_updates(state.discriminator, updates)
-        return state.replace(discriminator=params, discriminator_opt=opt), value, correct
+        state = state.replace(discriminator=params, discriminator_opt=opt)
+        return state, value, correct, optax.global_norm(gradients)
 
     def step(state: GANState, batch: dict) -> tuple[GANState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         first, second, third = jax.random.split(key, 3)
-        state, reconstruction = update_generator(state, reconstruction_loss, batch[IMAGE], first)
-        state, on_discriminator, correct = update_discriminator(state, batch, second)
-        state, adversarial = update_generator(
+        state, reconstruction, norm = update_generator(
+            state, reconstruction_loss, batch[IMAGE], first
+        )
+        state, on_discriminator, correct, discriminator_norm = update_discriminator(
+            state, batch, second
+        )
+        state, adversarial, adversarial_norm = update_generator(
             state, adversarial_loss, state.discriminator, batch[COVID], third
         )
         values = {
@@ -89,9 +96,11 @@ def make_published_step(
             'loss/discriminator': on_discriminator,
             'loss/total': reconstruction + adversarial,
             'discriminator/accuracy': correct,
+            'discriminator/gradient_norm': discriminator_norm,
+            'optimizer/gradient_norm': jnp.hypot(norm, adversarial_norm),
             'optimizer/learning_rate': learning_rate(state.step),
         }
         metrics = {name: (value, 1.0) for name, value in values.items()}
         return state.replace(step=state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(skip_non_finite(step), donate_argnums=0)

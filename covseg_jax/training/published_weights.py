@@ -125,7 +125,7 @@ def import_transunet(
             batch_stats=variables['batch_stats'],
             ema=variables,
         )
-        checkpoints.save(0, state, None, {BEST: -np.inf})
+        checkpoints.save(0, state, {BEST: -np.inf}, {})
     finally:
         checkpoints.close()
 

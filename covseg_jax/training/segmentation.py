@@ -275,7 +275,7 @@ def train_segmentation(
             folder=folder,
             state=state,
             abstract_state=parts.abstract_state,
-            data=pipeline.balanced_feed(
+            feed=pipeline.balanced_feed(
                 _training_slices(config, splits, read_target, each.kind),
                 batch_size=train.batch_size,
                 seed=config.seed + number,
@@ -291,6 +291,7 @@ def train_segmentation(
                 train.evaluate_every,
                 train.save_every,
                 tuple(train.profile_steps),
+                train.max_skipped_steps,
             ),
             best='validation/dice',
             first_step=each.start,

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.training import losses
+from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.sharding import place_state
 from covseg_jax.training.state import SegmentationState
@@ -170,10 +171,11 @@ def make_segmentation_step(
     def accumulate(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
         """As `differentiate`, means over the parts of the batch."""
 
-        # Every n-th row is a part's: halves of high and low infection stay halves, and rows stay
+        # Every n-th pair of rows is a part's: high and low infection stay balanced, and rows stay
         # on their devices.
         def split(rows: jax.Array) -> jax.Array:
-            return jnp.moveaxis(rows.reshape(-1, micro_batches, *rows.shape[1:]), 1, 0)
+            pairs = rows.reshape(-1, micro_batches, 2, *rows.shape[1:])
+            return jnp.moveaxis(pairs, 1, 0).reshape(micro_batches, -1, *rows.shape[1:])
 
         def add(carry, part):
             sums, batch_stats = carry
@@ -212,7 +214,7 @@ def make_segmentation_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(skip_non_finite(step), donate_argnums=0)
 
 
 def make_predict(network: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:

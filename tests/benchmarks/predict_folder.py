@@ -1,6 +1,6 @@
 """Times predict over a folder of 512 × 512 × 41 studies: one after the other, and overlapped.
 
-    python -m tests.benchmarks.predict_folder [--variant=phantom] [--num_studies=24] [--repeats=3]
+    python -m tests.benchmarks.predict_folder [--variant=phantom] [--num_studies=48] [--repeats=3]
 
 Makes phantom studies in a temporary folder and predicts them, NIfTI to NIfTI, with the config's
 network in fresh weights (its time does not depend on them), in turns with and without other
@@ -32,7 +32,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--variant', default='phantom', help='of configs/transunet.py')
-    parser.add_argument('--num_studies', type=int, default=24)
+    parser.add_argument('--num_studies', type=int, default=48)
     parser.add_argument('--repeats', type=int, default=3)
     options = parser.parse_args()
     # Not above: the other processes read this module too, and need no JAX.

@@ -62,36 +62,39 @@ def test_rank_slices_labels_by_infection(prepared):
 
 def test_balanced_feed_is_half_high_half_low(slices):
     feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
+    batches = feed.start()
     for _ in range(5):
-        batch = next(feed)
-        assert batch[pipeline.LABEL].sum() == 4
+        batch = next(batches)
+        assert batch[pipeline.LABEL].tolist() == [1, 0] * 4
         assert batch[pipeline.IMAGE].shape == (8, 32, 32, 1)
         assert batch[pipeline.IMAGE].dtype == np.float32
 
 
-def test_balanced_feed_gives_two_hosts_the_rows_of_one(slices):
-    def rows(feed):
-        return sorted(float(image.sum()) for image in next(feed)[pipeline.IMAGE])
-
-    one = pipeline.balanced_feed(slices, batch_size=8, seed=3)
-    two = [
-        pipeline.balanced_feed(slices, batch_size=8, seed=3, host=host, num_hosts=2)
-        for host in range(2)
-    ]
+def test_balanced_feed_gives_two_hosts_the_rows_of_one_in_their_order(slices):
+    one, *two = (
+        pipeline.balanced_feed(slices, batch_size=8, seed=3, host=host, num_hosts=num_hosts).start()
+        for host, num_hosts in ((0, 1), (0, 2), (1, 2))
+    )
     for _ in range(4):
-        assert sorted(rows(two[0]) + rows(two[1])) == rows(one)
+        halves = [next(batches) for batches in two]
+        for key, rows in next(one).items():
+            np.testing.assert_array_equal(np.concatenate([half[key] for half in halves]), rows)
 
 
-def test_balanced_feed_goes_on_where_its_state_says(slices):
+def test_balanced_feed_begins_at_any_batch(slices):
     feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
-    for _ in range(7):
-        next(feed)
-    state = feed.get_state()
-    expected = [next(feed)[pipeline.IMAGE] for _ in range(3)]
-    again = pipeline.balanced_feed(slices, batch_size=8, seed=0)
-    again.set_state(state)
-    for image in expected:
-        np.testing.assert_array_equal(next(again)[pipeline.IMAGE], image)
+    batches, later = feed.start(), feed.start(70)  # beyond the group's first round
+    for _ in range(70):
+        next(batches)
+    for _ in range(3):
+        np.testing.assert_array_equal(next(batches)[pipeline.IMAGE], next(later)[pipeline.IMAGE])
+
+
+def test_balanced_feed_names_the_studies_of_a_batch(slices):
+    feed = pipeline.balanced_feed(slices, batch_size=8, seed=0)
+    batch = next(feed.start())
+    assert feed.studies(batch) == sorted({slices.cases[n].study_id for n in batch[pipeline.CASE]})
+    assert pipeline.CASE not in feed.inputs(batch)
 
 
 def test_balanced_feed_refuses_an_empty_group(prepared):
@@ -106,7 +109,7 @@ def test_paired_volume_feed_crops_both_sides(prepared):
     healthy = [case for case in cases if case.is_healthy]
     covid = [case for case in cases if case.category == 'CT-2']
     feed = pipeline.paired_volume_feed(healthy, covid, batch_size=2, depth=8, seed=0)
-    batch = next(feed)
+    batch = next(feed.start())
     for key in (pipeline.IMAGE, pipeline.LUNGS, pipeline.COVID, pipeline.COVID_LUNGS):
         assert batch[key].shape == (2, 8, 32, 32, 1)
     # Image and lungs of one row are cropped at the same place: the image is 0 where no lungs are.

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import signal
+import time
 
 import grain
 import jax
@@ -10,22 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training import loop, sharding
+from covseg_jax.training.finite import skip_non_finite
 
 
 @struct.dataclass
 class Counter:
     step: jax.Array
     total: jax.Array
+    weights: jax.Array
 
 
 def feed(seed=0):
-    numbers = (
-        grain.MapDataset.source(np.arange(100.0, dtype=np.float32)).seed(seed).shuffle().repeat()
-    )
-    return iter(numbers.map(lambda x: {'x': x}).batch(8).to_iter_dataset())
+    numbers = grain.MapDataset.source(np.arange(100)).seed(seed).shuffle().repeat()
+    rows = numbers.map(lambda n: {'x': np.float32(n), 'case': np.int32(n)})
+    return Feed(rows.batch(8), {'case': tuple(f'study_{n:03d}' for n in range(100))})
 
 
 def run(
@@ -35,20 +40,25 @@ def run(
     first_step=0,
     profile=(),
     on_step=lambda number: None,
-    poison=None,
+    poison=(),
     evaluated=None,
 ):
-    """Sums what the feed gives; `on_step` runs before each step. `first_step` seeds the feed."""
+    """Sums what the feed gives; `on_step` runs before each step. `first_step` seeds the feed. The
+    steps of `poison` have no finite loss."""
     mesh = sharding.make_mesh()
     make, abstract = sharding.place_state(
-        lambda: Counter(jnp.zeros((), jnp.int32), jnp.zeros(())), mesh
+        lambda: Counter(
+            jnp.zeros((), jnp.int32), jnp.zeros(()), jax.random.normal(jax.random.key(0), (64, 64))
+        ),
+        mesh,
     )
 
     @jax.jit
+    @skip_non_finite
     def step(state, batch):
-        loss = batch['x'].sum()
-        if poison is not None:
-            loss = jnp.where(state.step == poison, jnp.nan, loss)
+        assert set(batch) == {'x'}
+        loss = batch['x'].sum() / 3  # no whole number: sums depend on their order
+        loss = jnp.where(jnp.isin(state.step, jnp.array(poison, jnp.int32)), jnp.nan, loss)
         state = state.replace(step=state.step + 1, total=state.total + loss)
         return state, {'loss/total': (loss, 8.0)}
 
@@ -66,16 +76,20 @@ def run(
         folder=folder,
         state=make(),
         abstract_state=abstract,
-        data=feed(first_step),
+        feed=feed(first_step),
         step_at=step_at,
         shard=lambda batch: sharding.shard_batch(batch, mesh),
         evaluate=evaluate,
         schedule=loop.Schedule(
-            num_steps, log_every=2, evaluate_every=4, save_every=3, profile=profile
+            num_steps, log_every=2, evaluate_every=4, save_every=3, profile=profile, max_skipped=3
         ),
         best='validation/score',
         first_step=first_step,
     )
+
+
+def kept(folder):
+    return sorted(int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdigit())
 
 
 def log_of(folder):
@@ -92,20 +106,20 @@ def test_run_evaluates_logs_and_saves_on_schedule(tmp_path):
     assert evaluated == [4, 8, 12]
     assert sorted(losses_of(tmp_path)) == [2, 4, 6, 8, 10, 12]
     assert (tmp_path / 'checkpoints' / '12').is_dir()
-    # The newest and the best are kept, and here they are the same.
-    assert [p.name for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()] == ['12']
+    # The two newest are kept, and the best, which is here the newest.
+    assert kept(tmp_path) == [9, 12]
 
 
 def test_run_stopped_by_a_signal_goes_on_to_the_same_numbers(tmp_path):
     whole = run(tmp_path / 'whole')
 
-    def stop_at_five(number):
-        if number == 5:
+    def stop_at_four(number):
+        if number == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Stopped, match='saved at step 6'):
-        run(tmp_path / 'cut', on_step=stop_at_five)
-    assert max(losses_of(tmp_path / 'cut')) == 6
+    with pytest.raises(Stopped, match='saved at step 5'):
+        run(tmp_path / 'cut', on_step=stop_at_four)
+    assert max(losses_of(tmp_path / 'cut')) == 4  # the line of steps 5 and 6 is half collected
     resumed = run(tmp_path / 'cut')
     assert float(resumed.total) == float(whole.total)
     assert losses_of(tmp_path / 'cut') == losses_of(tmp_path / 'whole')
@@ -137,8 +151,9 @@ def test_run_begins_a_second_feed_at_its_start_and_resumes_within_it(tmp_path):
     both = []
     for seed in (0, 6):
         source = feed(seed)
-        both += [float(next(source)['x'].sum()) for _ in range(6)]
-    assert float(whole.total) == sum(both)
+        batches = source.start()
+        both += [next(batches)['x'].sum() / 3 for _ in range(6)]
+    assert float(whole.total) == pytest.approx(sum(both))
 
     def stop_at_eight(number):
         if number == 8:
@@ -152,10 +167,93 @@ def test_run_begins_a_second_feed_at_its_start_and_resumes_within_it(tmp_path):
     assert float(resumed.total) == float(whole.total)
 
 
-def test_run_names_the_steps_of_a_loss_that_is_not_finite(tmp_path):
-    with pytest.raises(InputError, match='not finite in steps 5 to 6'):
-        run(tmp_path, poison=4)
-    assert (tmp_path / 'checkpoints' / '3').is_dir()
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(tmp_path):
+    sums = [next(batches)['x'].sum() / 3 for batches in [feed().start()] for _ in range(12)]
+    state = run(tmp_path, poison=(4, 7, 8))
+    assert float(state.total) == pytest.approx(sum(sums) - sums[4] - sums[7] - sums[8])
+    assert int(state.step) == 12
+    skipped = {r['step']: r['optimizer/skipped'] for r in log_of(tmp_path) if 'loss/total' in r}
+    assert skipped == {2: 0, 4: 0, 6: 0.5, 8: 0.5, 10: 0.5, 12: 0}
+
+
+def test_run_stops_after_skipped_steps_in_a_row_and_writes_their_studies(tmp_path):
+    # Steps are counted from 1 in what people read; 5 to 7 are allowed, and the line of 8 stops it.
+    with pytest.raises(InputError, match=r'not finite in steps 5 to 8.*not_finite\.json'):
+        run(tmp_path, poison=range(4, 12))
+    assert 3 in kept(tmp_path)
+    written = json.loads((tmp_path / 'not_finite.json').read_text())
+    assert [each['step'] for each in written] == [5, 6, 7, 8]
+    batches = feed().start(4)
+    numbers = sorted(next(batches)['case'])
+    assert written[0]['studies'] == [f'study_{n:03d}' for n in numbers]
+
+
+def damage(path, how):
+    largest = max((p for p in path.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    whole = largest.read_bytes()
+    if how == 'flipped':
+        middle = len(whole) // 2
+        whole = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    largest.write_bytes(whole[: len(whole) // 2] if how == 'shortened' else whole)
+
+
+@pytest.mark.parametrize('how', ['flipped', 'shortened'])
+def test_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path, capsys, how):
+    whole = run(tmp_path / 'whole')
+    run(tmp_path / 'cut', num_steps=8)
+    damage(tmp_path / 'cut' / 'checkpoints' / '8', how)
+    resumed = run(tmp_path / 'cut')
+    assert 'the checkpoint is damaged' in capsys.readouterr().err
+    assert float(resumed.total) == float(whole.total)
+    assert losses_of(tmp_path / 'cut') == losses_of(tmp_path / 'whole')
+    assert (tmp_path / 'cut' / 'damaged_checkpoints' / '8').is_dir()
+
+
+def test_run_says_beforehand_that_the_disk_is_too_small(tmp_path, monkeypatch):
+    usage = type('Usage', (), {'free': 10})
+    monkeypatch.setattr('covseg_jax.training.checkpoint.shutil.disk_usage', lambda path: usage)
+    with pytest.raises(InputError, match=r'10 bytes are free and its checkpoints need 65,568'):
+        run(tmp_path)  # a state is 4 + 4 + 64 · 64 · 4 bytes, and four may be there at a time
+
+
+@pytest.mark.parametrize(('limit', 'what'), [(16, 'the log'), (10_000, 'a checkpoint')])
+def test_disk_that_fills_up_costs_no_checkpoint(tmp_path, limit, what):
+    def fill(number):
+        while number == 5 and kept(tmp_path) != [3]:
+            time.sleep(0.01)  # saving is asynchronous
+        if number == 5:  # files may not grow beyond this from here on
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(InputError, match=what) as caught:
+            run(tmp_path, on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(tmp_path) in str(caught.value)
+    assert kept(tmp_path) == [3]
+    whole = run(tmp_path / 'whole')
+    assert float(run(tmp_path).total) == float(whole.total)
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
+    class Killed(Exception):
+        pass
+
+    def die_at(step):
+        def die(number):
+            if number == step:
+                raise Killed
+
+        return die
+
+    for step in (2, 8):  # before the first checkpoint, and after step 6's
+        with pytest.raises(Killed):
+            run(tmp_path, on_step=die_at(step))
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    assert [event.step for event in events.Scalars('loss/total')] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in events.Images('picture')] == [4, 8, 12]
 
 
 def test_mean_metrics_weighs_by_count():

@@ -56,7 +56,12 @@ def train(config, terms, num_steps, mesh_size=1, repeat=1, micro_batches=1, unro
     )
     mesh = mesh_of(mesh_size)
     state = jax.device_put(parts.make_state(), sharding.replicated(mesh))
-    batch = {key: np.repeat(rows, repeat, axis=0) for key, rows in slice_batch().items()}
+    batch = {
+        key: np.repeat(rows.reshape(-1, 2, *rows.shape[1:]), repeat, axis=0).reshape(
+            -1, *rows.shape[1:]
+        )
+        for key, rows in slice_batch().items()
+    }
     batch = sharding.shard_batch(batch, mesh)
     history = []
     for _ in range(num_steps):
@@ -82,7 +87,7 @@ def test_combined_step_reports_all_three_losses(config):
 
 @pytest.mark.parametrize(('mesh_size', 'unroll'), [(1, True), (2, False)])
 def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, mesh_size, unroll):
-    # each row three times: every third row is the batch itself
+    # each pair of rows three times: every third pair is the batch itself
     one, expected = train(config, steps.COMBINED, 1)
     three, found = train(
         config, steps.COMBINED, 1, mesh_size, repeat=3, micro_batches=3, unroll=unroll
