@@ -53,6 +53,10 @@ class Checkpoints:
             ),
         )
 
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step, or None."""
+        return self._manager.latest_step()
+
     def check_space(self, state: Any) -> None:
         """Raises an InputError where the disk cannot hold the checkpoints that a run keeps at a
         time: three, and one that is being written."""
@@ -73,7 +77,7 @@ class Checkpoints:
         Raises:
           InputError: the disk is full or does not let itself be written.
         """
-        if self._manager.latest_step() == step:
+        if self.latest_step() == step:
             return
         progress = progress | {_CHECKSUM: int(_checksum(state))}
         items = {

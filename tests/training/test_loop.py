@@ -48,7 +48,7 @@ def run(
     mesh = sharding.make_mesh()
     make, abstract = sharding.place_state(
         lambda: Counter(
-            jnp.zeros((), jnp.int32), jnp.zeros(()), jax.random.normal(jax.random.key(0), (64, 64))
+            jnp.zeros((), jnp.int32), jnp.zeros(()), jax.random.normal(jax.random.key(0), (256, 256))
         ),
         mesh,
     )
@@ -212,11 +212,11 @@ def test_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path, capsys,
 def test_run_says_beforehand_that_the_disk_is_too_small(tmp_path, monkeypatch):
     usage = type('Usage', (), {'free': 10})
     monkeypatch.setattr('covseg_jax.training.checkpoint.shutil.disk_usage', lambda path: usage)
-    with pytest.raises(InputError, match=r'10 bytes are free and its checkpoints need 65,568'):
-        run(tmp_path)  # a state is 4 + 4 + 64 · 64 · 4 bytes, and four may be there at a time
+    with pytest.raises(InputError, match=r'10 bytes are free and its checkpoints need 1,048,608'):
+        run(tmp_path)  # a state is 4 + 4 + 256 · 256 · 4 bytes, and four may be there at a time
 
 
-@pytest.mark.parametrize(('limit', 'what'), [(16, 'the log'), (10_000, 'a checkpoint')])
+@pytest.mark.parametrize(('limit', 'what'), [(16, 'the log'), (20_000, 'a checkpoint')])
 def test_disk_that_fills_up_costs_no_checkpoint(tmp_path, limit, what):
     def fill(number):
         while number == 5 and kept(tmp_path) != [3]:
