@@ -39,6 +39,12 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.seed = 0
     config.stages = 'prepare,gan,synthesize,train,evaluate'
 
+    # For runs on several hosts; a Cloud TPU VM finds all three itself.
+    config.distributed = distributed = ml_collections.ConfigDict()
+    distributed.coordinator = ''  # host:port of the first host; '' means one host
+    distributed.num_processes = 1
+    distributed.process_id = 0  # of this host, from 0
+
     config.data = data = ml_collections.ConfigDict()
     data.folder = 'data/MosMedData'  # '' with phantom.make: <workdir>/studies
     data.prepared = ''  # '' means <workdir>/prepared

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import socket
 from collections.abc import Iterator
 
 
@@ -17,7 +18,34 @@ def _sync(path: pathlib.Path) -> None:
 
 def _temporary_sibling(path: pathlib.Path) -> pathlib.Path:
     # The suffixes stay at the end: writers such as nibabel choose the format by them.
-    return path.with_name(f'.tmp-{os.getpid()}-{path.name}')
+    return path.with_name(f'.tmp-{_host()}-{os.getpid()}-{path.name}')
+
+
+def _host() -> str:
+    return socket.gethostname().replace('-', '_')
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what killed processes of this host had begun to write, anywhere in a folder."""
+    for path in list(pathlib.Path(folder).rglob('.tmp-*')):
+        parts = path.name.split('-', 3)
+        if len(parts) == 4 and parts[1] == _host() and parts[2].isdigit():
+            if _is_running(int(parts[2])):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 @contextlib.contextmanager

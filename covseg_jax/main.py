@@ -1,5 +1,7 @@
 """Flags to stages: `python -m covseg_jax.main --config=configs/transunet.py`."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, manifest, stages
+from covseg_jax import atomic, cpu, hosts, manifest, stages
 from covseg_jax.errors import InputError, Stopped
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
@@ -26,6 +28,7 @@ _INPUT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, verify: the folder for what they write')
 
 Config = ml_collections.ConfigDict
+_STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
 
 
 # Fields that change how a stage runs and not what it makes.
@@ -72,18 +75,25 @@ def run_stages(
             on_request[name](config, workdir, given)
             continue
         settings = _stage_settings(config, workdir)[name]
-        if manifest.is_done(workdir, name, manifest.fingerprint(settings)):
+        is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
+        hosts.wait_for_all(f'{name} is looked at')
+        if is_done:
             print(f'{name}: done before with the same settings, skipped')
             continue
         if name in ('gan', 'train'):
             manifest.refuse_other_settings(workdir, name, settings)
-        manifest.begin(workdir, name, settings)
+        hosts.first_alone(
+            functools.partial(manifest.begin, workdir, name, settings), f'{name} begins'
+        )
         began = time.monotonic()
         outputs = stages.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
         # The stage may have made the studies that its settings describe.
         settings = _stage_settings(config, workdir)[name]
-        manifest.finish(workdir, name, settings, outputs, seconds)
+        hosts.first_alone(
+            functools.partial(manifest.finish, workdir, name, settings, outputs, seconds),
+            f'{name} is done',
+        )
         print(f'{name}: done in {seconds:.0f} s')
 
 
@@ -130,15 +140,34 @@ def _run(arguments: list[str]) -> None:
     except OSError as error:  # config_flags tells of a missing file at the first use only
         raise InputError(f'--config: {_one_line(error)}') from error
     workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
-    if any(name in stages.PIPELINE for name in names):
-        workdir.mkdir(parents=True, exist_ok=True)
-        atomic.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
-        atomic.write_text(
-            workdir / 'environment.json', json.dumps(_describe_environment(), indent=2)
-        )
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str((workdir / 'compile_cache').absolute()))
-    run_stages(config, workdir, names, stages.Given(_path(_INPUT.value), _path(_OUTPUT.value)))
+    hosts.connect(config.distributed)
+    given = stages.Given(_path(_INPUT.value), _path(_OUTPUT.value))
+    with contextlib.ExitStack() as stack:
+        if not hosts.is_first():  # the first host speaks for all
+            os.environ['TQDM_DISABLE'] = '1'
+            stack.enter_context(
+                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w')))
+            )
+        if any(name in stages.PIPELINE for name in names):
+            hosts.first_alone(
+                functools.partial(_begin_workdir, config, workdir), 'workdir is there'
+            )
+        try:
+            run_stages(config, workdir, names, given)
+        except Stopped as stop:
+            if hosts.is_first():
+                atomic.write_text(workdir / _STOPPED, f'{stop}\n')
+            raise
+
+
+def _begin_workdir(config: Config, workdir: pathlib.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    atomic.remove_leftovers(workdir)
+    (workdir / _STOPPED).unlink(missing_ok=True)
+    atomic.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
+    atomic.write_text(workdir / 'environment.json', json.dumps(_describe_environment(), indent=2))
 
 
 def main(arguments: list[str]) -> int:

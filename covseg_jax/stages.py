@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 
 Config = ml_collections.ConfigDict
@@ -76,22 +76,26 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     if config.phantom.make:
         from covseg_jax.imaging.phantom import write_phantom_data_set
 
-        try:
-            write_phantom_data_set(
-                folder,
-                num_healthy=config.phantom.num_healthy,
-                num_covid=config.phantom.num_covid,
-                num_masked=config.phantom.num_masked,
-                seed=config.phantom.seed,
-                shape=tuple(config.phantom.shape),
-                spacing_mm=tuple(config.phantom.spacing_mm),
-                num_workers=_num_workers(config),
-            )
-        except ValueError as error:
-            raise InputError(f'config.phantom: {error}') from error
+        def make_phantoms() -> None:
+            try:
+                write_phantom_data_set(
+                    folder,
+                    num_healthy=config.phantom.num_healthy,
+                    num_covid=config.phantom.num_covid,
+                    num_masked=config.phantom.num_masked,
+                    seed=config.phantom.seed,
+                    shape=tuple(config.phantom.shape),
+                    spacing_mm=tuple(config.phantom.spacing_mm),
+                    num_workers=_num_workers(config),
+                )
+            except ValueError as error:
+                raise InputError(f'config.phantom: {error}') from error
+
+        hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = _prepared_folder(config, workdir)
+    studies = take_shard(find_studies(folder, config.data.layout), config.prepare.shard)
     report = prepare_studies(
-        take_shard(find_studies(folder, config.data.layout), config.prepare.shard),
+        hosts.share(studies),
         prepared,
         _prepare_settings(config),
         num_workers=_num_workers(config),
@@ -105,7 +109,14 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         print(f'prepare: set aside: {study_id}: {message}')
     if not report.made and not report.kept:
         raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
-    return [prepared / study_id / 'geometry.json' for study_id in (*report.made, *report.kept)]
+    good = hosts.gather(
+        [study.study_id not in report.bad for study in hosts.share(studies)], len(studies)
+    )
+    return [
+        prepared / study.study_id / 'geometry.json'
+        for study, is_good in zip(studies, good, strict=True)
+        if is_good
+    ]
 
 
 def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
@@ -249,7 +260,8 @@ def run_train(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
     }
-    atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    if hosts.is_first():
+        atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     print(
         f'train: threshold {settings.threshold}, of which {settings.seed_threshold} somewhere in '
         'each lesion, found on held-out healthy scans with painted opacities; '

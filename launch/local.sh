@@ -54,6 +54,7 @@ case "$command" in
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
     "$venv/bin/lint-imports"
+    "$venv/bin/shellcheck" -x launch/*.sh
     exec "$venv/bin/python" -m pytest "$@"
     ;;
   *)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from covseg_jax import hosts
 from covseg_jax.data.cases import Case
 from covseg_jax.evaluation import evaluate, report
 from covseg_jax.imaging import geometry as geometries
@@ -77,24 +78,40 @@ def evaluate_cohort(
             masks['pseudo'] = (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, cut))
         return masks
 
-    for case in tqdm(cases, desc='evaluate', unit='study', disable=None):
+    def score(case: Case) -> dict[str, tuple[dict, list[dict]]]:
         truth = _read_canonical(case.description['lesion_mask']) > 0
-        for source, (found, mask) in masks_of(case).items():
-            case_row, slice_rows = _score(case, found, mask, truth)
+        return {source: _score(case, *each, truth) for source, each in masks_of(case).items()}
+
+    own = tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None)
+    for scores in hosts.gather([score(case) for case in own], len(cases)):
+        for source, (case_row, slice_rows) in scores.items():
             tables[source][0].append(case_row)
             tables[source][1].extend(slice_rows)
 
     case_rows, slice_rows = tables['network']
-    evaluate.write_tables(folder, case_rows, slice_rows)
-    if 'pseudo' in tables:
-        evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
         'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
         'studies': len(cases),
         **run,
     }
-    figures = report.plot_against_infection(case_rows, slice_rows, folder)
+
+    def write() -> None:
+        evaluate.write_tables(folder, case_rows, slice_rows)
+        if 'pseudo' in tables:
+            evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
+        figures = report.plot_against_infection(case_rows, slice_rows, folder)
+        figures += report.plot_overlays(_choose_overlays(cases, case_rows, masks_of), folder)
+        report.write_report(folder, summary, case_rows, figures, run)
+        evaluate.write_summary(folder, summary)
+
+    hosts.first_alone(write, 'the evaluation is written')
+    return summary
+
+
+def _choose_overlays(
+    cases: Sequence[Case], case_rows: list[dict], masks_of: Callable[[Case], dict]
+) -> dict[str, report.OverlayCase]:
     by_id = {case.study_id: case for case in cases}
     dice = {row['study_id']: row['dice'] for row in case_rows}
     overlays = {}
@@ -110,10 +127,7 @@ def evaluate_cohort(
             pseudo_mask=masks['pseudo'][1].mask if 'pseudo' in masks else None,
             spacing_mm=case.geometry.spacing_mm,
         )
-    figures += report.plot_overlays(overlays, folder)
-    report.write_report(folder, summary, case_rows, figures, run)
-    evaluate.write_summary(folder, summary)
-    return summary
+    return overlays
 
 
 def format_summary(summary: dict) -> str:

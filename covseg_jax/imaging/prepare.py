@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -190,6 +189,7 @@ def prepare_studies(
         raise ValueError(f"on_bad_study {on_bad_study!r}: 'skip' or 'stop'")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    atomic.remove_leftovers(folder)
     _check_space(studies, folder, settings)
     prepare = functools.partial(_prepare_case, folder=folder, settings=settings)
     outcomes: dict[str, _Outcome] = {}
@@ -277,11 +277,6 @@ def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings)
         if _is_current(case_folder, study, settings, sources):
             voxel_crc32 = read_geometry_file(case_folder)['voxel_crc32']
             return _Outcome(study.study_id, voxel_crc32=voxel_crc32)
-        # What a process that was killed had begun; not what another one writes for A-<study_id>.
-        begun = re.compile(rf'\.tmp-\d+-{re.escape(study.study_id)}')
-        for left in folder.iterdir():
-            if begun.fullmatch(left.name):
-                shutil.rmtree(left, ignore_errors=True)
         case = prepare_volume(study, settings)
         _write_case(case, case_folder, study, settings, sources)
     except InputError as error:

@@ -10,7 +10,7 @@ from concurrent import futures
 import numpy as np
 from tqdm import tqdm
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.nifti import write_volume
@@ -62,6 +62,13 @@ def write_prediction(
     }
 
 
+def _write_results(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, restval='')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def predict_studies(
     studies: Sequence[Study],
     probability: Probability,
@@ -73,7 +80,7 @@ def predict_studies(
     write_probability: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Segments studies and writes results.csv; a study that cannot be used is named in it and
-    passed over.
+    passed over. Of several hosts each takes its share of them.
 
     While the network is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their
@@ -97,9 +104,10 @@ def predict_studies(
         write_prediction, settings=settings, output=output, write_probability=write_probability
     )
     rows: list[Row | futures.Future] = []
-    with process_pool(min(num_workers, len(studies) - 1), 'predict') as pool:
-        to_prepare, preparing, writing = deque(studies), deque(), deque()
-        for study in tqdm(studies, desc='predict', unit='study', disable=None):
+    own = hosts.share(studies)
+    with process_pool(min(num_workers, len(own) - 1), 'predict') as pool:
+        to_prepare, preparing, writing = deque(own), deque(), deque()
+        for study in tqdm(own, desc='predict', unit='study', disable=None):
             while to_prepare and len(preparing) <= num_workers:
                 preparing.append(pool.submit(prepare_volume, to_prepare.popleft(), preparation))
             try:
@@ -112,8 +120,7 @@ def predict_studies(
             if len(writing) > num_workers:
                 writing.popleft().result()
         rows = [row.result() if isinstance(row, futures.Future) else row for row in rows]
-    with atomic.new_file(output / 'results.csv') as temporary, temporary.open('w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS, restval='')
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = hosts.gather(rows, len(studies))
+    if hosts.is_first():
+        _write_results(output / 'results.csv', rows)
     return rows, [str(row['status']) for row in rows if row['status'] != 'ok']

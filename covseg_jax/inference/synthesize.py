@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.data.cases import Case
 from covseg_jax.errors import InputError
 from covseg_jax.inference.masks import drop_small_components
@@ -139,14 +139,15 @@ def synthesize(
         voxel_ml = case.geometry.voxel_ml
         mask = soft_mask(healthy_scores[case.study_id][0], threshold, voxel_ml, settings)
         false_positive_ml.append(float((mask >= 0.5).sum() * voxel_ml))
-    infection = {}
-    for case in tqdm(covid, desc='synthesize', unit='study', disable=None):
+    infection = []
+    for case in tqdm(hosts.share(covid), desc='synthesize', unit='study', disable=None):
         case_score, lungs = score(case)
         voxel_ml = case.geometry.voxel_ml
         mask = soft_mask(case_score, threshold, voxel_ml, settings)
         with atomic.new_file(folder / f'{case.study_id}.npy') as temporary:
             np.save(temporary, mask)
-        infection[case.study_id] = float(100 * (mask >= 0.5).sum() / max((lungs > 0).sum(), 1))
+        infection.append(float(100 * (mask >= 0.5).sum() / max((lungs > 0).sum(), 1)))
+    infection = hosts.gather(infection, len(covid))
     summary = {
         'threshold': threshold,
         'percentile': settings.percentile,
@@ -154,9 +155,12 @@ def synthesize(
             'mean': float(np.mean(false_positive_ml)),
             'studies': dict(zip(healthy_scores, false_positive_ml, strict=True)),
         },
-        'infection_percent': infection,
+        'infection_percent': {
+            case.study_id: percent for case, percent in zip(covid, infection, strict=True)
+        },
     }
-    atomic.write_text(folder / 'summary.json', json.dumps(summary, indent=2))
+    if hosts.is_first():
+        atomic.write_text(folder / 'summary.json', json.dumps(summary, indent=2))
     return summary
 
 

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
+from covseg_jax import hosts
 from covseg_jax.errors import InputError
 
 _CHECKSUM = 'checksum'
@@ -100,12 +101,12 @@ class Checkpoints:
         found, damaged = _restore_newest(self._manager, self._folder, abstract_state)
         for step in damaged:
             aside = self._folder.parent / 'damaged_checkpoints' / str(step)
-            if jax.process_index() == 0:
+            if hosts.is_first():
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(aside)
         if damaged:
-            _wait_for_all_hosts('damaged checkpoints are set aside')
+            hosts.wait_for_all('damaged checkpoints are set aside')
             self._manager.reload()
         return found
 
@@ -216,13 +217,6 @@ def _checksum(tree: Any) -> jax.Array:
         odd = 2 * lax.broadcasted_iota(jnp.uint32, bits.shape, bits.ndim - 1) + 1
         total = 31 * total + (bits * odd).sum(dtype=jnp.uint32)
     return total
-
-
-def _wait_for_all_hosts(what: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
 
 
 def _first_line(error: Exception) -> str:

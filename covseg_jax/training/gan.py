@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from covseg_jax import hosts
 from covseg_jax.data import pipeline
 from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import OpacityModel
@@ -168,8 +169,8 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         batch_size=gan.batch_size,
         depth=gan.depth,
         seed=config.seed,
-        host=jax.process_index(),
-        num_hosts=jax.process_count(),
+        host=hosts.index(),
+        num_hosts=hosts.count(),
     )
     loop.run(
         name='gan',
@@ -238,7 +239,7 @@ def load_generator(
     Raises:
       InputError: there is no checkpoint that fits.
     """
-    parts = build_gan(config)
+    parts = build_gan(config, sharding.make_local_mesh())
     state, _ = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
     heal_step = gan_steps.make_heal(parts.generator)
 

@@ -13,19 +13,22 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 
 
 class MetricsLog:
     """Scalars and images of one run: `folder`/metrics.jsonl (one line a logged step, full
-    precision) and `folder`/tensorboard/."""
+    precision) and `folder`/tensorboard/. Of several hosts the first writes."""
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
         """Opens the log of a run that goes on after `start_step` steps: what an earlier process
         wrote beyond that step, and will be computed again, is dropped."""
-        folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / 'metrics.jsonl'
+        self._is_writer = hosts.is_first()
+        if not self._is_writer:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             kept = [
                 line
@@ -49,6 +52,8 @@ class MetricsLog:
         Raises:
           InputError: the disk is full or does not let itself be written.
         """
+        if not self._is_writer:
+            return
         # JSON has no NaN: an undefined value is null, as everywhere in this project.
         line = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         with self._explained():
@@ -60,6 +65,8 @@ class MetricsLog:
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """One (H, W) or (H, W, 3) picture in [0, 1]."""
+        if not self._is_writer:
+            return
         image = np.clip(np.asarray(image, np.float32), 0, 1)
         form = 'HWC' if image.ndim == 3 else 'HW'
         with self._explained():
@@ -70,6 +77,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Returns once what was written is on disk."""
+        if not self._is_writer:
+            return
         with self._explained():
             self._events.flush()
             self._file.flush()
@@ -77,6 +86,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Lets go of both files."""
+        if not self._is_writer:
+            return
         with contextlib.suppress(OSError):  # nothing is held back but what a full disk refused
             self._file.close()
         with contextlib.suppress(OSError):

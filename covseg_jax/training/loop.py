@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training.checkpoint import Checkpoints
@@ -199,7 +199,9 @@ def run(
                     log.write(step, values)
                     for title, picture in pictures.items():
                         log.write_image(step, title, picture)
-                stop = stop_asked()
+                # Hosts have to agree on it, and agreeing waits for the device.
+                asks = hosts.count() == 1 or _is_due(step, schedule.log_every)
+                stop = asks and hosts.is_any(stop_asked())
                 if step > start and (at_end or stop or _is_due(step, schedule.save_every)):
                     log.sync()  # the lines up to this step are on disk before it
                     progress = {'unlogged': unlogged.to_json(), 'values': values}
@@ -263,7 +265,7 @@ def _check_skipped(
 ) -> None:
     if len(skipped) <= most:
         return
-    path = folder / 'not_finite.json'
+    path = folder / ('not_finite.json' if hosts.is_first() else f'not_finite_{hosts.index()}.json')
     steps = [{'step': step, 'studies': studies} for step, studies in skipped]
     atomic.write_text(path, json.dumps(steps, indent=2))
     first, last = skipped[0][0], skipped[-1][0]

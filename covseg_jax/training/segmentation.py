@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from scipy import ndimage
 
+from covseg_jax import hosts
 from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.cases import Splits
@@ -266,7 +267,7 @@ def train_segmentation(
             read_target = refine_targets(
                 splits.train,
                 read_target,
-                make_probability(config, parts.network, state.ema),
+                make_probability(config, parts.network, sharding.copy_to_one_device(state.ema)),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
             )
@@ -279,8 +280,8 @@ def train_segmentation(
                 _training_slices(config, splits, read_target, each.kind),
                 batch_size=train.batch_size,
                 seed=config.seed + number,
-                host=jax.process_index(),
-                num_hosts=jax.process_count(),
+                host=hosts.index(),
+                num_hosts=hosts.count(),
             ),
             step_at=step_at,
             shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
@@ -348,7 +349,7 @@ def load_probability(
     Raises:
       InputError: there is no checkpoint that fits.
     """
-    parts = build_segmentation(config)
+    parts = build_segmentation(config, sharding.make_local_mesh())
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
     return make_probability(config, parts.network, state.ema), step
 

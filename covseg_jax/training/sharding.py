@@ -17,6 +17,16 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((count,), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def make_local_mesh() -> Mesh:
+    """One device of this host: for what each host does by itself."""
+    return make_mesh(jax.local_devices()[:1])
+
+
+def copy_to_one_device(tree: Any) -> Any:
+    """A replicated tree on one device of this host."""
+    return jax.device_put(jax.device_get(tree), jax.local_devices()[0])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of states: a copy on each device."""
     return NamedSharding(mesh, PartitionSpec())

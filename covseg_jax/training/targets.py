@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.data.cases import Case, Splits
 from covseg_jax.errors import InputError
 
@@ -107,7 +107,7 @@ def refine_targets(
     Returns:
       case -> its refined target.
     """
-    for case in cases:
+    for case in hosts.share(cases):
         path = folder / f'{case.study_id}.npy'
         if path.exists():
             continue
@@ -116,4 +116,5 @@ def refine_targets(
             target = (target + predict(np.asarray(case.image()), np.asarray(case.lungs()))) / 2
         with atomic.new_file(path) as temporary:
             np.save(temporary, target.astype(np.float16))
+    hosts.wait_for_all(f'{folder.name} is refined')
     return lambda case: np.load(folder / f'{case.study_id}.npy', mmap_mode='r')

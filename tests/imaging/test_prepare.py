@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,14 +217,18 @@ def test_killed_run_leaves_nothing_half_made_and_the_next_one_finishes(data_set,
         time.sleep(0.002)
     process.kill()
     process.wait()
-    (target / '.tmp-1-s009').mkdir(exist_ok=True)  # as a kill in the middle of writing leaves it
-    (target / '.tmp-1-x-s009').mkdir()  # as another process has it that is at study x-s009
+    host = socket.gethostname().replace('-', '_')
+    # as a kill in the middle of writing leaves it, and as another process or another host has it
+    (target / f'.tmp-{host}-{process.pid}-s009').mkdir(exist_ok=True)
+    others = [f'.tmp-{host}-{os.getppid()}-s009', f'.tmp-other-{process.pid}-s009']
+    for name in others:
+        (target / name).mkdir()
     done = sorted(path.name for path in target.glob('[!.]*'))
     assert 0 < len(done) < 12
     report = _prepare(data_set)
     assert report.kept == done
     assert len(report.made) == 12 - len(done)
-    assert [path.name for path in target.glob('.tmp*')] == ['.tmp-1-x-s009']
+    assert {path.name for path in target.glob('.tmp*')} == set(others)
 
 
 def test_killed_parent_leaves_no_worker(data_set, tmp_path):

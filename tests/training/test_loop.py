@@ -48,7 +48,9 @@ def run(
     mesh = sharding.make_mesh()
     make, abstract = sharding.place_state(
         lambda: Counter(
-            jnp.zeros((), jnp.int32), jnp.zeros(()), jax.random.normal(jax.random.key(0), (256, 256))
+            jnp.zeros((), jnp.int32),
+            jnp.zeros(()),
+            jax.random.normal(jax.random.key(0), (256, 256)),
         ),
         mesh,
     )

@@ -1,0 +1,120 @@
+"""Runs over several hosts, all with the same command; on one host nothing of this does anything.
+
+All hosts see the same work directory. Whole studies are shared out, and what each found of its own
+is gathered; files of the whole run are the first host's to write.
+"""
+
+import importlib.util
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from covseg_jax.errors import InputError
+
+_num_hosts, _index = 1, 0
+
+
+def connect(settings: Mapping[str, Any]) -> None:
+    """Joins the hosts of this run; to be called before JAX computes anything.
+
+    `settings` holds coordinator ('' or host:port), num_processes and process_id. On a Cloud TPU VM
+    all three are found without them; elsewhere '' means one host.
+
+    Raises:
+      InputError: they do not find each other.
+    """
+    global _num_hosts, _index
+    if settings['coordinator']:
+        found = {
+            'coordinator_address': settings['coordinator'],
+            'num_processes': settings['num_processes'],
+            'process_id': settings['process_id'],
+        }
+    elif _is_tpu_vm():
+        found = {}
+    else:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(**found)
+    except (RuntimeError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f'distributed.coordinator={settings["coordinator"]!r}: the hosts do not find each '
+            f'other ({line}); give all of them the same coordinator and num_processes, and each '
+            'its own process_id'
+        ) from error
+    _num_hosts, _index = jax.process_count(), jax.process_index()
+
+
+def _is_tpu_vm() -> bool:
+    devices = pathlib.Path('/dev/accel0'), pathlib.Path('/dev/vfio/0')
+    return importlib.util.find_spec('libtpu') is not None and any(d.exists() for d in devices)
+
+
+def count() -> int:
+    """How many hosts there are."""
+    return _num_hosts
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return _index
+
+
+def is_first() -> bool:
+    """True on the host that writes the run's own files."""
+    return _index == 0
+
+
+def share(items: Sequence) -> list:
+    """This host's part of what all of them are to do: every n-th."""
+    return list(items[_index::_num_hosts])
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every host has come here; `what` is the same on all and names the place."""
+    if _num_hosts > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def is_any(flag: bool) -> bool:
+    """True on all hosts where it is true on one; all call it."""
+    if _num_hosts == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def gather(found: list, total: int) -> list:
+    """One entry for each of `total` items, in their order, from those that each host found for what
+    `share` gave it: JSON values, and NumPy's numbers."""
+    if _num_hosts == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(found, default=_plain).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(text)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    texts = multihost_utils.process_allgather(padded)
+    parts = [json.loads(row[:n].tobytes()) for row, n in zip(texts, lengths, strict=True)]
+    return [parts[item % _num_hosts][item // _num_hosts] for item in range(total)]
+
+
+def _plain(number: Any) -> Any:
+    return number.item()
+
+
+def first_alone(work: Callable[[], None], what: str) -> None:
+    """The first host does it, and all go on once it is done."""
+    if is_first():
+        work()
+    wait_for_all(what)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs the program on all workers of a TPU VM that is set up, and again where it fails. What it did
+# before is not done again.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
+source "$(dirname "$0")/tpu_vm_flags.sh"
+
+workdir=/mnt/covseg/run attempts=3 program_flags=()
+
+usage() {
+  cat <<END
+usage: $0 --zone=ZONE [flags] [-- flags of covseg_jax.main]
+$common_flags
+  --workdir=FOLDER   default $workdir, on the disk that setup_tpu_vm.sh --share mounts
+  --attempts=N       default $attempts
+Without flags of its own the program runs --config=configs/transunet.py.
+END
+}
+
+take_flag() {
+  case "$1" in
+    --workdir=*) workdir="${1#*=}" ;;
+    --attempts=*) attempts="${1#*=}" ;;
+    *) return 1 ;;
+  esac
+}
+
+own_flags=()
+while [ "$#" -gt 0 ]; do
+  if [ "$1" = -- ]; then
+    shift
+    program_flags=("$@")
+    break
+  fi
+  own_flags+=("$1")
+  shift
+done
+take_flags "${own_flags[@]}"
+if [ "${#program_flags[@]}" -eq 0 ]; then
+  program_flags=(--config=configs/transunet.py)
+fi
+
+# A run that was asked to stop ends well too, and leaves the file `stopped`.
+on_workers "cd covseg_jax;
+for attempt in \$(seq $attempts); do
+.venv/bin/python -m covseg_jax.main$(printf ' %q' "${program_flags[@]}" --workdir="$workdir");
+code=\$?;
+if [ \$code = 0 ]; then [ ! -e '$workdir/stopped' ]; exit; fi;
+echo attempt \$attempt of $attempts ended with \$code >&2;
+sleep 10;
+done;
+exit \$code"

@@ -1,0 +1,132 @@
+"""Two real processes over loopback, as two hosts that see the same disk."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CALLS = """
+import json, sys
+from covseg_jax import hosts
+number, port = int(sys.argv[1]), sys.argv[2]
+hosts.connect({'coordinator': f'localhost:{port}', 'num_processes': 2, 'process_id': number})
+items = ['a', 'b', 'c', 'd', 'e']
+found = [{'item': item, 'value': 0.1 * ord(item)} for item in hosts.share(items)]
+done = []
+hosts.first_alone(lambda: done.append(hosts.index()), 'work')
+print(json.dumps([hosts.gather(found, 5), hosts.is_any(number == 1), hosts.is_any(False), done]))
+"""
+
+
+def environment(num_devices):
+    flags = f'--xla_force_host_platform_device_count={num_devices}'
+    return os.environ | {'XLA_FLAGS': f'{flags} --xla_backend_optimization_level=1'}
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(('localhost', 0))
+        return listening.getsockname()[1]
+
+
+def begin(command, num_devices):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment(num_devices),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end(processes):
+    """What each wrote, once all ended well."""
+    written = [process.communicate(timeout=300) for process in processes]
+    for process, (_, err) in zip(processes, written, strict=True):
+        assert process.returncode == 0, err[-3000:]
+    return written
+
+
+def test_items_are_shared_out_and_gathered_in_their_order():
+    port = free_port()
+    written = end([begin(['-c', CALLS, number, port], 1) for number in range(2)])
+    expected = [{'item': item, 'value': 0.1 * ord(item)} for item in 'abcde']
+    for number, (out, _) in enumerate(written):
+        gathered, any_true, any_false, done = json.loads(out.splitlines()[-1])
+        assert gathered == expected
+        assert (any_true, any_false) == (True, False)
+        assert done == [0][: 1 - number]  # the first host alone
+
+
+def run(workdir, num_hosts):
+    """The whole pipeline of a tiny variant on four devices."""
+    port = free_port()
+    fields = ('gan.batch_size=4', 'gan.num_steps=20', 'train.num_steps=20')
+    command = ['-m', 'covseg_jax.main', '--config=configs/transunet.py:tiny']
+    command += [f'--workdir={workdir}', *(f'--config.{field}' for field in fields)]
+    if num_hosts == 1:
+        return [begin(command, 4)]
+    command += [
+        f'--config.distributed.coordinator=localhost:{port}',
+        f'--config.distributed.num_processes={num_hosts}',
+    ]
+    return [
+        begin([*command, f'--config.distributed.process_id={number}'], 4 // num_hosts)
+        for number in range(num_hosts)
+    ]
+
+
+def stop_within(processes, log):
+    """SIGTERM for the last of the processes, once the run logs steps."""
+    deadline = time.monotonic() + 200
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    processes[-1].send_signal(signal.SIGTERM)
+
+
+def values_of(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(row['step'], key): row[key] for row in rows for key in row if 'loss/' in key}
+
+
+@pytest.fixture(scope='module')
+def one_host(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('one')
+    end(run(workdir, 1))
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('before', 'after'), [(2, 1), (1, 2)])
+def test_a_run_begun_on_some_hosts_ends_on_others_as_on_one(one_host, tmp_path, before, after):
+    processes = run(tmp_path, before)
+    stop_within(processes, tmp_path / 'gan' / 'metrics.jsonl')
+    written = end(processes)
+    assert 'stopped and saved at step' in written[0][1]
+    assert (tmp_path / 'stopped').exists()
+    end(run(tmp_path, after))
+    for model in ('gan', 'transunet'):
+        found, expected = (
+            values_of(workdir / model / 'metrics.jsonl') for workdir in (tmp_path, one_host)
+        )
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert value == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
+    for name in ('pseudo_masks/summary.json', 'evaluation/summary.json'):
+        found, expected = (
+            json.loads((workdir / name).read_text()) for workdir in (tmp_path, one_host)
+        )
+        assert found['threshold'] == pytest.approx(expected['threshold'], rel=1e-4)
+    names = [sorted(p.name for p in (w / 'pseudo_masks').iterdir()) for w in (tmp_path, one_host)]
+    assert names[0] == names[1]
+    rows = [(w / 'evaluation' / 'cases.csv').read_text().count('\n') for w in (tmp_path, one_host)]
+    assert rows[0] == rows[1]
