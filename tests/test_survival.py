@@ -157,7 +157,7 @@ def test_run_killed_twenty_times_ends_in_the_same_bits(base, stage):
             time.sleep(rng.uniform(0, 0.15))
         else:  # anywhere, starting included
             time.sleep(rng.uniform(0, 6))
-        if process.poll() is not None or kills >= 60:
+        if process.poll() is not None or kills >= 24:
             break
         process.kill()
         process.communicate()
