@@ -23,8 +23,11 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARI
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
 _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
 _INPUT = flags.DEFINE_string(
-    'input', None, 'predict, verify: scans; import_weights: a weights file'
+    'input',
+    None,
+    'predict, verify: scans; evaluate: masks; compare: RUN,RUN; import_weights: a weights file',
 )
+_REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for --input's masks")
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, verify: the folder for what they write')
 
 Config = ml_collections.ConfigDict
@@ -70,8 +73,8 @@ def run_stages(
 ) -> None:
     """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
     for name in names:
-        if name not in stages.PIPELINE:
-            on_request = stages.BEFORE | stages.AFTER
+        on_request = stages.BEFORE | stages.AFTER | (stages.ON_INPUT if given.input else {})
+        if name in on_request:
             on_request[name](config, workdir, given)
             continue
         settings = _stage_settings(config, workdir)[name]
@@ -143,7 +146,7 @@ def _run(arguments: list[str]) -> None:
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str((workdir / 'compile_cache').absolute()))
     hosts.connect(config.distributed)
-    given = stages.Given(_path(_INPUT.value), _path(_OUTPUT.value))
+    given = stages.Given(*(_path(flag.value) for flag in (_INPUT, _OUTPUT, _REFERENCE)))
     with contextlib.ExitStack() as stack:
         if not hosts.is_first():  # the first host speaks for all
             os.environ['TQDM_DISABLE'] = '1'

@@ -60,6 +60,14 @@ def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     )
 
 
+def describe(workdir: pathlib.Path, stage: str) -> str:
+    """In a few words: done, begun or not begun."""
+    manifest = read_manifest(workdir, stage)
+    if manifest is not None:
+        return f'done {manifest.finished_at}, in {manifest.seconds:.0f} s'
+    return 'begun, not done' if _begun_path(workdir, stage).exists() else 'not begun'
+
+
 def refuse_other_settings(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
     """A half-trained network goes on with the settings that it began with.
 

@@ -21,10 +21,12 @@ Config = ml_collections.ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the command line names beside the config: --input and --output, None where not given."""
+    """What the command line names beside the config: --input, --output and --reference, None where
+    not given."""
 
     input: pathlib.Path | None = None
     output: pathlib.Path | None = None
+    reference: pathlib.Path | None = None
 
 
 def _prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -338,6 +340,65 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
+def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Scores the masks in --input against those in --reference, whatever made them."""
+    from covseg_jax.evaluation.cohort import format_summary
+    from covseg_jax.evaluation.folders import pair_masks, score_folder
+
+    if not given.reference:
+        raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
+    pairs, alone = pair_masks(given.input, given.reference)
+    folder = given.output or workdir / 'evaluation_of_folder'
+    print(format_summary(score_folder(pairs, folder)))
+    if alone:
+        print(f'evaluate: note: in one folder alone, not scored: {", ".join(alone)}')
+    print(f'evaluate: {len(pairs)} studies; {folder}')
+
+
+def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Compares two evaluated runs, --input=FIRST,SECOND, study by study."""
+    from covseg_jax.evaluation.compare import compare_runs
+
+    names = str(given.input or '').split(',')
+    if len(names) != 2:
+        raise InputError('--stages=compare needs --input=FIRST,SECOND, two evaluated runs')
+    differences, alone = compare_runs(*map(pathlib.Path, names))
+    print(f'compare: second minus first; first {names[0]}, second {names[1]}')
+    for each in differences:
+        low, high = each.ci95
+        print(
+            f'compare: {each.metric:>16}: {each.first:.3f} -> {each.second:.3f}, difference '
+            f'{each.difference:+.3f} [{low:+.3f}, {high:+.3f}], Wilcoxon p = {each.wilcoxon_p:.3g} '
+            f'(n = {each.n})'
+        )
+    if alone:
+        print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
+    if given.output:
+        rows = [dataclasses.asdict(each) for each in differences]
+        atomic.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
+
+
+def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Prints where a work directory stands."""
+    from covseg_jax.manifest import describe
+
+    logs = {'gan': workdir / 'gan', 'train': workdir / 'transunet'}
+    steps = {'gan': config.gan.num_steps, 'train': config.train.num_steps}
+    for stage in PIPELINE:
+        print(f'status: {stage:>10}: {describe(workdir, stage)}')
+        log = logs.get(stage, workdir) / 'metrics.jsonl'
+        if log.exists():
+            rows = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+            values = {
+                key: value for row in rows for key, value in row.items()
+            }  # the newest of each
+            shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
+            listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
+            print(f'status: {"":>10}  step {values["step"]} of {steps[stage]}, {", ".join(listed)}')
+    if (workdir / 'stopped').exists():
+        print(f'status: {(workdir / "stopped").read_text(encoding="utf-8").strip()}')
+
+
 def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """NIfTI in -> NIfTI out on the same grid."""
     if not given.input or not given.output:
@@ -383,4 +444,10 @@ BEFORE: dict[str, Callable] = {
     'compile_check': run_compile_check,
     'import_weights': run_import_weights,
 }
-AFTER: dict[str, Callable] = {'predict': run_predict}
+AFTER: dict[str, Callable] = {
+    'predict': run_predict,
+    'compare': run_compare,
+    'status': run_status,
+}
+# What a stage of the pipeline does with --input instead.
+ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_folder}

@@ -92,6 +92,7 @@ def evaluate_cohort(
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
         'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
+        'strata': evaluate.stratify(case_rows),
         'studies': len(cases),
         **run,
     }

@@ -21,7 +21,7 @@ import numpy as np
 
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import metrics
+from covseg_jax.evaluation import lesions, metrics, probabilities
 
 PROTOCOLS = ('volume', 'slice_infection_over_1pct', 'slice_all')
 SUMMARY_METRICS = (
@@ -31,6 +31,27 @@ SUMMARY_METRICS = (
     'specificity_image',
     'hd95_mm',
     'nsd',
+    'iou',
+    'precision',
+    'lesion_f1',
+    'volume_error_ml',
+    'volume_error_percent',
+    'average_precision',
+    'ece',
+    'brier',
+)
+# Strata of studies by the infection of their lungs, and of true lesions by their size: (name, from,
+# below).
+INFECTION_STRATA = (
+    ('under_1_percent', 0.0, 1.0),
+    ('1_to_5_percent', 1.0, 5.0),
+    ('5_to_25_percent', 5.0, 25.0),
+    ('over_25_percent', 25.0, math.inf),
+)
+LESION_STRATA = (
+    ('under_1_ml', 0.0, 1.0),
+    ('1_to_10_ml', 1.0, 10.0),
+    ('over_10_ml', 10.0, math.inf),
 )
 CASE_COLUMNS = (
     'study_id',
@@ -48,6 +69,16 @@ CASE_COLUMNS = (
     'lung_ml',
     'infection_percent',
     'infection_percent_predicted',
+    'volume_error_ml',
+    'volume_error_percent',
+    'lesion_f1',
+    'lesions_true',
+    'lesions_predicted',
+    *(f'lesions_{name}' for name, _, _ in LESION_STRATA),
+    *(f'lesions_found_{name}' for name, _, _ in LESION_STRATA),
+    'average_precision',
+    'ece',
+    'brier',
 )
 SLICE_COLUMNS = (
     'study_id',
@@ -60,6 +91,7 @@ SLICE_COLUMNS = (
     'infection_percent',
 )
 _TEXT_COLUMNS = ('study_id', 'category', 'protocol')
+_COUNT_COLUMNS = ('slice', *(name for name in CASE_COLUMNS if name.startswith('lesions_')))
 
 NSD_TOLERANCE_MM = 2.0
 ORIGINAL_MIN_INFECTION_PERCENT = 1.0
@@ -161,8 +193,38 @@ def _score_volume(arrays: CaseArrays) -> dict:
         'volume_ml_predicted': volumes_ml[1],
         'lung_ml': volumes_ml[2],
         'infection_percent_predicted': _percent_of_lungs(prediction, lungs),
+        'volume_error_ml': abs(volumes_ml[1] - volumes_ml[0]),
+        'volume_error_percent': 100 * abs(volumes_ml[1] - volumes_ml[0]) / volumes_ml[0]
+        if volumes_ml[0]
+        else math.nan,
     }
+    row |= _score_lesions(truth, prediction, voxel_ml) | _score_probability(arrays)
     return {column: row[column] for column in CASE_COLUMNS}
+
+
+def _score_lesions(truth: np.ndarray, prediction: np.ndarray, voxel_ml: float) -> dict:
+    match = lesions.match_lesions(truth, prediction)
+    size_ml = match.true_voxels * voxel_ml
+    row = {
+        'lesion_f1': match.f1,
+        'lesions_true': len(size_ml),
+        'lesions_predicted': match.num_predicted,
+    }
+    for name, low, high in LESION_STRATA:
+        inside = (size_ml >= low) & (size_ml < high)
+        row[f'lesions_{name}'] = int(inside.sum())
+        row[f'lesions_found_{name}'] = int((match.covered[inside] > 0).sum())
+    return row
+
+
+def _score_probability(arrays: CaseArrays) -> dict:
+    inside = arrays.lungs_model
+    truth, probability = arrays.truth_model[inside], arrays.probability_model[inside]
+    return {
+        'average_precision': probabilities.average_precision(truth, probability),
+        'ece': probabilities.expected_calibration_error(truth, probability),
+        'brier': probabilities.brier_score(truth, probability),
+    }
 
 
 def score_case(arrays: CaseArrays) -> tuple[dict, list[dict]]:
@@ -170,7 +232,9 @@ def score_case(arrays: CaseArrays) -> tuple[dict, list[dict]]:
 
     Volumes are in ml, distances in mm, `infection_percent` is 100 × lesion inside the lungs / lungs
     (of the study, or of the slice in a slice row). All but `infection_percent` and
-    `specificity_lung` count every voxel of the study or slice, inside the lungs and out.
+    `specificity_lung` count every voxel of the study or slice, inside the lungs and out. Volume
+    errors are absolute, in ml and in percent of the truth. `average_precision`, `ece` and `brier`
+    are of the probabilities inside the lungs, on the model grid.
 
     The original's protocol (3DGAN_CT_Segmentation's notebook) keeps slices whose infection exceeds
     1 % and predicts output > 0.2 · max(output). Its text leaves open over what the maximum runs;
@@ -225,8 +289,8 @@ def summarise(case_rows: list[dict], slice_rows: list[dict]) -> dict:
     Each metric has `mean`, `std` (of the sample, n − 1), `median`, `ci95` [low, high], `n` defined
     values and how many are `undefined`, which are in no other figure. `ci95` is the percentile
     bootstrap over subjects, who in slice protocols are drawn with all their slices; one study is
-    one subject. A figure that cannot be computed is None; surface metrics (`hd95_mm`, `nsd`) are
-    measured in `volume` only and have n = 0 elsewhere.
+    one subject. A figure that cannot be computed is None; what is measured in `volume` only, such
+    as the surface metrics (`hd95_mm`, `nsd`), has n = 0 elsewhere.
     """
     rows_of = {'volume': case_rows}
     for protocol in PROTOCOLS[1:]:
@@ -235,6 +299,24 @@ def summarise(case_rows: list[dict], slice_rows: list[dict]) -> dict:
         protocol: {metric: _summarise_metric(rows, metric) for metric in SUMMARY_METRICS}
         for protocol, rows in rows_of.items()
     }
+
+
+def stratify(case_rows: list[dict]) -> dict:
+    """The `strata` object of summary.json: the `volume` protocol's figures for studies of like
+    infection (a study without infection is in none), and for true lesions of like size how many
+    there are, how many were found (a voxel of them is predicted), and their share."""
+    by_infection = {}
+    for name, low, high in INFECTION_STRATA:
+        rows = [
+            r for r in case_rows if r['volume_ml_true'] and low <= r['infection_percent'] < high
+        ]
+        by_infection[name] = {metric: _summarise_metric(rows, metric) for metric in SUMMARY_METRICS}
+    by_size = {}
+    for name, _, _ in LESION_STRATA:
+        count = int(sum(row[f'lesions_{name}'] for row in case_rows))
+        found = int(sum(row[f'lesions_found_{name}'] for row in case_rows))
+        by_size[name] = {'n': count, 'found': found, 'share': found / count if count else None}
+    return {'infection': by_infection, 'lesion_size': by_size}
 
 
 def _format_cell(value) -> str:
@@ -261,7 +343,7 @@ def write_tables(folder: pathlib.Path, case_rows: list[dict], slice_rows: list[d
 def _parse_cell(column: str, cell: str):
     if column in _TEXT_COLUMNS:
         return cell or None
-    if column == 'slice':
+    if column in _COUNT_COLUMNS:
         return int(cell)
     return float(cell) if cell else math.nan
 

@@ -35,6 +35,14 @@ METRIC_TITLES = {
     'specificity_image': 'Specificity, whole image',
     'hd95_mm': 'HD95 (mm)',
     'nsd': f'Surface Dice at {evaluate.NSD_TOLERANCE_MM:g} mm',
+    'iou': 'IoU',
+    'precision': 'Precision',
+    'lesion_f1': 'F1 of lesions',
+    'volume_error_ml': 'Volume error (ml)',
+    'volume_error_percent': 'Volume error (%)',
+    'average_precision': 'Average precision',
+    'ece': 'Calibration error',
+    'brier': 'Brier score',
 }
 _FIGURES_AGAINST_INFECTION = {
     'dice': 'dice_vs_infection.png',
@@ -57,6 +65,8 @@ _CASE_COLUMN_TITLES = {
     'lung_ml': 'Lungs (ml)',
     'infection_percent': 'Infection (%)',
     'infection_percent_predicted': 'Predicted infection (%)',
+    'lesion_f1': 'F1 of lesions',
+    'average_precision': 'Average precision',
 }
 _MIN_POINTS_FOR_TREND = 10
 
@@ -292,7 +302,7 @@ def _case_cell(column: str, value) -> dict:
     if isinstance(value, str) or value is None:
         return {'text': value or '–', 'key': value or '', 'number': False}
     key = '' if math.isnan(value) else repr(float(value))
-    digits = 3 if column in METRIC_TITLES or column in ('iou', 'precision') else 1
+    digits = 3 if column in METRIC_TITLES else 1
     digits = {'hd95_mm': 1, 'infection_percent': 2, 'infection_percent_predicted': 2}.get(
         column, digits
     )
@@ -352,9 +362,9 @@ def write_report(
             }
             for path in figures
         ],
-        columns=[(name, _CASE_COLUMN_TITLES[name]) for name in evaluate.CASE_COLUMNS],
+        columns=list(_CASE_COLUMN_TITLES.items()),
         cases=[
-            [_case_cell(name, row[name]) for name in evaluate.CASE_COLUMNS] for row in worst_first
+            [_case_cell(name, row[name]) for name in _CASE_COLUMN_TITLES] for row in worst_first
         ],
         undefined=[row['study_id'] for row in worst_first if math.isnan(row['dice'])],
     )

@@ -1,0 +1,124 @@
+"""Scores a folder of masks, whatever made them, against a folder of true ones."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.evaluation import evaluate
+from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging import nifti
+from covseg_jax.imaging.volume import Volume
+
+# study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study.
+_ENDINGS = re.compile(r'(_mask|_seg|_0000)$')
+_NO_MASK = re.compile(r'_(probability|lungs)$')
+
+
+def pair_masks(
+    predictions: pathlib.Path, references: pathlib.Path
+) -> tuple[list[tuple[str, pathlib.Path, pathlib.Path]], list[str]]:
+    """(study id, predicted mask, true mask) for each study that is in both folders, by id, and the
+    ids that are in one alone.
+
+    Raises:
+      InputError: a folder is not there, has two masks of one study, or they share none.
+    """
+    found = [_masks_by_study(folder) for folder in (predictions, references)]
+    shared = sorted(found[0].keys() & found[1].keys())
+    if not shared:
+        raise InputError(
+            f'{predictions} and {references} have no study in common; files are paired by name: '
+            'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study'
+        )
+    alone = sorted(found[0].keys() ^ found[1].keys())
+    return [(name, found[0][name], found[1][name]) for name in shared], alone
+
+
+def _masks_by_study(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    if not folder.is_dir():
+        raise InputError(f'{folder}: no such folder of NIfTI masks')
+    found: dict[str, pathlib.Path] = {}
+    for path in sorted(p for p in folder.iterdir() if nifti.is_nifti(p)):
+        name = nifti.strip_suffix(path)
+        if _NO_MASK.search(name):
+            continue
+        study_id = _ENDINGS.sub('', name)
+        if study_id in found:
+            raise InputError(
+                f'{folder}: {found[study_id].name} and {path.name} are both masks of {study_id}; '
+                'leave one'
+            )
+        found[study_id] = path
+    return found
+
+
+def score_folder(
+    pairs: Sequence[tuple[str, pathlib.Path, pathlib.Path]], folder: pathlib.Path
+) -> dict:
+    """Scores the pairs in the protocols that need no probabilities, and writes cases.csv,
+    slices.csv and summary.json into `folder`. Any voxel above 0 is lesion. Lungs are those of
+    `<study id>_lungs.nii.gz` beside the true mask; where there are none, what refers to them is
+    undefined.
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      FileFault: a mask cannot be read, or the two of a study lie on different grids.
+    """
+    case_rows, slice_rows = [], []
+    for study_id, predicted_path, true_path in tqdm(
+        pairs, desc='evaluate', unit='study', disable=None
+    ):
+        truth = nifti.read_volume(true_path)
+        prediction = _read_on_grid(predicted_path, truth, true_path)
+        lungs = np.zeros(truth.data.shape, np.uint8)
+        lungs_path = true_path.with_name(f'{study_id}_lungs.nii.gz')
+        if lungs_path.exists():
+            lungs = _read_on_grid(lungs_path, truth, true_path).data
+        nothing = np.zeros((0, 1, 1), bool)
+        true_mask, predicted, lungs = (
+            geometries.to_canonical(data > 0, truth.affine)
+            for data in (truth.data, prediction.data, lungs)
+        )
+        row, rows = evaluate.score_case(
+            evaluate.CaseArrays(
+                study_id=study_id,
+                category=None,
+                truth=true_mask,
+                prediction=predicted,
+                lungs=lungs,
+                spacing_mm=geometries.canonical_spacing(truth.affine),
+                truth_model=nothing,
+                probability_model=nothing.astype(np.float32),
+                lungs_model=nothing,
+            )
+        )
+        case_rows.append(row)
+        slice_rows += rows
+    evaluate.write_tables(folder, case_rows, slice_rows)
+    summary = {
+        'protocols': evaluate.summarise(case_rows, slice_rows),
+        'strata': evaluate.stratify(case_rows),
+        'studies': len(case_rows),
+    }
+    evaluate.write_summary(folder, summary)
+    return summary
+
+
+def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -> Volume:
+    volume = nifti.read_volume(path)
+    if volume.data.shape != other.data.shape or not np.allclose(
+        volume.affine, other.affine, atol=1e-2
+    ):
+        raise FileFault(
+            path,
+            f'lies on another grid than {other_path.name} ({volume.data.shape} voxels and '
+            f'{other.data.shape}, or another place in space)',
+            "write the mask on the study's own grid",
+        )
+    return volume

@@ -1,0 +1,56 @@
+"""Single lesions: which of the true ones were found, and what was found besides."""
+
+import dataclasses
+import math
+
+import cc3d
+import numpy as np
+
+_CONNECTIVITY = 26  # voxels that share a corner are one lesion
+
+
+@dataclasses.dataclass(frozen=True)
+class LesionMatch:
+    """The lesions of a truth and a prediction.
+
+    Attributes:
+      true_voxels: (T,) size of each true lesion.
+      covered: (T,) the share of it that is predicted, in [0, 1].
+      num_predicted: connected lesions of the prediction.
+      num_false: those of them that touch no true lesion.
+    """
+
+    true_voxels: np.ndarray
+    covered: np.ndarray
+    num_predicted: int
+    num_false: int
+
+    @property
+    def f1(self) -> float:
+        """2 TP / (2 TP + FP + FN), where TP are true lesions of which a voxel is predicted, FN the
+        others, and FP predicted lesions that touch no true one (Hernandez Petzsche et al. 2022,
+        ISLES). NaN where there is no lesion on either side."""
+        found = int(np.count_nonzero(self.covered))
+        whole = 2 * found + (len(self.covered) - found) + self.num_false
+        return 2 * found / whole if whole else math.nan
+
+
+def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:
+    """Lesions are connected components of (Z, Y, X) boolean masks of one shape, 26 neighbours."""
+    true_labels, num_true = _label(truth)
+    predicted_labels, num_predicted = _label(prediction)
+    true_voxels = np.bincount(true_labels[truth], minlength=num_true + 1)[1:]
+    both = truth & prediction
+    hit = np.bincount(true_labels[both], minlength=num_true + 1)[1:]
+    touching = np.unique(predicted_labels[both]).size
+    return LesionMatch(
+        true_voxels, hit / np.maximum(true_voxels, 1), num_predicted, num_predicted - touching
+    )
+
+
+def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    if not mask.any():
+        return np.zeros(mask.shape, np.uint32), 0
+    return cc3d.connected_components(
+        np.asfortranarray(mask), connectivity=_CONNECTIVITY, return_N=True
+    )
