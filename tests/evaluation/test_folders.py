@@ -1,0 +1,47 @@
+"""Folders of masks from any tool."""
+
+import numpy as np
+import pytest
+
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.evaluation.folders import pair_masks, score_folder
+from covseg_jax.imaging.nifti import write_volume
+
+AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
+
+
+def write(path, *places, shape=(6, 6, 3), affine=AFFINE):
+    data = np.zeros(shape, np.uint8)
+    for place in places:
+        data[place] = 1
+    write_volume(path, data, affine)
+
+
+def test_masks_are_paired_by_study_and_scored(tmp_path):
+    predictions, truths = tmp_path / 'predictions', tmp_path / 'truths'
+    write(predictions / 'study_0001_mask.nii.gz', (0, 0, 0), (1, 0, 0))
+    write(predictions / 'study_0002_0000.nii.gz', (5, 5, 2))
+    write(predictions / 'study_0003.nii.gz')
+    write(truths / 'study_0001.nii.gz', (1, 0, 0))
+    write(truths / 'study_0002_mask.nii', (5, 5, 2))
+    pairs, alone = pair_masks(predictions, truths)
+    assert [study_id for study_id, _, _ in pairs] == ['study_0001', 'study_0002']
+    assert alone == ['study_0003']
+    summary = score_folder(pairs, tmp_path / 'scores')
+    volume = summary['protocols']['volume']
+    assert volume['dice']['mean'] == pytest.approx((2 / 3 + 1) / 2)
+    # without lungs what refers to them is undefined, and nothing is made up
+    assert volume['specificity_lung']['mean'] is None
+    assert volume['specificity_image']['n'] == 2
+    assert (tmp_path / 'scores' / 'summary.json').exists()
+
+
+def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):
+    write(tmp_path / 'a' / 'x.nii.gz', (0, 0, 0), affine=2 * AFFINE)
+    write(tmp_path / 'b' / 'x.nii.gz', (0, 0, 0))
+    pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
+    with pytest.raises(FileFault, match=r'x\.nii\.gz: lies on another grid'):
+        score_folder(pairs, tmp_path / 'scores')
+    write(tmp_path / 'a' / 'x_mask.nii.gz')
+    with pytest.raises(InputError, match='are both masks of x'):
+        pair_masks(tmp_path / 'a', tmp_path / 'b')
