@@ -382,8 +382,10 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Prints where a work directory stands."""
     from covseg_jax.manifest import describe
 
+    if not (workdir / 'config.json').exists():
+        raise InputError(f'{workdir}: no run was begun there')
+    begun = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
     logs = {'gan': workdir / 'gan', 'train': workdir / 'transunet'}
-    steps = {'gan': config.gan.num_steps, 'train': config.train.num_steps}
     for stage in PIPELINE:
         print(f'status: {stage:>10}: {describe(workdir, stage)}')
         log = logs.get(stage, workdir) / 'metrics.jsonl'
@@ -394,7 +396,8 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
             }  # the newest of each
             shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
             listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
-            print(f'status: {"":>10}  step {values["step"]} of {steps[stage]}, {", ".join(listed)}')
+            total = begun[stage]['num_steps']
+            print(f'status: {"":>10}  step {values["step"]} of {total}, {", ".join(listed)}')
     if (workdir / 'stopped').exists():
         print(f'status: {(workdir / "stopped").read_text(encoding="utf-8").strip()}')
 

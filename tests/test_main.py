@@ -125,6 +125,24 @@ def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
     assert len(rows) == 3
 
 
+def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, tmp_path):
+    workdir, _ = finished
+    tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
+    status = run(*tiny, '--stages=status')
+    assert status.returncode == 0, status.stderr
+    assert status.stdout.count(': done 20') == 5
+    assert 'step 8 of 8' in status.stdout
+    masks = workdir / 'studies' / 'masks'
+    scored = run(*tiny, '--stages=evaluate', f'--input={masks}', f'--reference={masks}',
+                 f'--output={tmp_path}')  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert summary['protocols']['volume']['dice']['mean'] == 1
+    compared = run(*tiny, '--stages=compare', f'--input={workdir},{workdir}')
+    assert compared.returncode == 0, compared.stderr
+    assert 'difference +0.000' in compared.stdout
+
+
 def test_main_refuses_to_train_on_under_other_settings(finished):
     workdir, _ = finished
     done = run(

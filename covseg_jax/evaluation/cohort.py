@@ -136,7 +136,7 @@ def format_summary(summary: dict) -> str:
     lines = []
     for title, protocols in (
         ('network', summary['protocols']),
-        ('pseudo-masks', summary['pseudo_masks']),
+        ('pseudo-masks', summary.get('pseudo_masks')),
     ):
         for protocol, metrics in (protocols or {}).items():
             figures = ', '.join(
