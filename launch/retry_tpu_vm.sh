@@ -31,16 +31,8 @@ take_flag() {
   esac
 }
 
-own_flags=()
-while [ "$#" -gt 0 ]; do
-  if [ "$1" = -- ]; then
-    break
-  fi
-  own_flags+=("$1")
-  shift
-done
-take_flags "${own_flags[@]}"
-run+=("$@")
+take_flags "$@"
+run+=(-- "${program_flags[@]}")
 common=(--name="$name" --zone="$zone" ${project:+--project="$project"})
 if [ "$dry_run" = true ]; then
   common+=(--dry_run)
@@ -48,8 +40,7 @@ fi
 
 # READY, PREEMPTED, ...; nothing where there is no such VM
 state() {
-  gcloud compute tpus tpu-vm describe "$name" --zone="$zone" ${project:+--project="$project"} \
-    --format='value(state)' 2>/dev/null || true
+  tpu_vm describe "$name" --format='value(state)' 2>/dev/null || true
 }
 
 make_vm() {
@@ -66,7 +57,7 @@ make_vm() {
 }
 
 if [ "$dry_run" = true ]; then
-  tpu_vm describe "$name" --format='value(state)'
+  state
   echo '# where it is not READY:'
   tpu_vm delete "$name" --quiet
   "$here/create_tpu_vm.sh" "${common[@]}" "${create[@]}"

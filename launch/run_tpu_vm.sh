@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-workdir=/mnt/covseg/run attempts=3 program_flags=()
+workdir=/mnt/covseg/run attempts=3
 
 usage() {
   cat <<END
@@ -25,17 +25,7 @@ take_flag() {
   esac
 }
 
-own_flags=()
-while [ "$#" -gt 0 ]; do
-  if [ "$1" = -- ]; then
-    shift
-    program_flags=("$@")
-    break
-  fi
-  own_flags+=("$1")
-  shift
-done
-take_flags "${own_flags[@]}"
+take_flags "$@"
 if [ "${#program_flags[@]}" -eq 0 ]; then
   program_flags=(--config=configs/transunet.py)
 fi

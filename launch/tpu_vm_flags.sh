@@ -8,18 +8,22 @@ common_flags='  --name=NAME        of the TPU VM; default covseg
   --dry_run          print the commands and run none'
 
 # Also read by the scripts that source this file.
-name=covseg zone='' project='' dry_run=false
+name=covseg zone='' project='' dry_run=false program_flags=()
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# Takes the common flags; whatever a script adds is handed to its own function take_flag.
+# Takes the common flags; whatever a script adds is handed to its own function take_flag. What comes
+# after -- is the program's, and left in program_flags.
 take_flags() {
   local flag
-  for flag in "$@"; do
+  while [ "$#" -gt 0 ]; do
+    flag="$1"
+    shift
     case "$flag" in
+      --) program_flags=("$@") && break ;;
       --name=*) name="${flag#*=}" ;;
       --zone=*) zone="${flag#*=}" ;;
       --project=*) project="${flag#*=}" ;;
