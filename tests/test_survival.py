@@ -38,12 +38,12 @@ ENVIRONMENT = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=1'}  
 FOLDERS = {'gan': 'gan', 'train': 'transunet'}
 
 
-def start(workdir, stage):
-    fields = [f'--config.{key}={value}' for key, value in SETTINGS[stage].items()]
+def start(workdir, stages):
+    fields = [f'--config.{key}={value}' for key, value in SETTINGS.get(stages, {}).items()]
     return subprocess.Popen(
         [
             sys.executable, '-m', 'covseg_jax.main', '--config=configs/transunet.py:tiny',
-            f'--workdir={workdir}', f'--stages={stage}', *fields,
+            f'--workdir={workdir}', f'--stages={stages}', *fields,
         ],
         cwd=ROOT,
         env=ENVIRONMENT,
@@ -53,8 +53,8 @@ def start(workdir, stage):
     )  # fmt: skip
 
 
-def finish(workdir, stage):
-    process = start(workdir, stage)
+def finish(workdir, stages):
+    process = start(workdir, stages)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-3000:]
     return out, err
@@ -117,37 +117,26 @@ def processes_of(workdir):
 def base(tmp_path_factory):
     """A work directory with everything before the network's training, and one run of each stage."""
     workdir = tmp_path_factory.mktemp('survival') / 'base'
-    done = subprocess.run(
-        [
-            sys.executable, '-m', 'covseg_jax.main', '--config=configs/transunet.py:tiny',
-            f'--workdir={workdir}', '--stages=prepare,gan,synthesize',
-        ],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    finish(workdir, 'prepare,gan,synthesize')
     shutil.rmtree(workdir / 'gan')
     shutil.rmtree(workdir / 'manifests')
     return workdir
 
 
-def left_alone(base, stage):
-    workdir = base.parent / f'{stage}-alone'
-    if not workdir.exists():
-        shutil.copytree(base, workdir)
-        finish(workdir, stage)
-    return workdir
+def begin_beside_one_left_alone(base, stage, name):
+    """A fresh work directory for a stage, and one in which it ran without a break."""
+    workdir, alone = (base.parent / f'{stage}-{each}' for each in (name, 'alone'))
+    if not alone.exists():
+        shutil.copytree(base, alone)
+        finish(alone, stage)
+    shutil.copytree(base, workdir)
+    return workdir, alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['gan', 'train'])
 def test_run_killed_twenty_times_ends_in_the_same_bits(base, stage):
-    alone = left_alone(base, stage)
-    workdir = base.parent / f'{stage}-killed'
-    shutil.copytree(base, workdir)
+    workdir, alone = begin_beside_one_left_alone(base, stage, 'killed')
     rng = random.Random(0)
     log, kills, in_save = workdir / FOLDERS[stage] / 'metrics.jsonl', 0, 0
     while True:
@@ -173,9 +162,7 @@ def test_run_killed_twenty_times_ends_in_the_same_bits(base, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', ['gan', 'train'])
 def test_run_stopped_five_times_ends_in_the_same_bits(base, stage):
-    alone = left_alone(base, stage)
-    workdir = base.parent / f'{stage}-stopped'
-    shutil.copytree(base, workdir)
+    workdir, alone = begin_beside_one_left_alone(base, stage, 'stopped')
     log = workdir / FOLDERS[stage] / 'metrics.jsonl'
     for number in range(5):
         process = start(workdir, stage)
