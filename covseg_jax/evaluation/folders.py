@@ -112,9 +112,7 @@ def score_folder(
 
 def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -> Volume:
     volume = nifti.read_volume(path)
-    if volume.data.shape != other.data.shape or not np.allclose(
-        volume.affine, other.affine, atol=1e-2
-    ):
+    if not volume.lies_on_grid_of(other):
         raise FileFault(
             path,
             f'lies on another grid than {other_path.name} ({volume.data.shape} voxels and '

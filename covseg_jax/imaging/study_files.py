@@ -16,7 +16,6 @@ from covseg_jax.imaging.volume import Volume
 
 LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
 SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
-AFFINE_TOLERANCE = 1e-3  # mm
 LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
 
@@ -79,7 +78,7 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
             f'shape {mask.data.shape}, but its image has {image.data.shape}',
             'give the mask of this image',
         )
-    if not np.allclose(mask.affine, image.affine, rtol=0, atol=AFFINE_TOLERANCE):
+    if not mask.lies_on_grid_of(image):
         raise FileFault(
             path, 'its affine is not that of its image', 'give the mask on the image grid'
         )

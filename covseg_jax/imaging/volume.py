@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+AFFINE_TOLERANCE = 1e-3  # mm
+
 
 @dataclass(frozen=True)
 class Volume:
@@ -20,6 +22,13 @@ class Volume:
     affine: np.ndarray
     crc32: int
     notes: tuple[str, ...] = ()
+
+    def lies_on_grid_of(self, other: 'Volume') -> bool:
+        """Whether voxel (i, j, k) of both is the same place: shape and affine are equal, the latter
+        to a thousandth of a mm."""
+        return self.data.shape == other.data.shape and np.allclose(
+            self.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE
+        )
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
