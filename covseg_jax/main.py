@@ -31,7 +31,6 @@ _REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for -
 _OUTPUT = flags.DEFINE_string('output', None, 'predict, verify: the folder for what they write')
 
 Config = ml_collections.ConfigDict
-_STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
 
 
 # Fields that change how a stage runs and not what it makes.
@@ -157,18 +156,18 @@ def _run(arguments: list[str]) -> None:
             hosts.first_alone(
                 functools.partial(_begin_workdir, config, workdir), 'workdir is there'
             )
+            atomic.remove_leftovers(workdir)  # each host its own
         try:
             run_stages(config, workdir, names, given)
         except Stopped as stop:
             if hosts.is_first():
-                atomic.write_text(workdir / _STOPPED, f'{stop}\n')
+                atomic.write_text(workdir / stages.STOPPED, f'{stop}\n')
             raise
 
 
 def _begin_workdir(config: Config, workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic.remove_leftovers(workdir)
-    (workdir / _STOPPED).unlink(missing_ok=True)
+    (workdir / stages.STOPPED).unlink(missing_ok=True)
     atomic.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
     atomic.write_text(workdir / 'environment.json', json.dumps(_describe_environment(), indent=2))
 

@@ -17,6 +17,7 @@ from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 
 Config = ml_collections.ConfigDict
+STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,9 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
         hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = _prepared_folder(config, workdir)
     studies = take_shard(find_studies(folder, config.data.layout), config.prepare.shard)
+    own = hosts.share(studies)
     report = prepare_studies(
-        hosts.share(studies),
+        own,
         prepared,
         _prepare_settings(config),
         num_workers=_num_workers(config),
@@ -109,11 +111,10 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> list[pathlib.Path]:
             print(f'prepare: note: {study_id}: {note}')
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
-    if not report.made and not report.kept:
+    # One host's share may hold none that can be used.
+    good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
+    if not any(good):
         raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
-    good = hosts.gather(
-        [study.study_id not in report.bad for study in hosts.share(studies)], len(studies)
-    )
     return [
         prepared / study.study_id / 'geometry.json'
         for study, is_good in zip(studies, good, strict=True)
@@ -381,6 +382,7 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
 def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Prints where a work directory stands."""
     from covseg_jax.manifest import describe
+    from covseg_jax.training.logging import read_rows
 
     if not (workdir / 'config.json').exists():
         raise InputError(f'{workdir}: no run was begun there')
@@ -390,16 +392,15 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
         print(f'status: {stage:>10}: {describe(workdir, stage)}')
         log = logs.get(stage, workdir) / 'metrics.jsonl'
         if log.exists():
-            rows = [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
-            values = {
-                key: value for row in rows for key, value in row.items()
-            }  # the newest of each
+            values: dict = {}
+            for row in read_rows(log):
+                values |= row
             shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
             listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
             total = begun[stage]['num_steps']
             print(f'status: {"":>10}  step {values["step"]} of {total}, {", ".join(listed)}')
-    if (workdir / 'stopped').exists():
-        print(f'status: {(workdir / "stopped").read_text(encoding="utf-8").strip()}')
+    if (workdir / STOPPED).exists():
+        print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
 
 
 def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:

@@ -30,12 +30,8 @@ class MetricsLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
-            kept = [
-                line
-                for line in self._path.read_text(encoding='utf-8').splitlines()
-                if _step_of(line) is not None and _step_of(line) <= start_step
-            ]
-            atomic.write_text(self._path, ''.join(line + '\n' for line in kept))
+            kept = [row for row in read_rows(self._path) if row['step'] <= start_step]
+            atomic.write_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
         self._file = self._path.open('a', encoding='utf-8')
         # Not tensorboardX's SummaryWriter: its thread holds events back, and dies of a full disk
         # without a word.
@@ -105,11 +101,13 @@ class MetricsLog:
             ) from error
 
 
-def _step_of(line: str) -> int | None:
-    try:
-        return json.loads(line)['step']
-    except (ValueError, KeyError):  # a line that a killed process left half-written
-        return None
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without one that is, or was left, half-written."""
+    rows = []
+    for line in path.read_text(encoding='utf-8').splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and 'step' in row]
 
 
 def image_strip(rows: list[list[np.ndarray]]) -> np.ndarray:

@@ -230,6 +230,9 @@ class _Timer:
     """How fast steps were since the last line, and which share of the time they waited for data."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._since, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
 
     @contextlib.contextmanager
@@ -252,7 +255,7 @@ class _Timer:
             'speed/steps_per_s': self._steps / seconds,
             'speed/input_wait_share': self._waited / seconds,
         }
-        self.__init__()
+        self._begin()
         return found
 
 

@@ -18,6 +18,7 @@ from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.finite import skip_non_finite
+from covseg_jax.training.logging import read_rows
 
 
 @struct.dataclass
@@ -269,3 +270,9 @@ def test_chosen_steps_are_traced(tmp_path):
     traces = list((tmp_path / 'profile').rglob('*.xplane.pb'))
     assert len(traces) == 1
     assert traces[0].stat().st_size > 0
+
+
+def test_a_line_that_is_half_written_is_no_row(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 2, "loss/total": 0.1}\n{"step": 4, "lo')
+    assert read_rows(path) == [{'step': 2, 'loss/total': 0.1}]
