@@ -8,12 +8,16 @@ from tqdm import tqdm
 
 from covseg_jax import hosts
 from covseg_jax.data.cases import Case
-from covseg_jax.evaluation import evaluate, report
+from covseg_jax.evaluation import evaluate, figures, probabilities, report, viewer
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.nifti import read_volume
 from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
 
 PSEUDO_MASK_CUT = 0.5  # synthesize.py puts its threshold there
+MAX_VIEWS = 50  # cases that the report lets be looked at, the worst
+_VIEWS_BYTES = 20_000_000  # of all of them in the report
+_VIEW_BYTES = 500_000  # of one at most
+_FINE_BINS = 8 * probabilities.NUM_BINS  # of a curve that many cuts are read from
 
 
 def _read_canonical(path: str) -> np.ndarray:
@@ -46,6 +50,7 @@ def evaluate_cohort(
     settings: MaskSettings,
     folder: pathlib.Path,
     run: dict,
+    learning_curves: Sequence[pathlib.Path] = (),
 ) -> dict:
     """Scores all cases in the three protocols and writes the tables, figures, report and summary.
 
@@ -57,6 +62,7 @@ def evaluate_cohort(
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html, and
         summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
+      learning_curves: pictures that the report ends with.
 
     Returns:
       The content of summary.json.
@@ -78,17 +84,33 @@ def evaluate_cohort(
             masks['pseudo'] = (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, cut))
         return masks
 
-    def score(case: Case) -> dict[str, tuple[dict, list[dict]]]:
-        truth = _read_canonical(case.description['lesion_mask']) > 0
-        return {source: _score(case, *each, truth) for source, each in masks_of(case).items()}
+    view_bytes = min(_VIEW_BYTES, _VIEWS_BYTES // min(max(len(cases), 1), MAX_VIEWS))
 
-    own = tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None)
-    for scores in hosts.gather([score(case) for case in own], len(cases)):
-        for source, (case_row, slice_rows) in scores.items():
+    def score(case: Case) -> dict:
+        truth = _read_canonical(case.description['lesion_mask']) > 0
+        masks = masks_of(case)
+        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
+        images = _images(case, scores['network'][0]['dice'], truth, masks)
+        return {
+            'scores': scores,
+            'curve': _curve(case, masks['network'][0]).tolist(),
+            'view': viewer.draw_views(images, view_bytes),
+        }
+
+    own: list[dict] = []
+    for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):
+        own.append(score(case))
+        _drop_best_view(own)
+    found = hosts.gather(own, len(cases))
+    _drop_best_view(found)
+    for each in found:
+        for source, (case_row, slice_rows) in each['scores'].items():
             tables[source][0].append(case_row)
             tables[source][1].extend(slice_rows)
 
     case_rows, slice_rows = tables['network']
+    pseudo_rows = tables['pseudo'][0] if 'pseudo' in tables else []
+    curve = np.sum([each['curve'] for each in found], axis=0)
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
         'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
@@ -101,34 +123,56 @@ def evaluate_cohort(
         evaluate.write_tables(folder, case_rows, slice_rows)
         if 'pseudo' in tables:
             evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
-        figures = report.plot_against_infection(case_rows, slice_rows, folder)
-        figures += report.plot_overlays(_choose_overlays(cases, case_rows, masks_of), folder)
-        report.write_report(folder, summary, case_rows, figures, run)
+        chosen = {
+            role: next(case for case in cases if case.study_id == study_id)
+            for role, study_id in figures.choose_cases(case_rows).items()
+        }
+        dice = {row['study_id']: row['dice'] for row in case_rows}
+        drawn = figures.plot_against_infection(case_rows, slice_rows, folder)
+        drawn.append(figures.plot_agreement(case_rows, pseudo_rows, folder))
+        coarse = curve.reshape(len(curve), probabilities.NUM_BINS, -1).sum(axis=-1)
+        drawn.append(figures.plot_calibration(coarse, folder))
+        for role, case in chosen.items():
+            truth = _read_canonical(case.description['lesion_mask']) > 0
+            images = _images(case, dice[case.study_id], truth, masks_of(case))
+            drawn.append(figures.plot_overlay(role, images, folder))
+        drawn += learning_curves
+        views = [each['view'] for each in found if each['view']]
+        report.write_report(folder, summary, case_rows, drawn, run, views)
         evaluate.write_summary(folder, summary)
 
     hosts.first_alone(write, 'the evaluation is written')
     return summary
 
 
-def _choose_overlays(
-    cases: Sequence[Case], case_rows: list[dict], masks_of: Callable[[Case], dict]
-) -> dict[str, report.OverlayCase]:
-    by_id = {case.study_id: case for case in cases}
-    dice = {row['study_id']: row['dice'] for row in case_rows}
-    overlays = {}
-    for role, study_id in report.choose_cases(case_rows).items():
-        case = by_id[study_id]
-        masks = masks_of(case)
-        overlays[role] = report.OverlayCase(
-            study_id=study_id,
-            dice=dice[study_id],
-            image_hu=_read_canonical(case.description['image']),
-            truth=_read_canonical(case.description['lesion_mask']) > 0,
-            prediction=masks['network'][1].mask,
-            pseudo_mask=masks['pseudo'][1].mask if 'pseudo' in masks else None,
-            spacing_mm=case.geometry.spacing_mm,
-        )
-    return overlays
+def _images(
+    case: Case, dice: float, truth: np.ndarray, masks: dict[str, tuple[np.ndarray, StudyMask]]
+) -> figures.CaseImages:
+    return figures.CaseImages(
+        study_id=case.study_id,
+        dice=dice,
+        image_hu=_read_canonical(case.description['image']),
+        lungs=masks['network'][1].lungs,
+        truth=truth,
+        prediction=masks['network'][1].mask,
+        pseudo_mask=masks['pseudo'][1].mask if 'pseudo' in masks else None,
+        spacing_mm=case.geometry.spacing_mm,
+    )
+
+
+def _curve(case: Case, probability: np.ndarray) -> np.ndarray:
+    inside = np.asarray(case.lungs()) > 0
+    truth = np.asarray(case.lesion()) > 0
+    return probabilities.calibration_curve(truth[inside], probability[inside], _FINE_BINS)
+
+
+def _drop_best_view(found: list[dict]) -> None:
+    """Keeps the views of the worst cases, so that memory and report stay small."""
+    rows = [each['scores']['network'][0] for each in found if each['view']]
+    kept = {row['study_id'] for row in report.sort_worst_first(rows)[:MAX_VIEWS]}
+    for each in found:
+        if each['view'] and each['view']['study_id'] not in kept:
+            each['view'] = None
 
 
 def format_summary(summary: dict) -> str:

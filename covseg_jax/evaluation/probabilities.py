@@ -26,16 +26,16 @@ def expected_calibration_error(truth: np.ndarray, probability: np.ndarray) -> fl
 
 
 def calibration_curve(
-    truth: np.ndarray, probability: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(NUM_BINS,) voxels, sums of their probabilities, and lesion voxels, of bins of equal width.
+    truth: np.ndarray, probability: np.ndarray, num_bins: int = NUM_BINS
+) -> np.ndarray:
+    """(3, num_bins) voxels, sums of their probabilities, and lesion voxels, of bins of equal width.
     Those of several cases add up."""
     probability = probability.astype(np.float64).ravel()
-    bins = np.minimum((probability * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=NUM_BINS)
-    sums = np.bincount(bins, weights=probability, minlength=NUM_BINS)
-    hits = np.bincount(bins, weights=truth.ravel().astype(np.float64), minlength=NUM_BINS)
-    return counts, sums, hits
+    bins = np.minimum((probability * num_bins).astype(np.int64), num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    sums = np.bincount(bins, weights=probability, minlength=num_bins)
+    hits = np.bincount(bins, weights=truth.ravel().astype(np.float64), minlength=num_bins)
+    return np.stack([counts, sums, hits])
 
 
 def average_precision(truth: np.ndarray, probability: np.ndarray) -> float:

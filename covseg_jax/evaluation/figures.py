@@ -1,0 +1,324 @@
+"""The figures of an evaluation."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from covseg_jax import atomic
+from covseg_jax.evaluation import evaluate
+
+# Level -600, width 1500 HU: the window in which lungs are read.
+LUNG_WINDOW_HU = (-1350.0, 150.0)
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+TRUTH_COLOUR, PSEUDO_COLOUR, PREDICTION_COLOUR = '#009e73', '#56b4e9', '#e69f00'
+POINT_COLOUR, TREND_COLOUR = '#0072b2', '#d55e00'
+
+PROTOCOL_TITLES = {
+    'volume': 'Whole study, native grid',
+    'slice_infection_over_1pct': 'Slices with infection > 1 %, output > 0.2 · max',
+    'slice_all': 'All slices with lesion, native grid',
+}
+METRIC_TITLES = {
+    'dice': 'Dice',
+    'sensitivity': 'Sensitivity',
+    'specificity_lung': 'Specificity in the lungs',
+    'specificity_image': 'Specificity, whole image',
+    'hd95_mm': 'HD95 (mm)',
+    'nsd': f'Surface Dice at {evaluate.NSD_TOLERANCE_MM:g} mm',
+    'iou': 'IoU',
+    'precision': 'Precision',
+    'lesion_f1': 'F1 of lesions',
+    'volume_error_ml': 'Volume error (ml)',
+    'volume_error_percent': 'Volume error (%)',
+    'average_precision': 'Average precision',
+    'ece': 'Calibration error',
+    'brier': 'Brier score',
+}
+_FIGURES_AGAINST_INFECTION = {
+    'dice': 'dice_vs_infection.png',
+    'sensitivity': 'sensitivity_vs_infection.png',
+    'specificity_lung': 'specificity_vs_infection.png',
+}
+_MIN_POINTS_FOR_TREND = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseImages:
+    """What is drawn of one study, all on its native grid.
+
+    Attributes:
+      study_id: its name. dice: its volume Dice.
+      image_hu: (Z, Y, X) in HU, canonical: `imshow(image_hu[z])` is the radiological view.
+      lungs, truth, prediction: (Z, Y, X) boolean. pseudo_mask: the same, or None.
+      spacing_mm: voxel size along z, y, x.
+    """
+
+    study_id: str
+    dice: float
+    image_hu: np.ndarray
+    lungs: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    pseudo_mask: np.ndarray | None
+    spacing_mm: tuple[float, float, float]
+
+
+def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+    with atomic.new_file(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110, metadata={'Software': None})
+    return path
+
+
+def running_quartiles(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quartiles of y over windows of neighbouring x: a fifth of the points each, five at least.
+
+    Args:
+      x, y: (N,) finite, N >= 5.
+
+    Returns:
+      (N - w + 1,) the median x, and (3, N - w + 1) the quartiles of y, of each window of w points.
+    """
+    order = np.argsort(x, kind='stable')
+    width = max(5, len(x) // 5)
+    windows = np.lib.stride_tricks.sliding_window_view
+    return (
+        np.median(windows(x[order], width), axis=1),
+        np.percentile(windows(y[order], width), (25, 50, 75), axis=1),
+    )
+
+
+def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
+    x = np.array([row['infection_percent'] for row in rows], np.float64)
+    y = np.array([row[metric] for row in rows], np.float64)
+    # A logarithmic axis has no place for 0, nor for an undefined figure: n says how many are shown.
+    shown = (x > 0) & np.isfinite(y)
+    x, y = x[shown], y[shown]
+    unit = 'studies' if protocol == 'volume' else 'slices'
+    axes.set_title(
+        f'{PROTOCOL_TITLES[protocol]}\nprotocol {protocol}, n = {len(x)} of {len(rows)} {unit}',
+        fontsize=9,
+    )
+    axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=METRIC_TITLES[metric])
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[['top', 'right']].set_visible(False)
+    if not len(x):
+        axes.set(xlim=(0.1, 100), ylim=(-0.03, 1.03))
+        axes.text(0.5, 0.5, 'nothing to show', transform=axes.transAxes, ha='center')
+        return
+    size = 26 if len(x) < 200 else 9
+    axes.scatter(x, y, s=size, color=POINT_COLOUR, alpha=0.55, linewidths=0)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=12))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    # Specificity lives near 1: its own range, or all points lie on one line.
+    low = 0.0 if metric != 'specificity_lung' else min(0.9, float(y.min()))
+    margin = 0.04 * (1 - low)
+    axes.set_ylim(low - margin, 1 + margin)
+    if len(x) >= _MIN_POINTS_FOR_TREND:
+        middle, (low, median, high) = running_quartiles(x, y)
+        axes.fill_between(
+            middle, low, high, color=TREND_COLOUR, alpha=0.15, linewidth=0, label='middle half'
+        )
+        axes.plot(middle, median, color=TREND_COLOUR, linewidth=2, label='running median')
+        axes.legend(fontsize=8, loc='best', framealpha=0.7)
+
+
+def plot_against_infection(
+    case_rows: list[dict], slice_rows: list[dict], folder: pathlib.Path
+) -> list[pathlib.Path]:
+    """Draws Dice, sensitivity and specificity (lungs) against infection %, a panel a protocol.
+
+    Args:
+      case_rows, slice_rows: as `evaluate.score_case` makes them.
+      folder: the evaluation folder; the figures go into its `figures/`.
+
+    Returns:
+      The PNG files: dice_vs_infection, sensitivity_vs_infection, specificity_vs_infection.
+    """
+    rows_of = {
+        protocol: case_rows
+        if protocol == 'volume'
+        else [row for row in slice_rows if row['protocol'] == protocol]
+        for protocol in evaluate.PROTOCOLS
+    }
+    paths = []
+    for metric, name in _FIGURES_AGAINST_INFECTION.items():
+        figure = Figure(figsize=(13, 4), layout='constrained')
+        panels = figure.subplots(1, len(rows_of))
+        for axes, (protocol, rows) in zip(panels, rows_of.items(), strict=True):
+            _scatter(axes, protocol, rows, metric)
+        paths.append(_save(figure, pathlib.Path(folder) / 'figures' / name))
+    return paths
+
+
+def plot_agreement(
+    case_rows: list[dict], pseudo_rows: list[dict], folder: pathlib.Path
+) -> pathlib.Path:
+    """Draws predicted minus true lesion volume against their mean, a point a study (Bland and
+    Altman 1986), with the mean difference and mean ± 1.96 standard deviations.
+
+    Args:
+      case_rows, pseudo_rows: the network's and the pseudo-masks' (may be empty).
+      folder: the evaluation folder; figures/bland_altman.png is written into it.
+    """
+    sources = {'prediction': case_rows, 'pseudo-masks': pseudo_rows}
+    sources = {name: rows for name, rows in sources.items() if rows}
+    figure = Figure(figsize=(1 + 5.5 * len(sources), 4), layout='constrained')
+    panels = figure.subplots(1, len(sources), squeeze=False)[0]
+    for axes, (name, rows) in zip(panels, sources.items(), strict=True):
+        true, found = (
+            np.array([row[column] for row in rows], np.float64)
+            for column in ('volume_ml_true', 'volume_ml_predicted')
+        )
+        difference, mean = found - true, (found + true) / 2
+        axes.scatter(mean, difference, s=26, color=POINT_COLOUR, alpha=0.55, linewidths=0)
+        bias = difference.mean()
+        lines = {'mean': bias}
+        if len(rows) > 1:
+            spread = 1.96 * difference.std(ddof=1)
+            lines |= {'+1.96 SD': bias + spread, '−1.96 SD': bias - spread}
+        for label, height in lines.items():
+            style = '-' if label == 'mean' else '--'
+            axes.axhline(height, color=TREND_COLOUR, linestyle=style, linewidth=1.2)
+            axes.annotate(
+                f'{label}: {height:.1f} ml', (1, height), xycoords=('axes fraction', 'data'),
+                xytext=(-3, 3), textcoords='offset points', ha='right', fontsize=8,
+            )  # fmt: skip
+        axes.axhline(0, color='0.7', linewidth=0.8, zorder=0)
+        axes.set_title(f'Lesion volume of {name}, n = {len(rows)} studies', fontsize=9)
+        axes.set(xlabel='Mean of true and predicted, ml', ylabel='Predicted − true, ml')
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[['top', 'right']].set_visible(False)
+    return _save(figure, pathlib.Path(folder) / 'figures' / 'bland_altman.png')
+
+
+def plot_calibration(curve: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
+    """Draws the observed share of lesion against the predicted probability, over the voxels inside
+    the lungs of all studies together, above how many voxels there are of each probability.
+
+    Args:
+      curve: (3, B), as `probabilities.calibration_curve` gives it.
+      folder: the evaluation folder; figures/calibration.png is written into it.
+    """
+    counts, sums, hits = curve
+    filled = counts > 0
+    figure = Figure(figsize=(5, 5.2), layout='constrained')
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot((0, 1), (0, 1), color='0.7', linewidth=0.8, label='as good as its word')
+    upper.plot(
+        sums[filled] / counts[filled], hits[filled] / counts[filled], 'o-', color=POINT_COLOUR,
+        label='observed',
+    )  # fmt: skip
+    upper.set(ylabel='Share of voxels with lesion', ylim=(-0.03, 1.03))
+    upper.set_title('Calibration inside the lungs, model grid, all studies together', fontsize=9)
+    upper.legend(fontsize=8, loc='upper left')
+    edges = np.linspace(0, 1, len(counts) + 1)
+    lower.bar(edges[:-1], counts, width=np.diff(edges), align='edge', color=POINT_COLOUR)
+    lower.set(xlabel='Predicted probability', ylabel='Voxels', yscale='log', xlim=(-0.02, 1.02))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[['top', 'right']].set_visible(False)
+    return _save(figure, pathlib.Path(folder) / 'figures' / 'calibration.png')
+
+
+def choose_cases(case_rows: list[dict]) -> dict[str, str]:
+    """The studies with the best, the median and the worst Dice: role → study_id.
+
+    Undefined Dice is left out; with fewer than three studies each is named once, so that a role may
+    be missing. Ties go by study_id; of an even number, the median is the lower of the middle two.
+    """
+    ranked = sorted(
+        (row['dice'], row['study_id']) for row in case_rows if not math.isnan(row['dice'])
+    )
+    if not ranked:
+        return {}
+    chosen = {'best': ranked[-1][1], 'median': ranked[(len(ranked) - 1) // 2][1]}
+    chosen['worst'] = ranked[0][1]
+    roles = {}
+    for role in ('best', 'worst', 'median'):
+        if chosen[role] not in roles.values():
+            roles[role] = chosen[role]
+    return {role: roles[role] for role in ('best', 'median', 'worst') if role in roles}
+
+
+def _choose_slices(case: CaseImages, num_slices: int) -> list[int]:
+    """Slices with most lesion, true or predicted where none is true, from top to bottom."""
+    areas = case.truth.sum(axis=(1, 2))
+    if not areas.any():
+        areas = case.prediction.sum(axis=(1, 2))
+    most = np.argsort(-areas, kind='stable')[:num_slices]
+    with_lesion = most[areas[most] > 0]
+    return sorted(int(z) for z in with_lesion) or [len(areas) // 2]
+
+
+def _body_box(image_hu: np.ndarray, slices: list[int]) -> tuple[slice, slice]:
+    """Rows and columns that hold the body (> -500 HU) in these slices, with a few voxels around."""
+    body = (image_hu[slices] > -500).any(axis=0)
+    box = []
+    for axis in (0, 1):
+        # At least 2 % of a line, so that a thread of the table does not count as body.
+        filled = np.flatnonzero(body.mean(axis=1 - axis) > 0.02)
+        if filled.size:
+            box.append(slice(max(0, int(filled[0]) - 4), int(filled[-1]) + 5))
+        else:
+            box.append(slice(None))
+    return box[0], box[1]
+
+
+def _draw_overlay(role: str, case: CaseImages, slices: list[int]) -> Figure:
+    masks = {
+        'scan': (None, None),
+        'truth': (case.truth, TRUTH_COLOUR),
+        'pseudo-mask': (case.pseudo_mask, PSEUDO_COLOUR),
+        'prediction': (case.prediction, PREDICTION_COLOUR),
+    }
+    columns = {
+        name: drawn for name, drawn in masks.items() if name == 'scan' or drawn[0] is not None
+    }
+    rows, cols = _body_box(case.image_hu, slices)
+    aspect = float(case.spacing_mm[1]) / float(case.spacing_mm[2])
+    height, width = case.image_hu[0][rows, cols].shape
+    panel = 3.0
+    figure = Figure(
+        figsize=(panel * len(columns), 0.6 + panel * aspect * height / width * len(slices)),
+        layout='constrained',
+    )
+    panels = figure.subplots(len(slices), len(columns), squeeze=False)
+    for line, z in zip(panels, slices, strict=True):
+        for axes, (name, (mask, colour)) in zip(line, columns.items(), strict=True):
+            low, high = LUNG_WINDOW_HU
+            scan = case.image_hu[z][rows, cols]
+            axes.imshow(scan, cmap='gray', vmin=low, vmax=high, aspect=aspect)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if axes in panels[0]:
+                axes.set_title(name, fontsize=10)
+            if mask is not None and mask[z][rows, cols].any():
+                axes.contour(mask[z][rows, cols], levels=[0.5], colors=[colour], linewidths=1.1)
+        line[0].set_ylabel(f'slice {z}', fontsize=9)
+    score = 'undefined' if math.isnan(case.dice) else f'{case.dice:.3f}'
+    figure.suptitle(f'{role}: {case.study_id}, volume Dice {score}', fontsize=11)
+    return figure
+
+
+def plot_overlay(
+    role: str, case: CaseImages, folder: pathlib.Path, *, num_slices: int = 3
+) -> pathlib.Path:
+    """Draws scan | truth | pseudo-mask (where given) | prediction, a row a slice, lung window.
+
+    Args:
+      role: one of those of `choose_cases`, or another word for the title.
+      case: the study.
+      folder: the evaluation folder; figures/case_<role>.png is written into it.
+      num_slices: how many axial slices, those with most true lesion (predicted lesion where the
+        truth is empty).
+    """
+    return _save(
+        _draw_overlay(role, case, _choose_slices(case, num_slices)),
+        pathlib.Path(folder) / 'figures' / f'case_{role}.png',
+    )
