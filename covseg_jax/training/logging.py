@@ -5,42 +5,45 @@ import json
 import math
 import os
 import pathlib
-import time
 from collections.abc import Iterator
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
+from covseg_jax.training.events import Events
 
 
-class MetricsLog:
+class SilentLog:
+    """The log of a host that leaves the writing to the first one."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class MetricsLog(SilentLog):
     """Scalars and images of one run: `folder`/metrics.jsonl (one line a logged step, full
-    precision) and `folder`/tensorboard/. Of several hosts the first writes."""
+    precision) and `folder`/tensorboard/."""
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
         """Opens the log of a run that goes on after `start_step` steps: what an earlier process
         wrote beyond that step, and will be computed again, is dropped."""
         self._path = folder / 'metrics.jsonl'
-        self._is_writer = hosts.is_first()
-        if not self._is_writer:
-            return
         folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             kept = [row for row in read_rows(self._path) if row['step'] <= start_step]
             atomic.write_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
         self._file = self._path.open('a', encoding='utf-8')
-        # Not tensorboardX's SummaryWriter: its thread holds events back, and dies of a full disk
-        # without a word.
-        events = folder / 'tensorboard'
-        events.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(events / 'events'), f'.{os.getpid()}.{start_step}')
-        # TensorBoard drops these steps of earlier files.
-        self._events.write_event(Event(step=start_step + 1, file_version='brain.Event:2'))
-        self._write_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._events = Events(folder / 'tensorboard', start_step=start_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line, and one TensorBoard scalar a value.
@@ -48,33 +51,29 @@ class MetricsLog:
         Raises:
           InputError: the disk is full or does not let itself be written.
         """
-        if not self._is_writer:
-            return
         # JSON has no NaN: an undefined value is null, as everywhere in this project.
         line = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         with self._explained():
             self._file.write(json.dumps({'step': step} | line) + '\n')
             self._file.flush()
-            for name, value in values.items():
-                self._write_event(step, summary=summary.scalar(name, value))
+            self._events.scalars(step, values)
             self._events.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One (H, W) or (H, W, 3) picture in [0, 1]."""
-        if not self._is_writer:
-            return
-        image = np.clip(np.asarray(image, np.float32), 0, 1)
-        form = 'HWC' if image.ndim == 3 else 'HW'
-        with self._explained():
-            self._write_event(step, summary=summary.image(name, image, dataformats=form))
+        """One (H, W) or (H, W, 3) picture in [0, 1].
 
-    def _write_event(self, step: int, **content) -> None:
-        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
+        Raises:
+          InputError: as `write`.
+        """
+        with self._explained():
+            self._events.image(step, name, image)
 
     def sync(self) -> None:
-        """Returns once what was written is on disk."""
-        if not self._is_writer:
-            return
+        """Returns once what was written is on disk.
+
+        Raises:
+          InputError: as `write`.
+        """
         with self._explained():
             self._events.flush()
             self._file.flush()
@@ -82,8 +81,6 @@ class MetricsLog:
 
     def close(self) -> None:
         """Lets go of both files."""
-        if not self._is_writer:
-            return
         with contextlib.suppress(OSError):  # nothing is held back but what a full disk refused
             self._file.close()
         with contextlib.suppress(OSError):
@@ -99,6 +96,11 @@ class MetricsLog:
                 'free space there or let it be written, and run the same command again: it goes on '
                 'from the last checkpoint'
             ) from error
+
+
+def open_log(folder: pathlib.Path, *, start_step: int) -> SilentLog:
+    """The `MetricsLog` of a run; of several hosts the first has it."""
+    return MetricsLog(folder, start_step=start_step) if hosts.is_first() else SilentLog()
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:

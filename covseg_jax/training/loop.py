@@ -23,7 +23,8 @@ from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training.checkpoint import Checkpoints
 from covseg_jax.training.finite import SKIPPED
-from covseg_jax.training.logging import MetricsLog
+from covseg_jax.training.logging import open_log
+from covseg_jax.training.progress import draw_progress
 
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 
@@ -94,6 +95,23 @@ class _Profiler:
             self._is_running = False
 
 
+class _ProgressPicture:
+    """progress.png of a work directory, which the first host draws."""
+
+    _EVERY_SECONDS = 60
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir, self._due = workdir, -math.inf
+
+    def draw(self, *, always: bool) -> None:
+        """Draws it; unless `always`, only where the last one is a minute old."""
+        if not hosts.is_first() or not (always or time.monotonic() >= self._due):
+            return
+        with contextlib.suppress(OSError):  # a full disk is the log's and the checkpoints' to tell
+            draw_progress(self._workdir)
+        self._due = time.monotonic() + self._EVERY_SECONDS
+
+
 class _Unlogged:
     """The metrics of the steps since the last logged line, and which steps in a row, up to the
     newest, were skipped."""
@@ -155,7 +173,8 @@ def run(
     Args:
       name: what the progress bar says.
       folder: gets checkpoints/, tensorboard/, metrics.jsonl and, with a profile, profile/, which
-        TensorBoard's profile plugin and Perfetto show.
+        TensorBoard's profile plugin and Perfetto show. The folder around it, the work directory,
+        gets progress.png.
       state: a fresh state with a `step` field; donated.
       abstract_state: its shapes and shardings.
       feed: the batches.
@@ -183,10 +202,10 @@ def run(
     unlogged = _Unlogged(progress.get('unlogged', {}))
     values = progress.get('values', {best: -math.inf})
     batches = feed.start(max(start - first_step, 0))
-    timer = _Timer()
+    timer, progress_picture = _Timer(), _ProgressPicture(folder.parent)
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricsLog(folder, start_step=start)) as log,
+        contextlib.closing(open_log(folder, start_step=start)) as log,
         contextlib.closing(_Profiler(folder / 'profile', schedule.profile)) as profiler,
         _stop_signals() as stop_asked,
         tqdm(total=schedule.num_steps, initial=start, desc=name, unit='step', disable=None) as bar,
@@ -194,7 +213,8 @@ def run(
         for step in range(start, schedule.num_steps + 1):
             at_end = step == schedule.num_steps
             with timer.pause():  # the speed that is logged is the steps' own
-                if step > start and (at_end or _is_due(step, schedule.evaluate_every)):
+                evaluates = step > start and (at_end or _is_due(step, schedule.evaluate_every))
+                if evaluates:
                     state, values, pictures = evaluate(state)
                     log.write(step, values)
                     for title, picture in pictures.items():
@@ -206,6 +226,8 @@ def run(
                     log.sync()  # the lines up to this step are on disk before it
                     progress = {'unlogged': unlogged.to_json(), 'values': values}
                     checkpoints.save(step, state, values, progress)
+                if evaluates or stop:
+                    progress_picture.draw(always=at_end or stop)
                 if at_end:
                     break
                 if stop:

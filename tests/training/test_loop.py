@@ -18,7 +18,7 @@ from covseg_jax.data.pipeline import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.finite import skip_non_finite
-from covseg_jax.training.logging import read_rows
+from covseg_jax.training.logging import open_log, read_rows
 
 
 @struct.dataclass
@@ -276,3 +276,13 @@ def test_a_line_that_is_half_written_is_no_row(tmp_path):
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 2, "loss/total": 0.1}\n{"step": 4, "lo')
     assert read_rows(path) == [{'step': 2, 'loss/total': 0.1}]
+
+
+def test_host_that_is_not_the_first_logs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr('covseg_jax.hosts._index', 1)
+    log = open_log(tmp_path / 'run', start_step=0)
+    log.write(2, {'loss/total': 0.1})
+    log.write_image(2, 'picture', np.zeros((4, 4)))
+    log.sync()
+    log.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,175 @@
+"""progress.png: how far the training of a work directory is, and how it went."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+
+from covseg_jax import atomic
+from covseg_jax.training.logging import read_rows
+
+if TYPE_CHECKING:  # imported where something is drawn: training alone does without it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.gridspec import SubplotSpec
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (N,) steps, (N,) values, NaN: undefined
+
+_MODELS = {'gan': 'GAN', 'transunet': 'Segmentation network'}  # folder -> title
+_HEAVY = 'total'
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+_FAINT = '#8a8a8a'
+_ERRORS = ('mse', 'harm')  # validation's values that are best when 0
+_LONG = 60  # a series of more points is drawn as its running median, over itself as a thin line
+
+
+def draw_progress(workdir: pathlib.Path) -> pathlib.Path | None:
+    """Draws `workdir`/progress.png; None, and no file, where nothing was logged yet.
+
+    Raises:
+      OSError: the disk is full or does not let itself be written.
+    """
+    figure = learning_curves(workdir)
+    if figure is None:
+        return None
+    path = workdir / 'progress.png'
+    with atomic.new_file(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=100, metadata={'Software': None})
+    return path
+
+
+def learning_curves(workdir: pathlib.Path) -> Figure | None:
+    """One row of panels for each model in `workdir` that logged something, else None.
+
+    From left to right: losses; validation's scores, and below them its errors; the learning rate,
+    and below it the GAN's discriminator. Legends give the newest value of each series.
+    """
+    logs = {
+        title: read_rows(workdir / name / 'metrics.jsonl')
+        for name, title in _MODELS.items()
+        if (workdir / name / 'metrics.jsonl').exists()
+    }
+    logs = {title: rows for title, rows in logs.items() if rows}
+    if not logs:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 4.4 * len(logs)), layout='constrained')
+    parts = figure.subfigures(len(logs), 1, squeeze=False)[:, 0]
+    for part, (title, rows) in zip(parts, logs.items(), strict=True):
+        _draw_model(part, title, rows)
+    return figure
+
+
+def _take_series(rows: list[dict], group: str) -> Series:
+    """The series named `group`/..., without the group."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(group + '/'):
+                point = row['step'], math.nan if value is None else value
+                found.setdefault(name.removeprefix(group + '/'), []).append(point)
+    return {
+        name: (np.array([s for s, _ in points]), np.array([v for _, v in points], np.float64))
+        for name, points in sorted(found.items())
+    }
+
+
+def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
+    last = max(row['step'] for row in rows)
+    part.suptitle(f'{title}, step {last:,}', fontsize=13, fontweight='bold')
+    grid = part.add_gridspec(1, 3, width_ratios=(1.25, 1, 0.8))
+    losses, validation, optimizer, discriminator = (
+        _take_series(rows, group) for group in ('loss', 'validation', 'optimizer', 'discriminator')
+    )
+    errors = {k: v for k, v in validation.items() if k in _ERRORS or np.any(v[1] > 1)}
+    scores = {k: v for k, v in validation.items() if k not in errors}
+    accuracy = {k: v for k, v in discriminator.items() if k == 'accuracy'}
+    rate = {k: v for k, v in optimizer.items() if k == 'learning_rate'}
+
+    (top,) = _add_column(part, grid[0], 1, last)
+    _draw_lines(top, 'losses', losses)
+    _use_log_scale(top, losses)
+
+    top, *below = _add_column(part, grid[1], 2 if errors else 1, last)
+    _draw_lines(top, 'validation', scores)
+    lowest = min((np.nanmin(values, initial=0) for _, values in scores.values()), default=0)
+    top.set_ylim(max(lowest, -1) - 0.02, 1.02)
+    for axes in below:
+        _draw_lines(axes, 'validation, errors', errors)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+
+    top, *below = _add_column(part, grid[2], 2 if accuracy else 1, last)
+    _draw_lines(top, 'optimizer', rate, median=False)
+    top.set_ylim(bottom=0)
+    for axes in below:
+        axes.axhline(0.5, color=_FAINT, linewidth=0.8, linestyle=':')  # where it only guesses
+        _draw_lines(axes, 'discriminator', accuracy)
+        axes.set_ylim(-0.05, 1.05)
+
+
+def _add_column(part: SubFigure, place: SubplotSpec, num_panels: int, last: int) -> list[Axes]:
+    """One panel, or two of which the lower is less high, over steps from 0 to `last`."""
+    grid = place.subgridspec(num_panels, 1, height_ratios=(3, 2)[:num_panels])
+    column = [part.add_subplot(grid[i]) for i in range(num_panels)]
+    for axes in column:
+        axes.set_xlim(0, last)
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.xaxis.set_major_formatter('{x:,.0f}')
+        axes.yaxis.set_major_formatter('{x:g}')
+        axes.tick_params(labelsize=8, labelbottom=axes is column[-1])
+    column[-1].set_xlabel('step', fontsize=9)
+    return column
+
+
+def _draw_lines(axes: Axes, title: str, series: Series, *, median: bool = True) -> None:
+    axes.set_title(title, fontsize=10, loc='left')
+    if not series:
+        axes.text(0.5, 0.5, 'nothing yet', color=_FAINT, ha='center', transform=axes.transAxes)
+        return
+    colours = iter(_COLOURS * len(series))
+    for name, (steps, values) in series.items():
+        heavy = name == _HEAVY  # and behind the others, one of which it may be almost equal to
+        style = {
+            'color': 'black' if heavy else next(colours),
+            'linewidth': 3 if heavy else 1.5,
+            'zorder': 2 if heavy else 3,
+            'label': f'{name.replace("_", " ")} {_show(values[-1])}',
+        }
+        if len(steps) > _LONG and median:
+            axes.plot(steps, values, color=style['color'], linewidth=0.6, alpha=0.35, zorder=1)
+            axes.plot(steps, _running_median(values), **style)
+        else:
+            axes.plot(steps, values, marker='' if len(steps) > _LONG else '.', **style)
+    # Above the panel: within it, it would lie on the lines.
+    axes.legend(
+        fontsize=8, frameon=False, ncols=min(len(series), 3), loc='lower right',
+        bbox_to_anchor=(1, 1), borderpad=0.1, borderaxespad=0.2, handlelength=1.2,
+        columnspacing=1,
+    )  # fmt: skip
+
+
+def _show(value: float) -> str:
+    return f'{value:.3g}' if math.isfinite(value) else 'undefined'
+
+
+def _use_log_scale(axes: Axes, series: Series) -> None:
+    values = np.concatenate([values for _, values in series.values()] or [[math.nan]])
+    if np.all(values[np.isfinite(values)] > 0) and np.any(np.isfinite(values)):
+        axes.set_yscale('log')
+
+
+def _running_median(values: np.ndarray) -> np.ndarray:
+    """(N,) medians over a twentieth of the points; where a value is NaN, so is its median."""
+    finite = np.isfinite(values)
+    medians = np.full_like(values, math.nan)
+    width = 2 * (len(values) // 40) + 1
+    # Mirrored at the ends: repeating the last value would make it the median.
+    medians[finite] = ndimage.median_filter(values[finite], size=width, mode='reflect')
+    return medians
