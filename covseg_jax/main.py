@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from covseg_jax import atomic, cpu, hosts, manifest, stages
 from covseg_jax.errors import InputError, Stopped
+from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
@@ -57,6 +58,8 @@ def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         settings[stage] = so_far
         if stage == 'prepare':  # a shard changes who prepares, and not what
             settings[stage] = so_far | {'shard': config.prepare.shard}
+        if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
+            settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}
     return settings
 
 
@@ -88,15 +91,16 @@ def run_stages(
             functools.partial(manifest.begin, workdir, name, settings), f'{name} begins'
         )
         began = time.monotonic()
-        outputs = stages.PIPELINE[name][0](config, workdir)
+        done = stages.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
         # The stage may have made the studies that its settings describe.
         settings = _stage_settings(config, workdir)[name]
         hosts.first_alone(
-            functools.partial(manifest.finish, workdir, name, settings, outputs, seconds),
+            functools.partial(manifest.finish, workdir, name, settings, done.outputs, seconds),
             f'{name} is done',
         )
         print(f'{name}: done in {seconds:.0f} s')
+        stages.show_table(done.rows, done.head)
 
 
 def _describe_environment() -> dict:

@@ -11,6 +11,8 @@ import time
 import nibabel
 import numpy as np
 import pytest
+from matplotlib import image
+from tensorboard.backend.event_processing import event_accumulator
 
 from configs import transunet
 
@@ -77,6 +79,31 @@ def test_main_runs_every_stage_to_a_summary(finished):
     assert json.loads((workdir / 'environment.json').read_text())['packages']['jax']
 
 
+def test_main_ends_each_stage_with_a_table(finished):
+    _, done = finished
+    for row in ('made', 'validation/removed', 'median infection, %', 'threshold', 'slice_all'):
+        assert any(line.startswith(row) or f' {row} ' in line for line in done.stdout.splitlines())
+    assert '%|' not in done.stderr  # progress bars are for terminals
+
+
+def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(finished):
+    workdir, _ = finished
+    assert image.imread(workdir / 'progress.png').shape[1] > 1000
+    summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
+    found = event_accumulator.EventAccumulator(str(workdir / 'evaluation' / 'tensorboard')).Reload()
+    volume = summary['protocols']['volume']
+    for metric in ('dice', 'hd95_mm'):
+        if volume[metric]['mean'] is not None:
+            (point,) = found.Scalars(f'evaluation_volume/{metric}')
+            assert (point.step, point.value) == (8, pytest.approx(volume[metric]['mean'], rel=1e-6))
+    assert 'evaluation/dice_vs_infection' in found.Tags()['images']
+    assert found.PluginTagToContent('pr_curves').keys() == {'evaluation_volume/voxels_in_lungs'}
+    assert found.PluginTagToContent('hparams')
+    report = (workdir / 'evaluation' / 'report.html').read_text()
+    for metric in ('sensitivity', 'specificity_lung', 'nsd', 'brier'):
+        assert f'<td class="number">{volume[metric]["mean"]:.3f}</td>' in report
+
+
 def test_main_leaves_nothing_that_needs_pickle(finished):
     workdir, _ = finished
     for path in workdir.rglob('*.npy'):
@@ -130,8 +157,8 @@ def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, t
     tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
     status = run(*tiny, '--stages=status')
     assert status.returncode == 0, status.stderr
-    assert status.stdout.count(': done 20') == 5
-    assert 'step 8 of 8' in status.stdout
+    assert status.stdout.count('  done 20') == 5
+    assert status.stdout.count('8 of 8') == 2
     masks = workdir / 'studies' / 'masks'
     scored = run(*tiny, '--stages=evaluate', f'--input={masks}', f'--reference={masks}',
                  f'--output={tmp_path}')  # fmt: skip
@@ -140,7 +167,7 @@ def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, t
     assert summary['protocols']['volume']['dice']['mean'] == 1
     compared = run(*tiny, '--stages=compare', f'--input={workdir},{workdir}')
     assert compared.returncode == 0, compared.stderr
-    assert 'difference +0.000' in compared.stdout
+    assert '[+0.000, +0.000]' in compared.stdout
 
 
 def test_main_refuses_to_train_on_under_other_settings(finished):

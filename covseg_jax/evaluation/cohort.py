@@ -1,14 +1,14 @@
 """Evaluates a network, and the pseudo-masks it learned from, on every study with a true mask."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts
 from covseg_jax.data.cases import Case
-from covseg_jax.evaluation import evaluate, figures, probabilities, report, viewer
+from covseg_jax.evaluation import board, evaluate, figures, probabilities, report, viewer
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.nifti import read_volume
 from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
@@ -50,6 +50,8 @@ def evaluate_cohort(
     settings: MaskSettings,
     folder: pathlib.Path,
     run: dict,
+    *,
+    hparams: Mapping[str, bool | int | float | str],
     learning_curves: Sequence[pathlib.Path] = (),
 ) -> dict:
     """Scores all cases in the three protocols and writes the tables, figures, report and summary.
@@ -59,9 +61,10 @@ def evaluate_cohort(
       predict: case -> its (D, H, W) lesion probability.
       read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1]; None where there are none.
       settings: from the probability to a mask.
-      folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html, and
-        summary.json last.
+      folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html,
+        tensorboard/, and summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
+      hparams: the run's settings, for TensorBoard.
       learning_curves: pictures that the report ends with.
 
     Returns:
@@ -136,6 +139,7 @@ def evaluate_cohort(
             truth = _read_canonical(case.description['lesion_mask']) > 0
             images = _images(case, dice[case.study_id], truth, masks_of(case))
             drawn.append(figures.plot_overlay(role, images, folder))
+        board.write_board(folder, summary, curve, drawn, hparams)
         drawn += learning_curves
         views = [each['view'] for each in found if each['view']]
         report.write_report(folder, summary, case_rows, drawn, run, views)
@@ -173,27 +177,3 @@ def _drop_best_view(found: list[dict]) -> None:
     for each in found:
         if each['view'] and each['view']['study_id'] not in kept:
             each['view'] = None
-
-
-def format_summary(summary: dict) -> str:
-    """The figures of summary.json as a few lines of text."""
-    lines = []
-    for title, protocols in (
-        ('network', summary['protocols']),
-        ('pseudo-masks', summary.get('pseudo_masks')),
-    ):
-        for protocol, metrics in (protocols or {}).items():
-            figures = ', '.join(
-                f'{name} {_percent(metrics[name])}'
-                for name in ('dice', 'sensitivity', 'specificity_lung')
-            )
-            lines.append(f'{title:>12} | {protocol:<25} | {figures} (n = {metrics["dice"]["n"]})')
-    return '\n'.join(lines)
-
-
-def _percent(figures: dict) -> str:
-    if figures['mean'] is None:
-        return 'undefined'
-    low, high = figures['ci95']
-    interval = '' if low is None else f' [{low:.3f}, {high:.3f}]'
-    return f'{figures["mean"]:.3f}{interval}'

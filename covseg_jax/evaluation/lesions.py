@@ -6,6 +6,8 @@ import math
 import cc3d
 import numpy as np
 
+from covseg_jax.evaluation import metrics
+
 _CONNECTIVITY = 26  # voxels that share a corner are one lesion
 
 
@@ -37,6 +39,7 @@ class LesionMatch:
 
 def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:
     """Lesions are connected components of (Z, Y, X) boolean masks of one shape, 26 neighbours."""
+    truth, prediction = metrics.crop_to_union(truth, prediction)
     true_labels, num_true = _label(truth)
     predicted_labels, num_predicted = _label(prediction)
     true_voxels = np.bincount(true_labels[truth], minlength=num_true + 1)[1:]
@@ -52,5 +55,5 @@ def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
     if not mask.any():
         return np.zeros(mask.shape, np.uint32), 0
     return cc3d.connected_components(
-        np.asfortranarray(mask), connectivity=_CONNECTIVITY, return_N=True
+        np.ascontiguousarray(mask), connectivity=_CONNECTIVITY, return_N=True
     )

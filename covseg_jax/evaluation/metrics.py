@@ -159,8 +159,9 @@ class SurfaceDistances:
         return _ratio(near, self.from_truth_mm.size + self.from_prediction_mm.size)
 
 
-def _crop_to_union(*masks: np.ndarray) -> list[np.ndarray]:
-    """Crops to the box that holds every mask. No surface, so no distance, lies outside it."""
+def crop_to_union(*masks: np.ndarray) -> list[np.ndarray]:
+    """Views of boolean masks of one shape, cropped to the box that holds them all; of no voxel
+    where all are empty. No surface, so no distance, and no lesion lies outside it."""
     union = np.logical_or.reduce(masks)
     box = []
     for axis in range(union.ndim):
@@ -184,8 +185,10 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 def _distances_to(surface: np.ndarray, from_: np.ndarray, spacing_mm) -> np.ndarray:
     if not surface.any():
         return np.full(np.count_nonzero(from_), np.inf, np.float32)
-    field_mm = edt.edt(~surface, anisotropy=tuple(spacing_mm), black_border=False, parallel=1)
-    return field_mm[from_]
+    # As bytes: of booleans edt takes 1.5 times as long, for the same figures.
+    away = (~surface).view(np.uint8)
+    squared = edt.edtsq(away, anisotropy=tuple(spacing_mm), black_border=False, parallel=1)
+    return np.sqrt(squared[from_])
 
 
 def surface_distances(
@@ -212,7 +215,7 @@ def surface_distances(
         raise ValueError(f'surface metrics are for (Z, Y, X) masks, not shape {truth.shape}')
     if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
         raise ValueError(f'spacing_mm is three positive numbers (z, y, x), not {spacing_mm}')
-    surfaces = [_surface(mask) for mask in _crop_to_union(truth, prediction)]
+    surfaces = [_surface(mask) for mask in crop_to_union(truth, prediction)]
     truth_surface, prediction_surface = surfaces
     return SurfaceDistances(
         from_truth_mm=_distances_to(prediction_surface, truth_surface, spacing_mm),

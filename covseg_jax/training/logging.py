@@ -112,6 +112,14 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and 'step' in row]
 
 
+def read_newest(path: pathlib.Path) -> dict[str, float | None]:
+    """The newest value of every name in a metrics.jsonl; {} where there is none."""
+    newest: dict[str, float | None] = {}
+    for row in read_rows(path) if path.exists() else ():
+        newest |= row
+    return newest
+
+
 def image_strip(rows: list[list[np.ndarray]]) -> np.ndarray:
     """Rows of equal (H, W) pictures -> one picture, a thin white line between them."""
     height, width = rows[0][0].shape

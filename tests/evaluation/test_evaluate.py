@@ -181,12 +181,19 @@ def test_summary_of_nothing_has_every_key_and_no_figure():
 
 def test_summary_json_can_be_recomputed_from_the_tables(tmp_path):
     case_rows, slice_rows = random_rows()
-    protocols = evaluate.summarise(case_rows, slice_rows)
+    summary = {
+        'protocols': evaluate.summarise(case_rows, slice_rows),
+        'strata': evaluate.stratify(case_rows),
+        'studies': len(case_rows),
+    }
     evaluate.write_tables(tmp_path, case_rows, slice_rows)
-    evaluate.write_summary(tmp_path, {'protocols': protocols, 'studies': len(case_rows)})
+    evaluate.write_summary(tmp_path, summary)
 
     written = json.loads((tmp_path / 'summary.json').read_text())
-    assert written['protocols'] == evaluate.summarise(*evaluate.read_tables(tmp_path))
+    read = evaluate.read_tables(tmp_path)
+    assert written['protocols'] == evaluate.summarise(*read)
+    assert written['strata'] == evaluate.stratify(read[0])
+    assert sum(each['n'] for each in written['strata']['lesion_size'].values()) > 0
     # And the rows were worth it: something of everything, one undefined Dice.
     assert written['protocols']['volume']['dice']['undefined'] == 1
     assert written['protocols']['slice_infection_over_1pct']['dice']['n'] > 40

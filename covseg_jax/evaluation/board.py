@@ -1,0 +1,48 @@
+"""An evaluation in TensorBoard: means, precision against recall, pictures, and the run's settings
+beside what they reached."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import image
+
+from covseg_jax.training.events import Events
+
+_HPARAMS_METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd')
+
+
+def write_board(
+    folder: pathlib.Path,
+    summary: Mapping,
+    curve: np.ndarray,
+    pictures: Sequence[pathlib.Path],
+    hparams: Mapping[str, bool | int | float | str],
+) -> None:
+    """Writes `folder`/tensorboard/ anew.
+
+    Args:
+      folder: the evaluation folder.
+      summary: the content of summary.json; its means become scalars `<protocol>/<metric>` at its
+        `checkpoint_step`.
+      curve: (3, B), as `probabilities.calibration_curve` gives it for many bins.
+      pictures: PNG files.
+      hparams: the run's settings, for the HPARAMS tab.
+    """
+    board, step = folder / 'tensorboard', summary['checkpoint_step']
+    shutil.rmtree(board, ignore_errors=True)  # of an earlier evaluation
+    means = {
+        f'evaluation_{protocol}/{metric}': figures['mean']
+        for protocol, metrics in summary['protocols'].items()
+        for metric, figures in metrics.items()
+        if figures['mean'] is not None
+    }
+    counts, _, hits = curve
+    with contextlib.closing(Events(board, start_step=0)) as events:
+        events.hparams(hparams, [f'evaluation_volume/{metric}' for metric in _HPARAMS_METRICS])
+        events.scalars(step, means)
+        events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
+        for path in pictures:
+            events.image(step, f'evaluation/{path.stem}', image.imread(path)[..., :3])

@@ -1,0 +1,21 @@
+"""The stages: each takes its settings from the config and calls what does the work.
+
+Stages import what they need themselves: the processes that prepare studies import this package too
+and must not start JAX.
+"""
+
+from covseg_jax.stages.inputs import Given, data_folder
+from covseg_jax.stages.on_request import AFTER, BEFORE, ON_INPUT, STOPPED
+from covseg_jax.stages.outcome import show_table
+from covseg_jax.stages.pipeline import PIPELINE
+
+__all__ = [
+    'AFTER',
+    'BEFORE',
+    'ON_INPUT',
+    'PIPELINE',
+    'STOPPED',
+    'Given',
+    'data_folder',
+    'show_table',
+]

@@ -1,0 +1,93 @@
+"""What the stages take from the command line, the config and the work directory."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from covseg_jax.errors import InputError
+
+Config = ml_collections.ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What the command line names beside the config: --input, --output and --reference, None where
+    not given."""
+
+    input: pathlib.Path | None = None
+    output: pathlib.Path | None = None
+    reference: pathlib.Path | None = None
+
+
+def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.prepared or workdir / 'prepared')
+
+
+def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    # Prepared cases note their files' paths: they should hold from another folder too.
+    return pathlib.Path(config.data.folder or workdir / 'studies').absolute()
+
+
+def prepare_settings(config: Config):
+    from covseg_jax.imaging.prepare import PrepareSettings
+
+    return PrepareSettings(
+        grid=tuple(config.prepare.grid),
+        window_hu=tuple(config.prepare.window_hu),
+        margin_mm=config.prepare.margin_mm,
+        lungs_source=config.prepare.lungs_source,
+        lesion_labels=tuple(config.prepare.lesion_labels),
+    )
+
+
+def num_workers(config: Config) -> int:
+    return config.data.num_workers or os.cpu_count() or 1
+
+
+def split_studies(config: Config, workdir: pathlib.Path):
+    from covseg_jax.data.cases import find_cases, split_cases
+
+    cases = find_cases(
+        prepared_folder(config, workdir), subject_pattern=config.data.subject_pattern
+    )
+    return split_cases(
+        cases,
+        seed=config.seed,
+        calibration_fraction=config.data.calibration_fraction,
+        validation_fraction=config.data.validation_fraction,
+        evaluation_pattern=config.data.evaluation_pattern,
+    )
+
+
+def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
+
+
+def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
+    from covseg_jax.inference.synthesize import read_pseudo_mask
+
+    folder = pseudo_mask_folder(config, workdir)
+    return lambda case: read_pseudo_mask(folder, case.study_id)
+
+
+def load_segmenter(config: Config, workdir: pathlib.Path):
+    """The trained network's probability function, its mask settings, its checkpoint's step."""
+    from covseg_jax.inference.masks import MaskSettings
+    from covseg_jax.training.segmentation import load_probability
+
+    calibration = workdir / 'transunet' / 'calibration.json'
+    if not calibration.exists():
+        raise InputError(
+            f'{calibration}: no trained network in {workdir}; run the stages up to train first'
+        )
+    cuts = json.loads(calibration.read_text(encoding='utf-8'))
+    settings = MaskSettings(
+        cuts['threshold'],
+        cuts.get('seed_threshold', cuts['threshold']),
+        config.predict.min_component_ml,
+    )
+    probability, step = load_probability(config, workdir / 'transunet')
+    return probability, settings, step

@@ -1,0 +1,202 @@
+"""The stages that run on request, beside the pipeline."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+from covseg_jax import atomic
+from covseg_jax.errors import InputError
+from covseg_jax.stages.inputs import (
+    Config,
+    Given,
+    data_folder,
+    load_segmenter,
+    num_workers,
+    prepare_settings,
+)
+from covseg_jax.stages.outcome import show_table, table_of_summary
+from covseg_jax.stages.pipeline import PIPELINE
+
+STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
+_MOST_SHOWN = 25  # studies in a table
+
+
+def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Checks the config's data set, or --input, and writes verify.csv."""
+    from covseg_jax.imaging.studies import find_inputs, find_studies
+    from covseg_jax.imaging.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+
+    if given.input:
+        studies = find_inputs(given.input, config.data.layout)
+    else:
+        studies = find_studies(data_folder(config, workdir), config.data.layout)
+    findings = verify_studies(studies, prepare_settings(config), num_workers=num_workers(config))
+    path = (given.output or workdir) / 'verify.csv'
+    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(finding) for finding in findings)
+    for finding in findings:
+        name = pathlib.Path(finding.file).name
+        if finding.status == UNUSABLE:
+            print(f'verify: {finding.study}: {name}: {finding.fault}; {finding.what_to_do}')
+        elif finding.status == NOTE:
+            print(f'verify: {finding.study}: note: {name}: {finding.fault}')
+    unusable = {finding.study for finding in findings if finding.status == UNUSABLE}
+    print(f'verify: {len(studies)} studies, {len(unusable)} unusable; {path}')
+    if unusable:
+        raise InputError(
+            f'{len(unusable)} of {len(studies)} studies cannot be used; mend or remove what '
+            f'{path} names'
+        )
+
+
+def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Compiles the training steps for a TPU topology, and writes compile_check.json."""
+    del given
+    from covseg_jax.training.compile_check import run_check
+
+    topology = config.compile_check.topology
+    found = run_check(config, topology)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'compile_check.json'
+    atomic.write_text(path, json.dumps(found, indent=2))
+    for stage, result in found.items():
+        start = f'compile_check: {stage}, {topology}, batch {result["batch_size"]}:'
+        if not result['fits']:
+            print(f'{start} does not fit; the largest that does: {result["largest_batch_size"]}')
+            continue
+        print(
+            f'{start} {result["peak_gib"]:.2f} of {result["memory_gib"]} GiB a chip; '
+            f'{result["gflops"]:.0f} GFLOP, {result["gbytes"]:.1f} GB; '
+            f'{result["estimated_ms"]:.1f} ms estimated, floors {result["arithmetic_ms"]:.1f} ms '
+            f'(arithmetic) and {result["bytes_ms"]:.1f} ms (bytes), ratio {result["ratio"]:.2f}'
+        )
+        for kind, each in result['collectives'].items():
+            print(f'compile_check: {stage}: {kind}: {each["count"]}, {each["bytes"] / 1e6:.1f} MB')
+    print(f'compile_check: {path}')
+
+
+def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Published weights -> a checkpoint that train goes on from and evaluate and predict use."""
+    if not given.input:
+        raise InputError('--stages=import_weights needs --input=FILE (.safetensors, .npz or .pt)')
+    from covseg_jax.training.published_weights import import_transunet, read_tensors
+
+    folder = workdir / 'transunet'
+    import_transunet(config, read_tensors(given.input), folder)
+    calibration = {'threshold': 0.5, 'checkpoint_step': 0}
+    atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    print(f'import_weights: {given.input} is checkpoint 0 of {folder}')
+    if not config.network.published_attention:
+        print(
+            'import_weights: note: weights trained by the published code need its attention in '
+            'every later command: --config.network.published_attention=true'
+        )
+
+
+def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Scores the masks in --input against those in --reference, whatever made them."""
+    from covseg_jax.evaluation.folders import pair_masks, score_folder
+
+    if not given.reference:
+        raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
+    pairs, alone = pair_masks(given.input, given.reference)
+    folder = given.output or workdir / 'evaluation_of_folder'
+    show_table(*table_of_summary(score_folder(pairs, folder)))
+    if alone:
+        print(f'evaluate: note: in one folder alone, not scored: {", ".join(alone)}')
+    print(f'evaluate: {len(pairs)} studies; {folder}')
+
+
+def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Compares two evaluated runs, --input=FIRST,SECOND, study by study."""
+    from covseg_jax.evaluation.compare import compare_runs
+
+    names = str(given.input or '').split(',')
+    if len(names) != 2:
+        raise InputError('--stages=compare needs --input=FIRST,SECOND, two evaluated runs')
+    differences, alone = compare_runs(*map(pathlib.Path, names))
+    print(f'compare: second minus first; first {names[0]}, second {names[1]}')
+    show_table(
+        [
+            (
+                each.metric, each.n, each.first, each.second, each.difference,
+                '[{:+.3f}, {:+.3f}]'.format(*each.ci95), each.wilcoxon_p,
+            )
+            for each in differences
+        ],
+        ('metric', 'n', 'first', 'second', 'difference', '95 % interval', "Wilcoxon's p"),
+    )  # fmt: skip
+    if alone:
+        print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
+    if given.output:
+        rows = [dataclasses.asdict(each) for each in differences]
+        atomic.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
+
+
+def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Prints where a work directory stands."""
+    from covseg_jax.manifest import describe
+    from covseg_jax.training.logging import read_newest
+
+    if not (workdir / 'config.json').exists():
+        raise InputError(f'{workdir}: no run was begun there')
+    begun = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
+    logs = {'gan': workdir / 'gan', 'train': workdir / 'transunet'}
+    rows = []
+    for stage in PIPELINE:
+        values = read_newest(logs[stage] / 'metrics.jsonl') if stage in logs else {}
+        step = f'{values["step"]} of {begun[stage]["num_steps"]}' if values else ''
+        shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
+        listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
+        rows.append((stage, describe(workdir, stage), step, ', '.join(listed)))
+    show_table(rows, ('stage', 'state', 'step', 'newest values'))
+    if (workdir / STOPPED).exists():
+        print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
+
+
+def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """NIfTI in -> NIfTI out on the same grid."""
+    if not given.input or not given.output:
+        raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
+    from covseg_jax.imaging.studies import find_inputs
+    from covseg_jax.inference.predict import predict_studies
+
+    studies = find_inputs(given.input, config.data.layout)
+    probability, settings, _ = load_segmenter(config, workdir)
+    rows, faults = predict_studies(
+        studies,
+        probability,
+        prepare_settings(config),
+        settings,
+        given.output,
+        num_workers=num_workers(config),
+        write_probability=config.predict.write_probability,
+    )
+    columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent')
+    done = [row for row in rows if row['status'] == 'ok']
+    show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)
+    if len(done) > _MOST_SHOWN:
+        print(f'and {len(done) - _MOST_SHOWN} more, in {given.output / "results.csv"}')
+    print(f'predict: {len(done)} studies done, {len(faults)} set aside; {given.output}')
+    if len(faults) == 1 and len(rows) == 1:
+        raise InputError(faults[0])
+    if faults:
+        raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
+
+
+BEFORE: dict[str, Callable] = {
+    'verify': run_verify,
+    'compile_check': run_compile_check,
+    'import_weights': run_import_weights,
+}
+AFTER: dict[str, Callable] = {
+    'predict': run_predict,
+    'compare': run_compare,
+    'status': run_status,
+}
+# What a stage of the pipeline does with --input instead.
+ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_folder}

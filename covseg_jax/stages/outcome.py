@@ -1,0 +1,52 @@
+"""What a stage ends with: its files, and a table for the person who waits."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A finished stage of the pipeline.
+
+    Attributes:
+      outputs: its files.
+      rows: of its summary table, two cells or as many as `head` has.
+      head: the table's head, if it has one.
+    """
+
+    outputs: list[pathlib.Path]
+    rows: Sequence[Sequence[object]] = ()
+    head: Sequence[str] = ()
+
+
+def show_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> None:
+    """Prints a table; numbers have four digits."""
+    if rows:
+        print(tabulate(rows, head, tablefmt='simple', floatfmt='.4g'))
+
+
+def table_of_summary(summary: dict) -> tuple[list[tuple], tuple[str, ...]]:
+    """The chief figures of a summary.json: rows and head of a table."""
+    rows = []
+    for source, protocols in (
+        ('network', summary['protocols']),
+        ('pseudo-masks', summary.get('pseudo_masks')),
+    ):
+        for protocol, metrics in (protocols or {}).items():
+            means = [_mean(metrics[name]) for name in _METRICS]
+            rows.append((source, protocol, metrics['dice']['n'], *means))
+    return rows, ('of', 'protocol', 'n', *_METRICS)
+
+
+_METRICS = ('dice', 'sensitivity', 'specificity_lung')
+
+
+def _mean(figures: dict) -> str:
+    if figures['mean'] is None:
+        return 'undefined'
+    low, high = figures['ci95']
+    interval = '' if low is None else f' [{low:.3f}, {high:.3f}]'
+    return f'{figures["mean"]:.3f}{interval}'

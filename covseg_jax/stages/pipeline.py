@@ -1,0 +1,233 @@
+"""The stages of the pipeline, each from what those before it made."""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from covseg_jax import atomic, hosts
+from covseg_jax.errors import InputError
+from covseg_jax.stages.inputs import (
+    Config,
+    data_folder,
+    load_segmenter,
+    num_workers,
+    prepare_settings,
+    prepared_folder,
+    pseudo_mask_folder,
+    pseudo_mask_reader,
+    split_studies,
+)
+from covseg_jax.stages.outcome import Done, table_of_summary
+
+
+def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
+    """Studies -> prepared cases; makes phantom studies first where the config says so."""
+    from covseg_jax.imaging.prepare import prepare_studies, take_shard
+    from covseg_jax.imaging.studies import find_studies
+
+    folder = data_folder(config, workdir)
+    if config.phantom.make:
+        from covseg_jax.imaging.phantom import write_phantom_data_set
+
+        def make_phantoms() -> None:
+            try:
+                write_phantom_data_set(
+                    folder,
+                    num_healthy=config.phantom.num_healthy,
+                    num_covid=config.phantom.num_covid,
+                    num_masked=config.phantom.num_masked,
+                    seed=config.phantom.seed,
+                    shape=tuple(config.phantom.shape),
+                    spacing_mm=tuple(config.phantom.spacing_mm),
+                    num_workers=num_workers(config),
+                )
+            except ValueError as error:
+                raise InputError(f'config.phantom: {error}') from error
+
+        hosts.first_alone(make_phantoms, 'phantoms are made')
+    prepared = prepared_folder(config, workdir)
+    studies = take_shard(find_studies(folder, config.data.layout), config.prepare.shard)
+    own = hosts.share(studies)
+    report = prepare_studies(
+        own,
+        prepared,
+        prepare_settings(config),
+        num_workers=num_workers(config),
+        on_bad_study=config.data.on_bad_study,
+    )
+    for study_id, notes in report.notes.items():
+        for note in notes:
+            print(f'prepare: note: {study_id}: {note}')
+    for study_id, message in report.bad.items():
+        print(f'prepare: set aside: {study_id}: {message}')
+    # One host's share may hold none that can be used.
+    good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
+    if not any(good):
+        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
+    outputs = [
+        prepared / study.study_id / 'geometry.json'
+        for study, is_good in zip(studies, good, strict=True)
+        if is_good
+    ]
+    counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
+    return Done(outputs, [(name, len(named)) for name, named in counts.items()])
+
+
+_SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')
+
+
+def _pick(values: dict, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    return [(name, values[name]) for name in names if values.get(name) is not None]
+
+
+def run_gan(config: Config, workdir: pathlib.Path) -> Done:
+    """Trains the GAN."""
+    from covseg_jax.training.gan import train_gan
+    from covseg_jax.training.logging import read_newest
+
+    train_gan(config, split_studies(config, workdir), workdir / 'gan')
+    log = workdir / 'gan' / 'metrics.jsonl'
+    shown = ('step', 'loss/total', 'validation/removed', *_SPEEDS)
+    return Done([log], _pick(read_newest(log), shown))
+
+
+def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
+    """GAN -> pseudo-masks of all COVID studies."""
+    from covseg_jax.inference.synthesize import PseudoMaskSettings, empty_lungs, synthesize
+    from covseg_jax.training.gan import load_generator
+
+    recipe = config.gan.recipe
+    heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
+    splits = split_studies(config, workdir)
+    folder = pseudo_mask_folder(config, workdir)
+    summary = synthesize(
+        heal,
+        splits.healthy_calibration,
+        splits.train + splits.validation + splits.evaluation,
+        folder,
+        PseudoMaskSettings(**config.synthesize.to_dict()),
+    )
+    infection = summary['infection_percent']
+    return Done(
+        [*(folder / f'{name}.npy' for name in infection), folder / 'summary.json'],
+        [
+            ('studies', len(infection)),
+            ('median infection, %', float(np.median(list(infection.values())))),
+            ('threshold', summary['threshold']),
+            ('in held-out healthy lungs, ml', summary['healthy_false_positive_ml']['mean']),
+        ],
+    )
+
+
+def run_train(config: Config, workdir: pathlib.Path) -> Done:
+    """Trains the segmentation network, and finds its thresholds on held-out healthy scans."""
+    from covseg_jax.data.opacities import paint_scans
+    from covseg_jax.inference.calibrate import calibrate_mask
+    from covseg_jax.training.gan import opacity_model
+    from covseg_jax.training.logging import read_newest
+    from covseg_jax.training.segmentation import load_probability, train_segmentation
+
+    splits, folder = split_studies(config, workdir), workdir / 'transunet'
+    train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
+    probability, step = load_probability(config, folder)
+    healthy = splits.healthy_calibration
+    settings, false_positive_ml = calibrate_mask(
+        probability,
+        paint_scans(healthy, opacity_model(config)),
+        healthy,
+        max_healthy_ml=config.train.max_healthy_ml,
+        min_component_ml=config.predict.min_component_ml,
+    )
+    calibration = {
+        'threshold': settings.threshold,
+        'seed_threshold': settings.seed_threshold,
+        'checkpoint_step': step,
+        'healthy_false_positive_ml': false_positive_ml,
+    }
+    if hosts.is_first():
+        atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    log = folder / 'metrics.jsonl'
+    shown = ('step', 'loss/total', 'validation/dice', *_SPEEDS)
+    return Done(
+        [log, folder / 'calibration.json'],
+        [
+            *_pick(read_newest(log), shown),
+            # Found on held-out healthy scans with painted opacities.
+            ('threshold', settings.threshold),
+            ('threshold once in each lesion', settings.seed_threshold),
+            ('in held-out healthy lungs, ml', false_positive_ml),
+        ],
+    )
+
+
+def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
+    """Scores the network and the pseudo-masks on the studies with a true mask; with the network
+    'none' the pseudo-masks alone."""
+    from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort
+    from covseg_jax.inference.masks import MaskSettings
+    from covseg_jax.training.progress import draw_progress
+
+    splits = split_studies(config, workdir)
+    if not splits.evaluation:
+        raise InputError(
+            f'{data_folder(config, workdir)}: no study has a lesion mask, so there is nothing to '
+            'evaluate against; leave evaluate out of --stages'
+        )
+    read_pseudo_mask = None
+    if pseudo_mask_folder(config, workdir).exists():
+        read_pseudo_mask = pseudo_mask_reader(config, workdir)
+    if config.network.name == 'none':
+        if read_pseudo_mask is None:
+            raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
+        predict, read_pseudo_mask = read_pseudo_mask, None
+        settings = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml)
+        step = 0
+    else:
+        probability, settings, step = load_segmenter(config, workdir)
+
+        def predict(case):
+            return probability(np.asarray(case.image()), np.asarray(case.lungs()))
+
+    folder = workdir / 'evaluation'
+    curves = draw_progress(workdir) if hosts.is_first() else None
+    summary = evaluate_cohort(
+        splits.evaluation,
+        predict,
+        read_pseudo_mask,
+        settings,
+        folder,
+        {
+            'config': f'{config.name}:{config.variant}',
+            'threshold': settings.threshold,
+            'seed_threshold': settings.seed_threshold,
+            'checkpoint_step': step,
+        },
+        hparams=_hparams(config),
+        learning_curves=[curves] if curves else [],
+    )
+    names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
+    return Done([folder / name for name in names], *table_of_summary(summary))
+
+
+def _hparams(config: Config) -> dict[str, bool | int | float | str]:
+    """The settings of both models, one level deep, as TensorBoard takes them."""
+    found: dict[str, bool | int | float | str] = {'seed': config.seed}
+    for group in ('gan', 'synthesize', 'network', 'train', 'predict'):
+        for name, value in config[group].items():
+            is_plain = isinstance(value, bool | int | float | str)
+            found[f'{group}.{name}'] = value if is_plain else str(value)
+    return found
+
+
+# The pipeline in its order, with the groups of the config that each stage's result depends on,
+# beside what the stages before it depend on.
+PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
+    'gan': (run_gan, ('seed', 'gan')),
+    'synthesize': (run_synthesize, ('synthesize',)),
+    # The thresholds are found on what prediction makes of the network's answer.
+    'train': (run_train, ('network', 'train', 'predict')),
+    'evaluate': (run_evaluate, ()),
+}
