@@ -96,7 +96,7 @@ def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(finished):
         if volume[metric]['mean'] is not None:
             (point,) = found.Scalars(f'evaluation_volume/{metric}')
             assert (point.step, point.value) == (8, pytest.approx(volume[metric]['mean'], rel=1e-6))
-    assert 'evaluation/dice_vs_infection' in found.Tags()['images']
+    assert 'pictures/dice_vs_infection' in found.Tags()['images']
     assert found.PluginTagToContent('pr_curves').keys() == {'evaluation_volume/voxels_in_lungs'}
     assert found.PluginTagToContent('hparams')
     report = (workdir / 'evaluation' / 'report.html').read_text()

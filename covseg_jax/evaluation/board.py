@@ -45,4 +45,4 @@ def write_board(
         events.scalars(step, means)
         events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
         for path in pictures:
-            events.image(step, f'evaluation/{path.stem}', image.imread(path)[..., :3])
+            events.image(step, f'pictures/{path.stem}', image.imread(path)[..., :3])

@@ -210,8 +210,8 @@ def _make_evaluation(parts: GANParts, splits: Splits):
         scan = covid[0][pipeline.IMAGE][None]
         healed = np.asarray(heal(state.ema, scan, jax.random.key(0)))
         pictures = {
-            'synthetic: corrupted | restored | difference': _strip(corrupted, restored),
-            'covid: scan | healthy | difference': _strip(scan, healed),
+            'pictures/synthetic_corrupted_restored_difference': _strip(corrupted, restored),
+            'pictures/covid_scan_healthy_difference': _strip(scan, healed),
         }
         return state, {f'validation/{k}': v for k, v in values.items()}, pictures
 

@@ -324,7 +324,7 @@ def _make_evaluation(
         if use_plateau:
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
         probability = np.asarray(predict(state.ema, shown[pipeline.IMAGE]))
-        pictures = {'slice | pseudo-mask | prediction': _strip(shown, probability)}
+        pictures = {'pictures/slice_pseudo_mask_prediction': _strip(shown, probability)}
         return state, {f'validation/{k}': v for k, v in values.items()}, pictures
 
     return evaluate
