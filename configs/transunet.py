@@ -195,6 +195,9 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.compile_check = compile_check = ml_collections.ConfigDict()
     compile_check.topology = 'v5e:1x1'  # or 'v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', ...
 
+    config.export = export = ml_collections.ConfigDict()
+    export.licence = 'not stated; ask who trained it, and see the licence of its training data'
+
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
     predict.flip = True  # average with the prediction of the mirrored slices

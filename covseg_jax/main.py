@@ -29,7 +29,14 @@ _INPUT = flags.DEFINE_string(
     'predict, verify: scans; evaluate: masks; compare: RUN,RUN; import_weights: a weights file',
 )
 _REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for --input's masks")
-_OUTPUT = flags.DEFINE_string('output', None, 'predict, verify: the folder for what they write')
+_OUTPUT = flags.DEFINE_string(
+    'output', None, 'predict, verify, pseudo_masks: the folder for what they write'
+)
+_MODEL = flags.DEFINE_string('model', None, 'predict: EXPORT[,EXPORT], in place of a config')
+_RESUME = flags.DEFINE_bool('resume', False, 'predict: keep the studies that are done')
+_PREVIEW = flags.DEFINE_bool('preview', False, 'predict: a PNG a study, lesions outlined')
+_PER_LUNG = flags.DEFINE_bool('per_lung', False, 'predict: volumes of either lung too')
+_PROBABILITY = flags.DEFINE_bool('probability', False, 'predict: probability maps too')
 
 Config = ml_collections.ConfigDict
 
@@ -71,7 +78,7 @@ def _describe_files(folder: pathlib.Path) -> str:
 
 
 def run_stages(
-    config: Config, workdir: pathlib.Path, names: Iterable[str], given: stages.Given
+    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Given
 ) -> None:
     """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
     for name in names:
@@ -139,17 +146,30 @@ def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise InputError(f'{arguments[1]}: not a flag; flags begin with --')
     config = _CONFIG.value
-    if config is None:
+    if config is None and not _MODEL.value:
         raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
     try:
-        names = _check_stages(_STAGES.value or config.stages)
+        names = _check_stages(_STAGES.value or (config.stages if config else 'predict'))
     except OSError as error:  # config_flags tells of a missing file at the first use only
         raise InputError(f'--config: {_one_line(error)}') from error
-    workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
+    if _MODEL.value and names != ['predict']:
+        raise InputError('--model is for --stages=predict alone')
+    if config is None:
+        workdir, cache = pathlib.Path(), pathlib.Path.home() / '.cache' / 'covseg_jax'
+    else:
+        workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
+        cache = workdir / 'compile_cache'
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str((workdir / 'compile_cache').absolute()))
-    hosts.connect(config.distributed)
-    given = stages.Given(*(_path(flag.value) for flag in (_INPUT, _OUTPUT, _REFERENCE)))
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache.absolute()))
+    hosts.connect(config.distributed if config else {'coordinator': ''})
+    given = stages.Given(
+        *(_path(flag.value) for flag in (_INPUT, _OUTPUT, _REFERENCE)),
+        model=_MODEL.value,
+        resume=_RESUME.value,
+        preview=_PREVIEW.value,
+        per_lung=_PER_LUNG.value,
+        probability=_PROBABILITY.value,
+    )
     with contextlib.ExitStack() as stack:
         if not hosts.is_first():  # the first host speaks for all
             os.environ['TQDM_DISABLE'] = '1'
@@ -164,7 +184,7 @@ def _run(arguments: list[str]) -> None:
         try:
             run_stages(config, workdir, names, given)
         except Stopped as stop:
-            if hosts.is_first():
+            if hosts.is_first() and any(name in stages.PIPELINE for name in names):
                 atomic.write_text(workdir / stages.STOPPED, f'{stop}\n')
             raise
 

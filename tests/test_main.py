@@ -152,6 +152,31 @@ def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
     assert len(rows) == 3
 
 
+def test_main_exports_a_model_that_predicts_without_a_config(finished, tmp_path):
+    workdir, _ = finished
+    tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
+    exported = run(*tiny, '--stages=export', f'--output={tmp_path / "export"}')
+    assert exported.returncode == 0, exported.stderr
+    scans = workdir / 'studies' / 'studies' / 'CT-1'
+    by_run, by_export = tmp_path / 'by_run', tmp_path / 'by_export'
+    wanted = f'--input={scans}', '--probability'
+    done = run(*tiny, '--stages=predict', *wanted, f'--output={by_run}')
+    assert done.returncode == 0, done.stderr
+    flags = f'--model={tmp_path / "export"}', *wanted, f'--output={by_export}'
+    done = run(*flags, '--preview', '--per_lung')
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in by_run.glob('*.nii.gz'))
+    assert len(names) == 2 * len(list(scans.iterdir()))
+    for name in names:
+        assert (by_run / name).read_bytes() == (by_export / name).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in by_export.glob('*_*.*')}
+    again = run(*flags, '--preview', '--per_lung', '--resume')
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    wrong = run(*flags, '--stages=predict,evaluate')
+    assert_one_line_error(wrong, '--model', 'predict')
+
+
 def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, tmp_path):
     workdir, _ = finished
     tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
@@ -168,6 +193,31 @@ def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, t
     compared = run(*tiny, '--stages=compare', f'--input={workdir},{workdir}')
     assert compared.returncode == 0, compared.stderr
     assert '[+0.000, +0.000]' in compared.stdout
+
+
+def test_main_hands_out_pseudo_masks_and_the_training_set_made_of_them(finished, tmp_path):
+    workdir, _ = finished
+    done = run(
+        '--config=configs/transunet.py:tiny',
+        f'--workdir={workdir}',
+        '--stages=pseudo_masks',
+        f'--output={tmp_path}',
+    )
+    assert done.returncode == 0, done.stderr
+    data_set = tmp_path / 'nnUNet_raw' / 'Dataset501_CovidPseudoMasks'
+    names = {p.name.removesuffix('.nii.gz') for p in (data_set / 'labelsTr').iterdir()}
+    described = json.loads((data_set / 'dataset.json').read_text())
+    assert described['numTraining'] == len(names) > 0
+    masked = {p.name.split('_mask')[0] for p in (workdir / 'studies' / 'masks').iterdir()}
+    assert not names & masked
+    name = min(p.stem for p in (workdir / 'pseudo_masks').glob('*.npy') if p.stem not in masked)
+    source = next((workdir / 'studies' / 'studies').rglob(f'{name}.nii.gz'))
+    copy = data_set / 'imagesTr' / f'{name}_0000.nii.gz'
+    assert copy.read_bytes() == source.read_bytes()
+    label = nibabel.load(data_set / 'labelsTr' / f'{name}.nii.gz')
+    mask = nibabel.load(tmp_path / 'pseudo_masks' / f'{name}_mask.nii.gz')
+    np.testing.assert_array_equal(label.get_fdata(), mask.get_fdata())
+    np.testing.assert_array_equal(label.affine, nibabel.load(source).affine)
 
 
 def test_main_refuses_to_train_on_under_other_settings(finished):
@@ -192,6 +242,7 @@ def test_main_refuses_to_train_on_under_other_settings(finished):
         (['--config=configs/transunet.py:tiny', '--stages=trian'], ['trian', 'train']),
         ([], ['--config']),
         (['--config=configs/transunet.py:tiny', '--stages=predict'], ['--input']),
+        (['--config=configs/transunet.py:tiny', '--stages=pseudo_masks'], ['--output']),
         (['--config=configs/transunet.py', '--config.data.folder={tmp}/none'], ['none', 'folder']),
         (['--config=configs/transunet.py', '--config.data.folder={tmp}'], ['{tmp}']),
     ],

@@ -11,11 +11,14 @@ from matplotlib.figure import Figure
 
 from covseg_jax import atomic
 from covseg_jax.evaluation import evaluate
+from covseg_jax.inference.preview import (
+    LUNG_WINDOW_HU,
+    PREDICTION_COLOUR,
+    PSEUDO_COLOUR,
+    TRUTH_COLOUR,
+)
 
-# Level -600, width 1500 HU: the window in which lungs are read.
-LUNG_WINDOW_HU = (-1350.0, 150.0)
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-TRUTH_COLOUR, PSEUDO_COLOUR, PREDICTION_COLOUR = '#009e73', '#56b4e9', '#e69f00'
+# Okabe and Ito's colours, as those of the masks.
 POINT_COLOUR, TREND_COLOUR = '#0072b2', '#d55e00'
 
 PROTOCOL_TITLES = {

@@ -9,18 +9,22 @@ from matplotlib import colors
 from PIL import Image
 from scipy import ndimage
 
-from covseg_jax.evaluation.figures import (
-    LUNG_WINDOW_HU,
+from covseg_jax.evaluation.figures import CaseImages
+from covseg_jax.inference.preview import (
     PREDICTION_COLOUR,
     PSEUDO_COLOUR,
     TRUTH_COLOUR,
-    CaseImages,
+    choose_slices,
+    crop_box,
+    fit_plane,
+    fit_size,
+    lay_atlas,
+    to_grey,
 )
 
 # Pixels of a slice's longer side, and quality of WebP: the first that is small enough is taken.
 _FINENESS = ((288, 75), (288, 50), (288, 30), (192, 40), (128, 30), (64, 30))
 MAX_SLICES = 64  # a study of more shows them evenly spaced
-_MARGIN_MM = 10.0
 _ALPHA = (0, 70, 255)  # outside a mask, inside it, on its border
 
 
@@ -28,7 +32,7 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
     """The slices of one study as atlases: one picture of all slices, and one a mask.
 
     The slices are those with lungs, cropped to the lungs' and masks' box, in square pixels, in the
-    lung window. An atlas holds them in rows of `columns`, from the top of the lungs down.
+    lung window. An atlas holds them in rows of `columns`, from the base of the lungs up.
 
     Args:
       case: the study.
@@ -47,19 +51,17 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
     }
     masks = {name: drawn for name, drawn in masks.items() if drawn[0] is not None}
     shown = np.logical_or.reduce([case.lungs, *(mask for mask, _ in masks.values())])
-    slices = _choose_slices(shown)
-    rows, cols = _box(shown, case.spacing_mm)
+    slices = choose_slices(shown, MAX_SLICES)
+    rows, cols = crop_box(shown, case.spacing_mm)
     columns = math.ceil(math.sqrt(len(slices)))
-    low, high = LUNG_WINDOW_HU
-    grey = [(case.image_hu[z][rows, cols] - low) * (255 / (high - low)) for z in slices]
-    grey = [each.clip(0, 255).round().astype(np.uint8) for each in grey]
+    grey = [to_grey(case.image_hu[z][rows, cols]) for z in slices]
     for side, quality in _FINENESS:
-        size = _size(rows, cols, case.spacing_mm, side)
-        scan = _scan_url(_atlas([_fit(each, size) for each in grey], columns), quality)
+        size = fit_size(rows, cols, case.spacing_mm, side, finest_mm=min(case.spacing_mm[1:]))
+        scan = _scan_url(lay_atlas([fit_plane(each, size) for each in grey], columns), quality)
         urls = {}
         for name, (mask, colour) in masks.items():
-            planes = [_fit(mask[z][rows, cols], size) for z in slices]
-            urls[name] = _mask_url(_atlas(planes, columns), colour)
+            planes = [fit_plane(mask[z][rows, cols], size) for z in slices]
+            urls[name] = _mask_url(lay_atlas(planes, columns), colour)
         if len(scan) + sum(len(url) for url in urls.values()) <= max_bytes:
             break
     areas = [case.truth[z].sum() or case.prediction[z].sum() / 1e6 for z in slices]
@@ -73,51 +75,6 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
         'scan': scan,
         'masks': urls,
     }
-
-
-def _choose_slices(shown: np.ndarray) -> np.ndarray:
-    filled = np.flatnonzero(shown.any(axis=(1, 2)))
-    first, last = (filled[0], filled[-1]) if filled.size else (0, len(shown) - 1)
-    count = min(int(last - first) + 1, MAX_SLICES)
-    return np.linspace(first, last, count).round().astype(int)
-
-
-def _box(shown: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:
-    box = []
-    plane = shown.any(axis=0)
-    for axis in (0, 1):
-        filled = np.flatnonzero(plane.any(axis=1 - axis))
-        margin = math.ceil(_MARGIN_MM / spacing_mm[1 + axis])
-        first, last = (filled[0], filled[-1]) if filled.size else (0, plane.shape[axis] - 1)
-        stop = min(plane.shape[axis], int(last) + margin + 1)
-        box.append(slice(max(0, int(first) - margin), stop))
-    return box[0], box[1]
-
-
-def _size(
-    rows: slice, cols: slice, spacing_mm: tuple[float, float, float], side: int
-) -> tuple[int, int]:
-    """Width and height in square pixels, none smaller than the scan's own."""
-    height_mm = (rows.stop - rows.start) * spacing_mm[1]
-    width_mm = (cols.stop - cols.start) * spacing_mm[2]
-    pixel_mm = max(height_mm / side, width_mm / side, min(spacing_mm[1:]))
-    return max(1, round(width_mm / pixel_mm)), max(1, round(height_mm / pixel_mm))
-
-
-def _fit(plane: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A boolean or uint8 plane in another size."""
-    if plane.dtype == bool:
-        return _fit(plane * np.uint8(255), size) > 127
-    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BOX))
-
-
-def _atlas(planes: list[np.ndarray], columns: int) -> np.ndarray:
-    height, width = planes[0].shape
-    atlas = np.zeros((math.ceil(len(planes) / columns) * height, columns * width), planes[0].dtype)
-    for number, plane in enumerate(planes):
-        row, column = divmod(number, columns)
-        atlas[row * height : (row + 1) * height, column * width : (column + 1) * width] = plane
-    return atlas
 
 
 def _mask_url(mask: np.ndarray, colour: str) -> str:

@@ -33,6 +33,10 @@ DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
 MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
+SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
+EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
+ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
+BESIDE_MM = 30.0  # the other lung's centroid lies further to the side, a piece of the same less far
 
 # Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
 
@@ -69,6 +73,41 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> 
     return _to_study_grid(lungs, image_hu.shape)
 
 
+def split_lungs(
+    lungs: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right and left lung of a finished mask, whether they touch or are in many pieces.
+
+    A piece belongs to the nearer lung. One lung alone is the one of the half of the image that it
+    lies in, and the other is empty.
+
+    Args:
+        lungs: bool (Z, Y, X), canonical.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        (right, left), bool (Z, Y, X): disjoint, together the mask.
+    """
+    right, left = np.zeros_like(lungs), np.zeros_like(lungs)
+    if not lungs.any():
+        return right, left
+    box = ndimage.find_objects(lungs.view(np.uint8))[0]
+    # With a margin, for at the border of an image the erosion does not begin.
+    around = tuple(slice(max(0, side.start - 8), side.stop + 8) for side in box)
+    part = lungs[around]
+    coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
+    coarse = part[_nearest_voxels(coarse_shape, part.shape)]
+    cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
+    if cores is None:
+        (right if _is_right(box, lungs) else left)[around] = part
+        return right, left
+    cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
+    on_right = _assign_pieces(coarse, *cores, coarse_mm)
+    on_right = on_right[_nearest_voxels(part.shape, coarse_shape)]
+    right[around], left[around] = part & on_right, part & ~on_right
+    return right, left
+
+
 def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
     """Both lungs by the R231 network of the `lungmask` package (Hofmanninger et al., 2020).
 
@@ -95,15 +134,26 @@ def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
 def _to_working_grid(
     image_hu: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> tuple[np.ndarray, tuple[float, float, float]]:
-    # Never finer than the scan: an axis of 8 mm slices stays as it is.
-    matrices, coarse_mm = [], []
-    for length, spacing in zip(image_hu.shape, spacing_mm, strict=True):
-        coarse_length = min(length, max(1, round(length * spacing / WORKING_MM)))
-        matrices.append(_axis_matrix(coarse_length, length))
-        coarse_mm.append(spacing * length / coarse_length)
+    coarse_shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
+    matrices = [
+        _axis_matrix(*lengths) for lengths in zip(coarse_shape, image_hu.shape, strict=True)
+    ]
     # Metal and padding must not pull their neighbours' mean.
     clipped = np.clip(image_hu, -1024, 400).astype(np.float32)
-    return apply_matrices(clipped, matrices), tuple(coarse_mm)
+    return apply_matrices(clipped, matrices), coarse_mm
+
+
+def _working_grid(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """Shape and spacing."""
+    # Never finer than the scan: an axis of 8 mm slices stays as it is.
+    coarse_shape, coarse_mm = [], []
+    for length, spacing in zip(shape, spacing_mm, strict=True):
+        coarse_length = min(length, max(1, round(length * spacing / WORKING_MM)))
+        coarse_shape.append(coarse_length)
+        coarse_mm.append(spacing * length / coarse_length)
+    return tuple(coarse_shape), tuple(coarse_mm)
 
 
 def _to_study_grid(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
@@ -125,6 +175,16 @@ def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
     return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
+def _nearest_voxels(
+    targets: tuple[int, int, int], sources: tuple[int, int, int]
+) -> tuple[np.ndarray, ...]:
+    """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
+    lengths = zip(targets, sources, strict=True)
+    return np.ix_(
+        *((2 * np.arange(target) + 1) * source // (2 * target) for target, source in lengths)
+    )
+
+
 def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """The one or two largest air-filled components inside the body that are not free gas."""
     air = coarse < AIR_HU
@@ -139,9 +199,8 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float])
     volumes, means = _volumes_and_means(components, coarse)
     chosen = []
     for label in np.argsort(volumes)[::-1][:8]:
-        # Bowel gas may compete with the other lung; a tenth of the larger lung is the least that
-        # a collapsed lung keeps and more than most gas holds.
-        if volumes[label] == 0 or (chosen and volumes[label] < 0.1 * volumes[chosen[0]]):
+        # Bowel gas may compete with the other lung, but most of it holds less.
+        if volumes[label] == 0 or (chosen and volumes[label] < SMALLER_LUNG * volumes[chosen[0]]):
             break
         # Foam in the table and blankets have the density of lung, but no body around them.
         if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
@@ -206,15 +265,56 @@ def _separate_lungs(
     components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
     if number != 1:
         return [components == label for label in range(1, number + 1)]
-    depth = distance_in_plane(parenchyma, spacing_mm)
-    for erosion_mm in (2.0, 4.0, 7.0, 11.0, 16.0, 22.0):
-        cores, number = cc3d.largest_k(depth > erosion_mm, k=2, connectivity=6, return_N=True)
-        volumes = np.bincount(cores.ravel(), minlength=3)[1:]
-        if number == 2 and volumes.min() > 0.15 * volumes.max():
-            distances = [edt.edt(cores != label, anisotropy=spacing_mm) for label in (1, 2)]
-            first = distances[0] <= distances[1]
-            return [parenchyma & first, parenchyma & ~first]
-    return [parenchyma]
+    cores = _find_cores(parenchyma, spacing_mm, EROSIONS_MM)
+    if cores is None:
+        return [parenchyma]
+    first = _is_nearer(*cores, spacing_mm)
+    return [parenchyma & first, parenchyma & ~first]
+
+
+def _find_cores(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], erosions_mm: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the least erosion in plane that parts the lungs leaves of each: the largest part beside
+    the largest of all, and this one. None for one lung only, and where no erosion parts them."""
+    depth = distance_in_plane(mask, spacing_mm)
+    for erosion_mm in erosions_mm:
+        parts = cc3d.connected_components(depth > erosion_mm, connectivity=6)
+        statistics = cc3d.statistics(parts)
+        volumes = statistics['voxel_counts'].astype(np.int64)
+        volumes[0] = 0
+        first = int(volumes.argmax())
+        across = statistics['bounding_boxes'][first][2]
+        x = statistics['centroids'][:, 2]
+        beside_mm = np.maximum(across.start - x, x - across.stop) * spacing_mm[2]
+        others = np.where(beside_mm > BESIDE_MM, volumes, 0)
+        second = int(others.argmax())
+        if others[second] > SMALLER_LUNG * volumes[first]:
+            return parts == second, parts == first
+    return None
+
+
+def _is_nearer(
+    first: np.ndarray, second: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Voxels at least as near to the first mask as to the second."""
+    return edt.edt(~first, anisotropy=spacing_mm) <= edt.edt(~second, anisotropy=spacing_mm)
+
+
+def _assign_pieces(
+    mask: np.ndarray, right: np.ndarray, left: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Voxels, in the mask and around it, of the right lung; the cores are a part of either."""
+    # What is cut off above or below is as near to the other lung's medial edge as to its own lung.
+    weighted_mm = (*spacing_mm[:2], ACROSS_WEIGHT * spacing_mm[2])
+    on_right = _is_nearer(right, left, weighted_mm)
+    pieces = cc3d.connected_components(mask, connectivity=6)
+    _, right_part = _volumes_and_means(pieces, on_right)
+    shared = np.intersect1d(pieces[right], pieces[left])  # the piece of lungs that touch
+    whole = mask & ~np.isin(pieces, shared)
+    on_right = np.where(whole, (right_part > 0.5)[pieces], on_right)
+    # What the coarse grid leaves out of the mask goes with its nearest voxel.
+    return _is_nearer(mask & on_right, mask & ~on_right, spacing_mm)
 
 
 def _complete_lung(

@@ -6,7 +6,8 @@ import numpy as np
 
 from covseg_jax.data.cases import Case
 from covseg_jax.data.opacities import PaintedScan
-from covseg_jax.inference.masks import MaskSettings, Probability, mask_on_model_grid
+from covseg_jax.inference.masks import MaskSettings, mask_on_model_grid
+from covseg_jax.training.volumes import Probability
 
 # Not lower and no higher: painted opacities can be cut at 0.3 and be asked for a 0.96 somewhere;
 # lesions unlike them then run into the vessels beside them, or are never sure enough.

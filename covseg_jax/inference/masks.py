@@ -1,15 +1,12 @@
 """From lesion probability to mask: cuts, components, and the way back to the study's own grid."""
 
 import dataclasses
-from collections.abc import Callable
 
 import cc3d
 import numpy as np
 
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.geometry import Geometry
-
-Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """NIfTI in -> NIfTI out on the same grid, with lesion ml, lung ml and infection %."""
 
+import contextlib
 import csv
+import dataclasses
 import functools
 import pathlib
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -13,15 +16,47 @@ from tqdm import tqdm
 from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging.lungs import split_lungs
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.prepare import PreparedCase, PrepareSettings, prepare_volume
 from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study_files import read_image
 from covseg_jax.imaging.workers import process_pool
-from covseg_jax.inference.masks import MaskSettings, Probability, mask_on_study_grid
+from covseg_jax.inference.journal import Journal
+from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
+from covseg_jax.inference.model import Measures, Model, measure, native_probability
+from covseg_jax.inference.preview import write_preview
+from covseg_jax.manifest import fingerprint
+from covseg_jax.training.volumes import Probability
 
 Row = dict[str, str | float]
 
-COLUMNS = ('study_id', 'status', 'lesion_ml', 'lung_ml', 'infection_percent', 'mask')
+_MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
+COLUMNS = (
+    'study_id',
+    'status',
+    *_MEASURES,
+    'severity',
+    'seconds',
+    'mask',
+    *(f'{side}_{name}' for side in ('right', 'left') for name in _MEASURES),
+    'notes',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is written of a study beside its mask.
+
+    Attributes:
+      probability: `<study_id>_probability.nii.gz`, float32.
+      preview: `<study_id>_preview.png`, slices with the lesions outlined.
+      per_lung: volumes of either lung in results.csv.
+    """
+
+    probability: bool = False
+    preview: bool = False
+    per_lung: bool = False
 
 
 def write_prediction(
@@ -29,70 +64,82 @@ def write_prediction(
     probability: np.ndarray,
     settings: MaskSettings,
     output: pathlib.Path,
-    *,
-    write_probability: bool = False,
-) -> Row:
+    wanted: Wanted,
+    study: Study,
+) -> tuple[Row, list[pathlib.Path]]:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
-    `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and, if asked,
-    `<study_id>_probability.nii.gz` (float32).
+    `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
 
     Returns:
-      A row of results.csv.
+      A row of results.csv, and the files.
     """
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
-    path = output / f'{case.study_id}_mask.nii.gz'
-    if write_probability:
-        native = geometries.to_study_grid(probability, case.geometry) * found.lungs
-        write_volume(
-            output / f'{case.study_id}_probability.nii.gz',
-            geometries.from_canonical(native.astype(np.float32), affine),
-            affine,
-        )
-    write_volume(path, geometries.from_canonical(found.mask.astype(np.uint8), affine), affine)
-    lesion_ml = float(found.mask.sum()) * case.geometry.study_voxel_ml
-    lung_ml = float(found.lungs.sum()) * case.geometry.study_voxel_ml
-    return {
-        'study_id': case.study_id,
-        'status': 'ok',
-        'lesion_ml': lesion_ml,
-        'lung_ml': lung_ml,
-        'infection_percent': 100 * lesion_ml / lung_ml,
-        'mask': path.name,
-    }
+    measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
+    files = [output / f'{case.study_id}_mask.nii.gz']
+    if wanted.probability:
+        native = native_probability(case, probability, found)
+        files.append(output / f'{case.study_id}_probability.nii.gz')
+        write_volume(files[-1], geometries.from_canonical(native, affine), affine)
+    if wanted.preview:
+        files.append(output / f'{case.study_id}_preview.png')
+        _write_preview(files[-1], study, case, found, measures)
+    write_volume(files[0], geometries.from_canonical(found.mask.astype(np.uint8), affine), affine)
+    row: Row = {'study_id': case.study_id, 'status': 'ok'}
+    row |= _cells(measures) | {'severity': measures.severity, 'mask': files[0].name}
+    if wanted.per_lung:
+        sides = split_lungs(found.lungs, case.geometry.spacing_mm)
+        for name, lung in zip(('right', 'left'), sides, strict=True):
+            of_lung = measure(found.mask, lung, case.geometry.study_voxel_ml)
+            row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
+    if case.notes:
+        row['notes'] = '; '.join(case.notes)
+    return row, files
 
 
-def _write_results(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, restval='')
-        writer.writeheader()
-        writer.writerows(rows)
+def _cells(measures: Measures) -> Row:
+    return {name: round(getattr(measures, name), 4) for name in _MEASURES}
+
+
+def _write_preview(
+    path: pathlib.Path, study: Study, case: PreparedCase, found: StudyMask, measures: Measures
+) -> None:
+    volume = read_image(study)
+    write_preview(
+        path,
+        geometries.to_canonical(volume.data, volume.affine),
+        found.mask,
+        found.lungs,
+        case.geometry.spacing_mm,
+        f'{case.study_id}: lesion {measures.lesion_ml:.1f} ml, infection '
+        f'{measures.infection_percent:.1f} %, {measures.severity}',
+    )
 
 
 def predict_studies(
     studies: Sequence[Study],
-    probability: Probability,
-    preparation: PrepareSettings,
-    settings: MaskSettings,
+    model: Model,
     output: pathlib.Path,
     *,
     num_workers: int = 1,
-    write_probability: bool = False,
+    wanted: Wanted = Wanted(),
+    resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Segments studies and writes results.csv; a study that cannot be used is named in it and
     passed over. Of several hosts each takes its share of them.
 
-    While the network is at one study, other processes prepare the next ones and write those before:
+    While each device is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their
     number.
 
     Args:
       studies: in the order of results.csv.
-      probability: the network.
-      preparation, settings: how studies become cases, and probabilities masks.
+      model: the network.
       output: gets the masks; it is made where it is not there.
       num_workers: processes beside this one. One study alone is done without them.
-      write_probability: write the probability maps too.
+      wanted: what is written beside the masks.
+      resume: keep the studies that are done, by the same model and from the same files, and whose
+        own files are as they were written.
 
     Returns:
       The rows of results.csv, and the messages of the studies passed over.
@@ -100,27 +147,94 @@ def predict_studies(
     Raises:
       InputError: a process was killed.
     """
-    write = functools.partial(
-        write_prediction, settings=settings, output=output, write_probability=write_probability
-    )
-    rows: list[Row | futures.Future] = []
+    output.mkdir(parents=True, exist_ok=True)
+    atomic.remove_leftovers(output)
+    identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
+    journal = Journal(output, hosts.index(), identity)
+    if not resume:
+        hosts.first_alone(journal.clear, 'predict begins anew')
     own = hosts.share(studies)
-    with process_pool(min(num_workers, len(own) - 1), 'predict') as pool:
-        to_prepare, preparing, writing = deque(own), deque(), deque()
-        for study in tqdm(own, desc='predict', unit='study', disable=None):
+    rows: dict[str, Row] = journal.read_done(own)
+    to_do = [study for study in own if study.study_id not in rows]
+    finish = functools.partial(
+        _finish, settings=model.masks, output=output, wanted=wanted, journal=journal
+    )
+    devices = model.probabilities[: max(1, len(to_do))]
+    with (
+        process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool,
+        _threads(len(devices)) as threads,
+        tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar,
+    ):
+        to_prepare, preparing, running, writing = deque(to_do), deque(), deque(), deque()
+
+        def collect(most_running: int, most_writing: int) -> None:
+            while len(running) > most_running:
+                study, job = running.popleft()
+                writing.append(pool.submit(finish, study, *job.result()))
+            while len(writing) > most_writing:
+                row = writing.popleft().result()
+                rows[str(row['study_id'])] = row
+                bar.update()
+
+        for number, study in enumerate(to_do):
             while to_prepare and len(preparing) <= num_workers:
-                preparing.append(pool.submit(prepare_volume, to_prepare.popleft(), preparation))
+                preparing.append(pool.submit(_prepare, to_prepare.popleft(), model.preparation))
             try:
-                case = preparing.popleft().result()
+                case, seconds = preparing.popleft().result()
             except InputError as error:
-                rows.append({'study_id': study.study_id, 'status': str(error)})
+                rows[study.study_id] = {'study_id': study.study_id, 'status': str(error)}
+                bar.update()
                 continue
-            writing.append(pool.submit(write, case, probability(case.image, case.lungs)))
-            rows.append(writing[-1])
-            if len(writing) > num_workers:
-                writing.popleft().result()
-        rows = [row.result() if isinstance(row, futures.Future) else row for row in rows]
-    rows = hosts.gather(rows, len(studies))
+            device = number % len(devices)
+            running.append((study, threads[device].submit(_run, devices[device], case, seconds)))
+            collect(len(devices) - 1, num_workers)
+        collect(0, 0)
+    found = hosts.gather([rows[study.study_id] for study in own], len(studies))
     if hosts.is_first():
-        _write_results(output / 'results.csv', rows)
-    return rows, [str(row['status']) for row in rows if row['status'] != 'ok']
+        _write_results(output / 'results.csv', found)
+    return found, [str(row['status']) for row in found if row['status'] != 'ok']
+
+
+def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:
+    began = time.monotonic()
+    return prepare_volume(study, settings), time.monotonic() - began
+
+
+def _run(
+    predict: Probability, case: PreparedCase, seconds: float
+) -> tuple[PreparedCase, np.ndarray, float]:
+    began = time.monotonic()
+    probability = predict(case.image, case.lungs)
+    return case, probability, seconds + time.monotonic() - began
+
+
+def _finish(
+    study: Study,
+    case: PreparedCase,
+    probability: np.ndarray,
+    seconds: float,
+    *,
+    settings: MaskSettings,
+    output: pathlib.Path,
+    wanted: Wanted,
+    journal: Journal,
+) -> Row:
+    began = time.monotonic()
+    row, files = write_prediction(case, probability, settings, output, wanted, study)
+    row['seconds'] = round(seconds + time.monotonic() - began, 3)
+    journal.append(study, row, files)
+    return row
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[list[futures.Executor]]:
+    """That many threads, each of which does one thing after the other."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in range(number)]
+
+
+def _write_results(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, restval='')
+        writer.writeheader()
+        writer.writerows(rows)

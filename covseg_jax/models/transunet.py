@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform
 
@@ -232,7 +232,7 @@ class TransformerBlock(nn.Module):
         # Tokens or weights are put in another order, whichever are fewer: each head in channels of
         # its own, so that no axis of heads has to be carried past that of the tokens.
         layout, groups = (head_width, 3, self.num_heads), 3 * self.num_heads
-        if batch * count < features:
+        if not export.is_symbolic_dim(batch) and batch * count < features:
             fused = (x @ kernel).reshape(batch, count, *layout).transpose(3, 4, 0, 1, 2)
             fused = fused.reshape(groups, batch, count, head_width)
             parts = [part[0] for part in lax.split(fused, (1,) * groups)]

@@ -8,18 +8,24 @@ import pathlib
 import ml_collections
 
 from covseg_jax.errors import InputError
+from covseg_jax.manifest import fingerprint
 
 Config = ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the command line names beside the config: --input, --output and --reference, None where
-    not given."""
+    """What the command line names beside the config: paths, None where not given, and what predict
+    is asked for."""
 
     input: pathlib.Path | None = None
     output: pathlib.Path | None = None
     reference: pathlib.Path | None = None
+    model: str | None = None
+    resume: bool = False
+    preview: bool = False
+    per_lung: bool = False
+    probability: bool = False
 
 
 def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -43,8 +49,9 @@ def prepare_settings(config: Config):
     )
 
 
-def num_workers(config: Config) -> int:
-    return config.data.num_workers or os.cpu_count() or 1
+def num_workers(config: Config | None) -> int:
+    """Processes for studies; without a config, one a core."""
+    return (config and config.data.num_workers) or os.cpu_count() or 1
 
 
 def split_studies(config: Config, workdir: pathlib.Path):
@@ -73,10 +80,9 @@ def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
     return lambda case: read_pseudo_mask(folder, case.study_id)
 
 
-def load_segmenter(config: Config, workdir: pathlib.Path):
-    """The trained network's probability function, its mask settings, its checkpoint's step."""
+def load_masks(config: Config, workdir: pathlib.Path):
+    """How the trained network's probabilities become masks, as train found it."""
     from covseg_jax.inference.masks import MaskSettings
-    from covseg_jax.training.segmentation import load_probability
 
     calibration = workdir / 'transunet' / 'calibration.json'
     if not calibration.exists():
@@ -84,10 +90,34 @@ def load_segmenter(config: Config, workdir: pathlib.Path):
             f'{calibration}: no trained network in {workdir}; run the stages up to train first'
         )
     cuts = json.loads(calibration.read_text(encoding='utf-8'))
-    settings = MaskSettings(
+    return MaskSettings(
         cuts['threshold'],
         cuts.get('seed_threshold', cuts['threshold']),
         config.predict.min_component_ml,
     )
-    probability, step = load_probability(config, workdir / 'transunet')
-    return probability, settings, step
+
+
+def load_model(config: Config, workdir: pathlib.Path):
+    """The trained network of a work directory, and its checkpoint's step."""
+    import jax
+
+    from covseg_jax.inference.model import Model
+    from covseg_jax.training.segmentation import load_variables, make_probability
+
+    masks = load_masks(config, workdir)
+    network, variables, step = load_variables(config, workdir / 'transunet')
+    model = Model(
+        probabilities=tuple(
+            make_probability(config, network, jax.device_put(variables, device))
+            for device in jax.local_devices()
+        ),
+        preparation=prepare_settings(config),
+        masks=masks,
+        identity=fingerprint(
+            [config.network.to_dict(), config.predict.to_dict(), config.prepare.to_dict(),
+             dataclasses.asdict(masks), step, str(workdir.resolve()),
+             # another training of the same length
+             (workdir / 'transunet' / 'calibration.json').stat().st_mtime_ns]
+        ),
+    )  # fmt: skip
+    return model, step

@@ -7,14 +7,17 @@ import pathlib
 from collections.abc import Callable
 
 from covseg_jax import atomic
-from covseg_jax.errors import InputError
+from covseg_jax.errors import InputError, Stopped
 from covseg_jax.stages.inputs import (
     Config,
     Given,
     data_folder,
-    load_segmenter,
+    load_masks,
+    load_model,
     num_workers,
     prepare_settings,
+    pseudo_mask_reader,
+    split_studies,
 )
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import PIPELINE
@@ -158,25 +161,84 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
         print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
 
 
-def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
-    """NIfTI in -> NIfTI out on the same grid."""
+def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """The trained network as one folder that predicts without this config."""
+    from covseg_jax.inference.export import Exported, write_export
+    from covseg_jax.training.segmentation import load_variables, make_network, volume_settings
+
+    masks = load_masks(config, workdir)
+    _, variables, step = load_variables(config, workdir / 'transunet')
+
+    def make_in_form(form: str):
+        own = config.copy_and_resolve_references().unlock()
+        if own.network.conv_impl == 'auto':
+            own.network.conv_impl = form
+        return make_network(own)
+
+    folder = given.output or workdir / 'export'
+    write_export(
+        folder,
+        make_in_form,
+        variables,
+        Exported(
+            prepare_settings(config), volume_settings(config), masks, _facts(config, workdir, step)
+        ),
+    )
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    show_table([('export', folder), ('step', step), ('MB', size / 1e6)])
+
+
+def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
+    """What an export says of the run that it comes from."""
+    splits = split_studies(config, workdir)
+    trained = [*splits.train, *splits.validation, *splits.healthy_train]
+    summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
+    if summary_path.exists():
+        summary = json.loads(summary_path.read_text(encoding='utf-8'))
+        if summary['checkpoint_step'] == step:
+            metrics = {'studies': summary['studies'], 'protocols': summary['protocols']}
+    return {
+        'config': f'{config.name}:{config.variant}',
+        'network': config.network.to_dict(),
+        'checkpoint_step': step,
+        'metrics': metrics,
+        'training_data': {
+            'data_sets': sorted({case.description['data_set'] for case in trained}),
+            'covid_studies': len(splits.train) + len(splits.validation),
+            'healthy_studies': len(splits.healthy_train) + len(splits.healthy_calibration),
+            'human_masks': config.train.targets != 'pseudo',
+        },
+        'licence': config.export.licence,
+    }
+
+
+def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+    """Scans in -> NIfTI masks out on the same grids, by the work directory's network or by
+    --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
     from covseg_jax.imaging.studies import find_inputs
-    from covseg_jax.inference.predict import predict_studies
+    from covseg_jax.inference.export import load
+    from covseg_jax.inference.predict import Wanted, predict_studies
 
-    studies = find_inputs(given.input, config.data.layout)
-    probability, settings, _ = load_segmenter(config, workdir)
-    rows, faults = predict_studies(
-        studies,
-        probability,
-        prepare_settings(config),
-        settings,
-        given.output,
-        num_workers=num_workers(config),
-        write_probability=config.predict.write_probability,
-    )
-    columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent')
+    studies = find_inputs(given.input, config.data.layout if config else 'auto')
+    if given.model:
+        model = load(*given.model.split(','))
+    else:
+        model, _ = load_model(config, workdir)
+    write_probability = given.probability or bool(config and config.predict.write_probability)
+    try:
+        rows, faults = predict_studies(
+            studies,
+            model,
+            given.output,
+            num_workers=num_workers(config),
+            wanted=Wanted(write_probability, given.preview, given.per_lung),
+            resume=given.resume,
+        )
+    except KeyboardInterrupt as stop:
+        raise Stopped('predict: stopped; --resume keeps what is done') from stop
+    columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent', 'severity', 'seconds')
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)
     if len(done) > _MOST_SHOWN:
@@ -188,13 +250,47 @@ def run_predict(config: Config, workdir: pathlib.Path, given: Given) -> None:
         raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
 
 
+def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> None:
+    """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
+    if not given.output:
+        raise InputError('--stages=pseudo_masks needs --output=FOLDER')
+    from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT
+    from covseg_jax.imaging.studies import find_studies
+    from covseg_jax.inference.masks import MaskSettings
+    from covseg_jax.inference.share import write_nnunet_data_set, write_pseudo_masks
+
+    splits = split_studies(config, workdir)
+    studies = find_studies(data_folder(config, workdir), config.data.layout)
+    masks = given.output / 'pseudo_masks'
+    covid = splits.train + splits.validation
+    write_pseudo_masks(
+        covid + splits.evaluation,
+        pseudo_mask_reader(config, workdir),
+        masks,
+        MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml),
+    )
+    data_set = write_nnunet_data_set(
+        splits, {study.study_id: study for study in studies}, masks, given.output / 'nnUNet_raw'
+    )
+    show_table(
+        [
+            ('pseudo-masks', len(covid) + len(splits.evaluation), masks),
+            ('to train on, with pseudo-masks', len(covid), data_set),
+            ('to train on, healthy', len(splits.healthy_train), data_set),
+        ],
+        ('pseudo_masks', 'studies', 'in'),
+    )
+
+
 BEFORE: dict[str, Callable] = {
     'verify': run_verify,
     'compile_check': run_compile_check,
     'import_weights': run_import_weights,
 }
 AFTER: dict[str, Callable] = {
+    'export': run_export,
     'predict': run_predict,
+    'pseudo_masks': run_pseudo_masks,
     'compare': run_compare,
     'status': run_status,
 }

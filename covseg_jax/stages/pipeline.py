@@ -11,7 +11,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.stages.inputs import (
     Config,
     data_folder,
-    load_segmenter,
+    load_model,
     num_workers,
     prepare_settings,
     prepared_folder,
@@ -127,14 +127,18 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
     from covseg_jax.inference.calibrate import calibrate_mask
     from covseg_jax.training.gan import opacity_model
     from covseg_jax.training.logging import read_newest
-    from covseg_jax.training.segmentation import load_probability, train_segmentation
+    from covseg_jax.training.segmentation import (
+        load_variables,
+        make_probability,
+        train_segmentation,
+    )
 
     splits, folder = split_studies(config, workdir), workdir / 'transunet'
     train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
-    probability, step = load_probability(config, folder)
+    network, variables, step = load_variables(config, folder)
     healthy = splits.healthy_calibration
     settings, false_positive_ml = calibrate_mask(
-        probability,
+        make_probability(config, network, variables),
         paint_scans(healthy, opacity_model(config)),
         healthy,
         max_healthy_ml=config.train.max_healthy_ml,
@@ -185,10 +189,11 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         settings = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml)
         step = 0
     else:
-        probability, settings, step = load_segmenter(config, workdir)
+        model, step = load_model(config, workdir)
+        settings = model.masks
 
         def predict(case):
-            return probability(np.asarray(case.image()), np.asarray(case.lungs()))
+            return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
 
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None

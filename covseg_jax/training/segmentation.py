@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from scipy import ndimage
 
 from covseg_jax import hosts
 from covseg_jax.data import pipeline
@@ -32,6 +31,7 @@ from covseg_jax.training.targets import (
     plan_rounds,
     refine_targets,
 )
+from covseg_jax.training.volumes import Probability, VolumeSettings, predict_volumes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,44 +341,28 @@ def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4)
     )  # fmt: skip
 
 
-def load_probability(
+def load_variables(
     config: ml_collections.ConfigDict, folder: pathlib.Path
-) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], int]:
-    """The trained network as `make_probability` gives it, and the checkpoint's step.
+) -> tuple[nn.Module, Any, int]:
+    """The trained network, its averaged variables on one device, and the checkpoint's step.
 
     Raises:
       InputError: there is no checkpoint that fits.
     """
     parts = build_segmentation(config, sharding.make_local_mesh())
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    return make_probability(config, parts.network, state.ema), step
+    return parts.network, state.ema, step
+
+
+def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:
+    """How the config's `predict` group makes volumes of slices."""
+    predict = config.predict
+    return VolumeSettings(predict.batch_size, predict.flip, predict.smoothing_slices)
 
 
 def make_probability(
     config: ml_collections.ConfigDict, network: nn.Module, variables: Any
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """A network as (image, lungs), both (D, H, W), -> (D, H, W) float32 lesion probability, 0
-    outside the lungs.
-
-    Slices are predicted `predict.batch_size` at a time; with `predict.flip`, together with their
-    mirror images. Then the probability is smoothed from slice to slice.
-    """
+) -> Probability:
+    """A network as a function of volumes, where its variables are."""
     predict = steps.make_predict(network)
-    size, smoothing = config.predict.batch_size, config.predict.smoothing_slices
-
-    def predict_slices(slices: np.ndarray) -> np.ndarray:
-        padded = np.zeros((-(-len(slices) // size) * size, *slices.shape[1:], 1), np.float32)
-        padded[: len(slices), ..., 0] = slices
-        found = [predict(variables, padded[i : i + size]) for i in range(0, len(padded), size)]
-        return np.concatenate([np.asarray(f)[..., 0] for f in found])[: len(slices)]
-
-    def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-        image = np.asarray(image, np.float32)
-        found = predict_slices(image)
-        if config.predict.flip:
-            found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
-        if smoothing:
-            found = ndimage.gaussian_filter1d(found, smoothing, axis=0, mode='nearest')
-        return found * (np.asarray(lungs) > 0)
-
-    return probability
+    return predict_volumes(lambda slices: predict(variables, slices), volume_settings(config))

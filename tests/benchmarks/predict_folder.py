@@ -23,7 +23,8 @@ from covseg_jax import cpu
 from covseg_jax.imaging import phantom, prepare, studies
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.inference.masks import MaskSettings
-from covseg_jax.inference.predict import predict_studies, write_prediction
+from covseg_jax.inference.model import Model
+from covseg_jax.inference.predict import Wanted, predict_studies, write_prediction
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -43,6 +44,7 @@ def main() -> None:
     probability = segmentation.make_probability(config, parts.network, parts.make_state().ema)
     preparation = prepare.PrepareSettings(grid=tuple(config.prepare.grid))
     settings = MaskSettings(0.5, 0.6)
+    model = Model((probability,), preparation, settings, identity='fresh weights')
     workers = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -53,9 +55,7 @@ def main() -> None:
 
         def predict(num_workers: int) -> float:
             began = time.perf_counter()
-            predict_studies(
-                found, probability, preparation, settings, folder / 'masks', num_workers=num_workers
-            )
+            predict_studies(found, model, folder / 'masks', num_workers=num_workers)
             return (time.perf_counter() - began) / len(found)
 
         seconds: dict[int, list[float]] = {0: [], workers: []}
@@ -69,7 +69,7 @@ def main() -> None:
         steps.append(time.perf_counter())
         mask = probability(case.image, case.lungs)
         steps.append(time.perf_counter())
-        write_prediction(case, mask, settings, folder / 'masks')
+        write_prediction(case, mask, settings, folder / 'masks', Wanted(), found[0])
         steps.append(time.perf_counter())
     alone, overlapped = (statistics.median(each) for each in seconds.values())
     prepare_s, network_s, write_s = np.diff(steps).round(3).tolist()

@@ -172,3 +172,63 @@ def test_real_crop_keeps_lungs_at_its_edge(shared_data):
     air = image[30:90] < -600
     assert (found[30:90] & air).sum() / air.sum() >= 0.97
     assert (found & (image > -100)).sum() / found.sum() <= 0.12  # vessels with contrast
+
+
+BOX_SPACING_MM = (5.0, 2.0, 2.0)
+BOX_SHAPE = (40, 100, 150)  # 200 × 200 × 300 mm
+RIGHT_BOX = (slice(5, 35), slice(20, 80), slice(20, 65))
+LEFT_BOX = (slice(13, 35), slice(20, 80), slice(85, 130))
+BRIDGE = (slice(15, 25), slice(22, 26), slice(65, 85))  # 8 mm thick, in front of the heart
+# Cut off from the base of the left lung, 50 mm below what is left of it. The right one is 43 mm
+# away, but nearly all of that across.
+PIECE = (slice(3, 4), slice(60, 78), slice(85, 89))
+
+
+def _draw(*boxes):
+    mask = np.zeros(BOX_SHAPE, bool)
+    for box in boxes:
+        mask[box] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ('right', 'left'),
+    [
+        pytest.param([RIGHT_BOX], [LEFT_BOX], id='apart'),
+        pytest.param([RIGHT_BOX], [LEFT_BOX, PIECE], id='a piece of the left one cut off'),
+        pytest.param([RIGHT_BOX], [], id='right one only'),
+        pytest.param([], [LEFT_BOX, PIECE], id='left one only'),
+        pytest.param([], [], id='none'),
+    ],
+)
+def test_split_lungs_gives_right_then_left(right, left):
+    found = lungs.split_lungs(_draw(*right, *left), BOX_SPACING_MM)
+    for side, boxes in zip(found, (right, left), strict=True):
+        np.testing.assert_array_equal(side, _draw(*boxes))
+
+
+def test_split_lungs_cuts_a_bridge_in_its_middle():
+    mask = _draw(RIGHT_BOX, LEFT_BOX, BRIDGE, PIECE)
+    right, left = lungs.split_lungs(mask, BOX_SPACING_MM)
+    np.testing.assert_array_equal(right ^ left, mask)
+    assert right[:, :, :73].sum() == mask[:, :, :73].sum() - _draw(PIECE)[:, :, :73].sum()
+    assert left[:, :, 77:].sum() == mask[:, :, 77:].sum()
+
+
+def test_split_lungs_of_a_phantom_cuts_at_its_midline():
+    made = phantom.make_phantom((3, 3), 'CT-1')
+    mask = geometry.to_canonical(made.lungs, made.affine) > 0
+    right, left = lungs.split_lungs(mask, geometry.canonical_spacing(made.affine))
+    np.testing.assert_array_equal(right ^ left, mask)
+    middle = mask.shape[2] // 2  # x = 0, between the phantom's lungs but for their front edges
+    assert right[:, :, :middle].sum() >= 0.99 * right.sum()
+    assert left[:, :, middle:].sum() >= 0.99 * left.sum()
+
+
+def test_split_lungs_of_a_real_chest_are_of_like_size(shared_data):
+    image, volume = _read(shared_data / 'chest_ct_512' / 'image.nii.gz')
+    spacing_mm = geometry.canonical_spacing(volume.affine)
+    found = lungs.find_lungs(image, spacing_mm)
+    right, left = lungs.split_lungs(found, spacing_mm)
+    np.testing.assert_array_equal(right ^ left, found)
+    assert 0.35 < left.sum() / found.sum() < right.sum() / found.sum() < 0.65

@@ -81,7 +81,8 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path):
 def test_imported_weights_predict_and_train_on(tmp_path, config, variables, tensors, prepared):
     folder = tmp_path / 'transunet'
     published_weights.import_transunet(config, tensors, folder)
-    probability, step = segmentation.load_probability(config, folder)
+    network, averaged, step = segmentation.load_variables(config, folder)
+    probability = segmentation.make_probability(config, network, averaged)
     cases = find_cases(prepared)[:3]
     case = cases[0]
     image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
@@ -98,7 +99,7 @@ def test_imported_weights_predict_and_train_on(tmp_path, config, variables, tens
     config.train.rounds, config.train.round_shares = ('targets',), (1.0,)
     targets = {c.study_id: np.random.default_rng(0).uniform(size=c.lungs().shape) for c in cases}
     segmentation.train_segmentation(config, splits, lambda c: targets[c.study_id], folder)
-    _, step = segmentation.load_probability(config, folder)
+    _, _, step = segmentation.load_variables(config, folder)
     assert step == 2
 
 

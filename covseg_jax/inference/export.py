@@ -1,0 +1,187 @@
+"""A trained network as one folder that predicts anywhere, without the config it was trained with.
+
+    export/
+      model.json            what it is, how studies become volumes and probabilities masks
+      weights.safetensors   its variables by name
+      function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B;
+      function_tpu.bin      a function a platform, each in the forms that are quick there
+      function_cuda.bin
+      SHA256SUMS            of the files above; `sha256sum -c` reads it
+
+Nothing in it is a pickle or code: the functions are StableHLO.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax import export
+
+from covseg_jax import atomic
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging.prepare import PrepareSettings
+from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.inference.model import Model, average_models
+from covseg_jax.training.steps import make_predict
+from covseg_jax.training.volumes import VolumeSettings, predict_volumes
+
+FORMAT, VERSION = 'covseg_jax export', 1
+INTENDED_USE = (
+    'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
+)
+PLATFORMS = {'cpu': 'folded', 'tpu': 'lanes', 'cuda': 'native'}  # and the form of convolutions
+_JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
+_SUMS = 'SHA256SUMS'
+_EXPORT_AGAIN = 'copy or export it again'
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What goes into an export beside the network.
+
+    Attributes:
+      preparation, volumes, masks: from a study to its mask.
+      facts: what else model.json says: metrics of the run, its training data, its licence.
+    """
+
+    preparation: PrepareSettings
+    volumes: VolumeSettings
+    masks: MaskSettings
+    facts: Mapping[str, Any]
+
+
+def write_export(
+    folder: pathlib.Path,
+    make_network: Callable[[str], nn.Module],
+    variables: Any,
+    contents: Exported,
+) -> None:
+    """Writes the folder, whole or not at all; one that is there is replaced.
+
+    Args:
+      folder: the export.
+      make_network: form of the convolutions ('native', 'folded', 'lanes') -> the network.
+      variables: of the network, a nested dict.
+      contents: the rest.
+    """
+    variables = jax.device_get(variables)
+    (batch,) = export.symbolic_shape('b')
+    slices = jax.ShapeDtypeStruct((batch, *contents.preparation.grid[1:], 1), jnp.float32)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    description = {
+        'format': FORMAT,
+        'version': VERSION,
+        'intended_use': INTENDED_USE,
+        'preparation': dataclasses.asdict(contents.preparation),
+        'volumes': dataclasses.asdict(contents.volumes),
+        'masks': dataclasses.asdict(contents.masks),
+        **contents.facts,
+    }
+    with atomic.new_folder(folder) as temporary:
+        for platform, form in PLATFORMS.items():
+            predict = make_predict(make_network(form))
+            function = export.export(predict, platforms=(platform,))(shapes, slices)
+            (temporary / _function_name(platform)).write_bytes(function.serialize())
+        flat = traverse_util.flatten_dict(variables, sep='/')
+        tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+        # Not save_file, whose file nobody but its owner may read.
+        (temporary / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
+        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+
+
+def _function_name(platform: str) -> str:
+    return f'function_{platform}.bin'
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
+    """Loads an export, or several whose probabilities are averaged.
+
+    Args:
+      path, others: folders that `--stages=export` wrote.
+
+    Raises:
+      InputError: a folder is no export, is damaged, was written by a newer version, has no function
+        for this machine's platform, or the exports see studies in different ways.
+    """
+    return average_models([_load_one(pathlib.Path(each)) for each in (path, *others)])
+
+
+def _load_one(folder: pathlib.Path) -> Model:
+    sums = _check_sums(folder)
+    description = _read_description(folder / 'model.json')
+    platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
+    path = folder / _function_name(platform)
+    if path.name not in sums:
+        raise InputError(
+            f'{folder}: has no function for {platform}; export it again, or run it on '
+            f'{", ".join(PLATFORMS)} (JAX_PLATFORMS=cpu)'
+        )
+    function = export.deserialize(bytearray(path.read_bytes()))
+    tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
+    variables = traverse_util.unflatten_dict(tensors, sep='/')
+    given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
+    (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
+    if given != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), wanted):
+        raise FileFault(folder / 'weights.safetensors', 'does not fit the function', _EXPORT_AGAIN)
+    call = jax.jit(function.call)
+    volumes = VolumeSettings(**description['volumes'])
+    return Model(
+        probabilities=tuple(
+            predict_volumes(functools.partial(call, jax.device_put(variables, device)), volumes)
+            for device in jax.local_devices()
+        ),
+        preparation=PrepareSettings(**description['preparation']),
+        masks=MaskSettings(**description['masks']),
+        identity=hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(),
+        description=description,
+    )
+
+
+def _check_sums(folder: pathlib.Path) -> dict[str, str]:
+    """The export's files and their checksums, all of them right."""
+    path = folder / _SUMS
+    if not path.is_file():
+        raise InputError(f'{folder}: not an export (no {_SUMS} in it); --stages=export writes one')
+    lines = [line.split('  ', 1) for line in path.read_text(encoding='utf-8').splitlines()]
+    sums = {name: each for each, name in (line for line in lines if len(line) == 2)}
+    for name in ('model.json', 'weights.safetensors'):
+        if name not in sums:
+            raise FileFault(path, f'says nothing of {name}', _EXPORT_AGAIN)
+    for name, expected in sums.items():
+        file = folder / name
+        if pathlib.Path(name).name != name or not file.is_file():
+            raise FileFault(file, 'is missing', _EXPORT_AGAIN)
+        if _sha256(file) != expected:
+            raise FileFault(file, f'is not the file that was exported (see {_SUMS})', _EXPORT_AGAIN)
+    return sums
+
+
+def _read_description(path: pathlib.Path) -> dict:
+    description = json.loads(path.read_text(encoding='utf-8'))
+    if description.get('format') != FORMAT:
+        raise FileFault(path, f'is not of a {FORMAT}', 'name the folder of one')
+    if description['version'] > VERSION:
+        raise FileFault(
+            path, f'is of version {description["version"]}, this program knows {VERSION}',
+            'take a newer covseg_jax',
+        )  # fmt: skip
+    return description

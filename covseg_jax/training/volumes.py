@@ -1,0 +1,55 @@
+"""A network of slices as a function of volumes."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage
+
+Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeSettings:
+    """How slices become a volume.
+
+    Attributes:
+      batch_size: slices at a time.
+      flip: average with the prediction of the mirrored slices.
+      smoothing_slices: standard deviation, in slices of the model's grid, that probabilities are
+        smoothed by from slice to slice; 0 leaves them.
+    """
+
+    batch_size: int
+    flip: bool
+    smoothing_slices: float
+
+
+def predict_volumes(
+    predict: Callable[[np.ndarray], np.typing.ArrayLike], settings: VolumeSettings
+) -> Probability:
+    """A function of (image, lungs), both (D, H, W), that gives (D, H, W) float32 lesion
+    probability, 0 outside the lungs.
+
+    `predict` takes (batch_size, H, W, 1) float32 slices and gives as many probabilities.
+    """
+    size = settings.batch_size
+
+    def predict_slices(slices: np.ndarray) -> np.ndarray:
+        padded = np.zeros((-(-len(slices) // size) * size, *slices.shape[1:], 1), np.float32)
+        padded[: len(slices), ..., 0] = slices
+        found = [predict(padded[i : i + size]) for i in range(0, len(padded), size)]
+        return np.concatenate([np.asarray(f)[..., 0] for f in found])[: len(slices)]
+
+    def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+        image = np.asarray(image, np.float32)
+        found = predict_slices(image)
+        if settings.flip:
+            found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
+        if settings.smoothing_slices:
+            found = ndimage.gaussian_filter1d(
+                found, settings.smoothing_slices, axis=0, mode='nearest'
+            )
+        return found * (np.asarray(lungs) > 0)
+
+    return probability

@@ -1,0 +1,170 @@
+"""One folder that predicts what the training code predicts, or says what is wrong with it."""
+
+import dataclasses
+import json
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+import covseg_jax
+from configs import transunet
+from covseg_jax.errors import InputError
+from covseg_jax.imaging import nifti
+from covseg_jax.imaging.prepare import PrepareSettings
+from covseg_jax.inference import export
+from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.inference.model import Measures, average_models
+from covseg_jax.training import segmentation
+from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
+
+GRID = (16, 32, 32)
+
+
+@pytest.fixture(scope='module')
+def config():
+    config = transunet.get_config('tiny').unlock()
+    config.predict.batch_size = 6  # 16 slices are three batches, one of them padded
+    return config
+
+
+def make_variables(config, seed):
+    network = segmentation.make_network(config)
+    image = np.zeros((1, *GRID[1:], 1), np.float32)
+    return jax.jit(network.init)(jax.random.key(seed), image)
+
+
+@pytest.fixture(scope='module')
+def variables(config):
+    return make_variables(config, 1)
+
+
+def write(config, variables, folder, **changes):
+    def make_network(form):
+        own = config.copy_and_resolve_references()
+        own.network.conv_impl = form
+        return segmentation.make_network(own)
+
+    contents = export.Exported(
+        preparation=PrepareSettings(grid=GRID),
+        volumes=segmentation.volume_settings(config),
+        masks=MaskSettings(0.5, 0.6, 0.1),
+        facts={'licence': 'none'},
+    )
+    export.write_export(folder, make_network, variables, dataclasses.replace(contents, **changes))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def folder(config, variables, tmp_path_factory):
+    return write(config, variables, tmp_path_factory.mktemp('run') / 'export')
+
+
+def make_volume(seed=0):
+    rng = np.random.default_rng(seed)
+    lungs = rng.random(GRID) < 0.7
+    return (rng.random(GRID) * lungs).astype(np.float16), lungs.astype(np.uint8)
+
+
+def test_exported_function_equals_the_training_codes_prediction_bit_for_bit(
+    config, variables, folder
+):
+    expected = segmentation.make_probability(config, segmentation.make_network(config), variables)
+    model = covseg_jax.load(folder)
+    volume = make_volume()
+    found = model.probabilities[0](*volume)
+    assert found.std() > 0
+    np.testing.assert_array_equal(found, expected(*volume))
+    # One function a device, each with the same weights.
+    assert len(model.probabilities) == len(jax.local_devices())
+    np.testing.assert_array_equal(model.probabilities[1](*volume), found)
+
+
+def test_export_has_a_function_for_each_platform_and_says_what_it_is(folder):
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        'model.json', 'weights.safetensors', 'SHA256SUMS', 'function_cpu.bin', 'function_tpu.bin',
+        'function_cuda.bin',
+    }  # fmt: skip
+    subprocess.run(['sha256sum', '--check', '--quiet', 'SHA256SUMS'], cwd=folder, check=True)
+    description = json.loads((folder / 'model.json').read_text())
+    assert 'Not a medical device' in description['intended_use']
+    assert description['preparation']['window_hu'] == [-1000, 400]
+    assert description['masks']['threshold'] == 0.5
+    assert covseg_jax.load(folder).description == description
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('name', ['model.json', 'weights.safetensors', 'function_cpu.bin'])
+def test_damaged_export_is_refused_by_the_files_name(config, variables, tmp_path, name):
+    folder = write(config, variables, tmp_path / 'export')
+    flip_bit(folder / name)
+    with pytest.raises(InputError, match=rf'{name}.*not the file that was exported'):
+        covseg_jax.load(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf'{name}.*missing'):
+        covseg_jax.load(folder)
+
+
+def test_folder_that_is_no_export_is_refused(tmp_path):
+    with pytest.raises(InputError, match='not an export'):
+        covseg_jax.load(tmp_path)
+
+
+def test_ensemble_averages_probabilities_and_thresholds(config, folder, tmp_path):
+    other = write(
+        config, make_variables(config, 2), tmp_path / 'other', masks=MaskSettings(0.3, 0.8, 0.1)
+    )
+    members, volume = [covseg_jax.load(each) for each in (folder, other)], make_volume()
+    both = covseg_jax.load(folder, other)
+    expected = np.mean([member.probabilities[0](*volume) for member in members], axis=0)
+    np.testing.assert_array_equal(both.probabilities[0](*volume), expected)
+    assert both.masks == MaskSettings(pytest.approx(0.4), pytest.approx(0.7), 0.1)
+    assert len({both.identity, *(member.identity for member in members)}) == 3
+
+    wider = dataclasses.replace(members[1], preparation=PrepareSettings(grid=(16, 48, 48)))
+    with pytest.raises(InputError, match='ensemble'):
+        average_models([members[0], wider])
+
+
+def test_one_call_predicts_a_scan_voxel_for_voxel(folder, tmp_path):
+    def mark_opacity(image, lungs):
+        return np.where(np.asarray(image, np.float32) > 0.25, 0.9, 0.0) * lungs
+
+    fine = PrepareSettings(grid=(28, 64, 64))
+    model = covseg_jax.load(folder)
+    model = dataclasses.replace(model, probabilities=(mark_opacity,), preparation=fine)
+    write_study(tmp_path, 'a', lesion=False)
+    found = model.predict(tmp_path / 'a.nii.gz')
+    _, opacity = draw_chest('any')
+    assert found.mask.shape == found.probability.shape == SHAPE
+    np.testing.assert_array_equal(found.affine, AFFINE)
+    assert 2 * (found.mask * opacity).sum() / (found.mask.sum() + opacity.sum()) > 0.9
+    assert found.lesion_ml == pytest.approx(33.5, rel=0.15)  # a sphere of radius 20 mm
+    assert found.infection_percent == pytest.approx(100 * found.lesion_ml / found.lung_ml)
+    assert found.severity == 'CT-1'
+    assert found.probability[found.mask > 0].mean() > 0.6
+    assert found.probability.max() < 0.91
+    assert nifti.read_volume(tmp_path / 'a.nii.gz').notes == found.notes
+
+
+@pytest.mark.parametrize(
+    ('lesion_ml', 'severity'),
+    [
+        (0, 'CT-0'),
+        (1, 'CT-1'),
+        (25, 'CT-1'),
+        (26, 'CT-2'),
+        (50, 'CT-2'),
+        (75, 'CT-3'),
+        (76, 'CT-4'),
+    ],
+)
+def test_severity_goes_by_the_share_of_the_lungs(lesion_ml, severity):
+    assert Measures(lesion_ml, 100).severity == severity
