@@ -75,28 +75,28 @@ def _mosmed() -> ml_collections.ConfigDict:
     prepare.shard = ''  # or 'i/n': this host takes every n-th study from the i-th on, i from 0
 
     config.gan = gan = ml_collections.ConfigDict()
-    gan.filters = (8, 16, 32, 64)
+    gan.filters = (8, 16, 32, 64)  # channels of the generator's levels
     gan.bottleneck_filters = 128  # patch² + sum(filters) + this: a multiple of 3
-    gan.noise_channels = 10
+    gan.noise_channels = 10  # of the generator's random input
     gan.patch = 1  # in-plane voxels that enter as channels of one; 2 or 4 is cheaper
     gan.use_norm = True  # group normalisation; the published network has none
     gan.head = 'blend'  # or 'residual', or 'relu', the published one; see models/gan3d.py
     gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
     gan.input_scale = 6.0
     gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
-    gan.discriminator_filters = (16, 32, 64)
+    gan.discriminator_filters = (16, 32, 64)  # channels of its levels
     # Or 'published', see training/published_gan.py; or 'none' (leave out the stage gan): the
     # pseudo-masks are then a threshold on the density.
     gan.recipe = 'default'
     gan.depth = 32  # slices of a training crop, a multiple of 16
-    gan.batch_size = 8
+    gan.batch_size = 8  # crops of healthy scans, and as many of COVID scans
     gan.num_steps = 10_000
-    gan.learning_rate = 1e-3
+    gan.learning_rate = 1e-3  # of the generator, at its highest
     gan.discriminator_learning_rate = 2e-4
     gan.schedule = 'cosine'  # or 'constant'
     gan.warmup_steps = 200
-    gan.clip_norm = 1.0
-    gan.ema_decay = 0.999
+    gan.clip_norm = 1.0  # of the gradient; 0 leaves it
+    gan.ema_decay = 0.999  # a step, of the averaged weights that are used in the end
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
     gan.reconstruction = 1.0  # weights of the losses
     gan.adversarial = 0.1
@@ -105,20 +105,21 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.error_floor = 5e-4  # squared image value: what a clean sample's error is measured against
     gan.dependent_density = 0.5  # at most, of the way to -370 HU at the back: healthy variation
     gan.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-680.0, -380.0)
-    opacities.opacity = (0.6, 1.0)
-    opacities.coverage_threshold = (0.9, 2.9)
-    opacities.grain_voxels = (4.0, 20.0)
-    opacities.grain_slices = (1.5, 4.0)
-    opacities.edge = (0.1, 0.4)
-    opacities.texture = 0.25
-    opacities.periphery = (0.0, 2.0)
-    opacities.dependence = (-0.5, 2.0)
-    opacities.core_share = 0.4
+    # Ranges (low, high) that each sample draws from; data/opacities.py says more of each.
+    opacities.target_hu = (-680.0, -380.0)  # density that a blob is blended towards
+    opacities.opacity = (0.6, 1.0)  # blending weight at a blob's core
+    opacities.coverage_threshold = (0.9, 2.9)  # standard deviations: 0.9 covers much, 2.9 little
+    opacities.grain_voxels = (4.0, 20.0)  # finest and coarsest, in plane
+    opacities.grain_slices = (1.5, 4.0)  # the same along depth
+    opacities.edge = (0.1, 0.4)  # softness of borders, standard deviations
+    opacities.texture = 0.25  # relative
+    opacities.periphery = (0.0, 2.0)  # standard deviations more at the pleura than deep inside
+    opacities.dependence = (-0.5, 2.0)  # the same at the back
+    opacities.core_share = 0.4  # of samples with consolidated cores
     opacities.core_hu = (-250.0, 50.0)
-    opacities.clean_fraction = 0.1
+    opacities.clean_fraction = 0.1  # of samples that stay as they are
     gan.conv_impl = 'auto'  # form of the convolutions, see models/convolution.py
-    gan.compute_dtype = 'bfloat16'
+    gan.compute_dtype = 'bfloat16'  # or 'float32'; weights are float32 in any case
     gan.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     gan.log_every = 20  # steps
     gan.evaluate_every = 500
@@ -135,21 +136,21 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.network = network = ml_collections.ConfigDict()
     network.name = 'transunet'  # or 'unet'; or 'none', to evaluate pseudo-masks alone
-    network.width = 128
+    network.width = 128  # channels of the first level
     network.final_width = 0  # channels at full resolution; 0 means width / 8, as published
     network.num_heads = 4
-    network.mlp_dim = 512
+    network.mlp_dim = 512  # of the transformer's blocks
     network.num_blocks = 8
     network.dropout_rate = 0.1
     network.published_attention = False  # scores times sqrt(d), as in published weights
     network.initial_logit = -3.0  # of every pixel before training; published 0
     network.conv_impl = 'auto'  # as gan.conv_impl
-    network.unet_widths = (32, 64, 128, 256)
-    network.projection_dim = 128
+    network.unet_widths = (32, 64, 128, 256)  # channels of the U-Net's levels
+    network.projection_dim = 128  # of the contrastive loss
 
     config.train = train = ml_collections.ConfigDict()
     train.mode = 'two_phase'  # or 'combined': the three losses as one sum, in every step
-    train.epoch_steps = 500
+    train.epoch_steps = 500  # in mode 'two_phase'
     train.contrastive_steps = 50  # of an epoch's steps, the first, in mode 'two_phase'
     train.batch_size = 32  # half high-, half low-infection slices
     train.micro_batches = 1  # parts of a batch, one after the other where memory is short
@@ -164,28 +165,28 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.binary_targets = True  # cut the pseudo-masks at 0.5
     # Soft targets between these have no weight: there GAN and network disagree; () weighs all.
     train.doubtful = (0.25, 0.75)
-    train.learning_rate = 3e-4
+    train.learning_rate = 3e-4  # at its highest
     train.schedule = 'cosine'  # or 'plateau', 'constant'
     train.warmup_steps = 500
     train.plateau_patience = 5  # evaluations, as PyTorch counts them
     train.plateau_factor = 0.5
-    train.clip_norm = 1.0
-    train.ema_decay = 0.999
+    train.clip_norm = 1.0  # as gan.clip_norm
+    train.ema_decay = 0.999  # as gan.ema_decay
     train.contrastive = 0.1  # weights of the losses
     train.mse = 1.0
     train.sensitivity = 1.0
     train.beta = 2.0  # extra weight of missed lesion in the BCE
-    train.temperature = 0.1
-    train.positive_weight = 1.5
+    train.temperature = 0.1  # of the contrastive loss
+    train.positive_weight = 1.5  # w of the contrastive loss, of pairs of high-infection slices
     train.max_healthy_ml = 15.0  # that the threshold may mark in healthy scans, on average
     train.mse_on = 'probability'  # or, as published, 'logits'
-    train.augment = True
-    train.zoom = 0.1
-    train.shift = 0.05
-    train.gain = 0.1
-    train.bias = 0.02
-    train.noise = 0.01
-    train.compute_dtype = 'bfloat16'
+    train.augment = True  # with mirror images, and the next, each at most
+    train.zoom = 0.1  # relative
+    train.shift = 0.05  # of the image's side
+    train.gain = 0.1  # of image values, relative
+    train.bias = 0.02  # image value
+    train.noise = 0.01  # standard deviation, image value
+    train.compute_dtype = 'bfloat16'  # as gan.compute_dtype
     train.max_skipped_steps = 10  # as gan.max_skipped_steps
     train.log_every = 20  # steps
     train.evaluate_every = 500
@@ -197,6 +198,8 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.export = export = ml_collections.ConfigDict()
     export.licence = 'not stated; ask who trained it, and see the licence of its training data'
+
+    export.onnx = False  # network.onnx too; needs `pip install jax2onnx==0.13.0`
 
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices

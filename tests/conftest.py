@@ -14,12 +14,19 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'  # as `cpu` does
     + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
 ).strip()
-# Tests, and the commands that they start, compile the same programs again and again.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_tests_')
+# Tests, and the commands that they start, compile the same programs again and again. All of
+# pytest's processes share what was compiled.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = (
+    os.environ['JAX_COMPILATION_CACHE_DIR']
+    if 'PYTEST_XDIST_WORKER' in os.environ
+    else tempfile.mkdtemp(prefix='covseg_jax_tests_')
+)
 
 import hypothesis
 import numpy as np
 import pytest
+
+from tests.program import run
 
 # The same examples in every run; the first of them waits for a compilation.
 hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None, max_examples=20)
@@ -28,8 +35,17 @@ hypothesis.settings.load_profile('fixed')
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 
 
+def pytest_itemcollected(item) -> None:
+    """A file's tests share a process, and so its fixtures; two files share a finished run."""
+    name = item.path.stem
+    item.add_marker(
+        pytest.mark.xdist_group('program' if name in ('test_main', 'test_readme') else name)
+    )
+
+
 def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+    if 'PYTEST_XDIST_WORKER' not in os.environ:
+        shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 
 @pytest.fixture(scope='session')
@@ -78,3 +94,12 @@ def prepared(tmp_path: pathlib.Path) -> pathlib.Path:
     for number in range(14, 17):
         write_case(tmp_path, f'study_{number:04d}', 'CT-1', masked=True)
     return tmp_path
+
+
+@pytest.fixture(scope='session')
+def finished(tmp_path_factory):
+    """A work directory in which every stage of the tiny variant has run."""
+    workdir = tmp_path_factory.mktemp('tiny')
+    done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done

@@ -1,11 +1,8 @@
 """The program as a person runs it: every stage on tiny phantoms, twice, and its complaints."""
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import nibabel
@@ -15,48 +12,7 @@ from matplotlib import image
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import transunet
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def command(*flags):
-    return [sys.executable, '-m', 'covseg_jax.main', *map(str, flags)]
-
-
-def environment():
-    # One device, as a person's CPU has; conftest.py simulates eight for the other tests.
-    return os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=1'}
-
-
-def run(*flags):
-    return subprocess.run(
-        command(*flags),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def assert_one_line_error(done, *parts):
-    """An exit code that is not 0, one line that says what is wrong, no traceback."""
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-    assert len(lines) == 1, done.stderr
-    assert 'Traceback' not in done.stderr
-    for part in parts:
-        assert part in lines[0]
-
-
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    """A work directory in which every stage of the tiny variant has run."""
-    workdir = tmp_path_factory.mktemp('tiny')
-    done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done
+from tests.program import ROOT, assert_one_line_error, command, environment, run
 
 
 def test_main_runs_every_stage_to_a_summary(finished):
@@ -255,9 +211,16 @@ def test_main_says_what_is_wrong_in_one_line(flags, parts, tmp_path):
     assert_one_line_error(run(*map(fill, flags), *work), *map(fill, parts))
 
 
-def test_main_stopped_by_ctrl_c_goes_on(tmp_path):
-    flags = ('--config=configs/transunet.py:tiny', f'--workdir={tmp_path}', '--stages=prepare,gan',
-             '--config.gan.num_steps=400', '--config.gan.save_every=1000')  # fmt: skip
+def test_main_stopped_by_ctrl_c_goes_on(finished, tmp_path):
+    studies, _ = finished
+    flags = (
+        '--config=configs/transunet.py:tiny',
+        f'--workdir={tmp_path}',
+        f'--config.data.prepared={studies / "prepared"}',
+        '--stages=gan',
+        '--config.gan.num_steps=200',
+        '--config.gan.save_every=1000',
+    )
     process = subprocess.Popen(
         command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
     )
@@ -271,10 +234,10 @@ def test_main_stopped_by_ctrl_c_goes_on(tmp_path):
     assert process.wait(timeout=60) == 0
     assert 'run the same command again' in process.stderr.read()
     stopped_at = max(int(p.name) for p in (tmp_path / 'gan' / 'checkpoints').iterdir())
-    assert 0 < stopped_at < 400
+    assert 0 < stopped_at < 200
     done = run(*flags)
     assert done.returncode == 0, done.stderr
     steps = [
         row['step'] for row in map(json.loads, log.read_text().splitlines()) if 'loss/total' in row
     ]
-    assert steps == list(range(2, 401, 2))
+    assert steps == list(range(2, 201, 2))

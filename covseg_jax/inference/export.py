@@ -6,6 +6,8 @@
       function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B;
       function_tpu.bin      a function a platform, each in the forms that are quick there
       function_cuda.bin
+      network.onnx          where asked for, for other runtimes: float32, weights included,
+                            'image' (B, H, W, 1) -> 'probability'; nothing here reads it
       SHA256SUMS            of the files above; `sha256sum -c` reads it
 
 Nothing in it is a pickle or code: the functions are StableHLO.
@@ -53,12 +55,14 @@ class Exported:
     Attributes:
       preparation, volumes, masks: from a study to its mask.
       facts: what else model.json says: metrics of the run, its training data, its licence.
+      onnx: write network.onnx too.
     """
 
     preparation: PrepareSettings
     volumes: VolumeSettings
     masks: MaskSettings
     facts: Mapping[str, Any]
+    onnx: bool = False
 
 
 def write_export(
@@ -74,7 +78,11 @@ def write_export(
       make_network: form of the convolutions ('native', 'folded', 'lanes') -> the network.
       variables: of the network, a nested dict.
       contents: the rest.
+
+    Raises:
+      InputError: an ONNX file is wanted, and jax2onnx is not installed.
     """
+    to_onnx = _import_to_onnx() if contents.onnx else None
     variables = jax.device_get(variables)
     (batch,) = export.symbolic_shape('b')
     slices = jax.ShapeDtypeStruct((batch, *contents.preparation.grid[1:], 1), jnp.float32)
@@ -93,6 +101,17 @@ def write_export(
             predict = make_predict(make_network(form))
             function = export.export(predict, platforms=(platform,))(shapes, slices)
             (temporary / _function_name(platform)).write_bytes(function.serialize())
+        if to_onnx:
+            # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
+            predict = make_predict(make_network('folded').clone(dtype=jnp.float32))
+            to_onnx(
+                functools.partial(predict, variables),
+                [('B', *slices.shape[1:])],
+                return_mode='file',
+                output_path=str(temporary / 'network.onnx'),
+                input_names=['image'],
+                output_names=['probability'],
+            )
         flat = traverse_util.flatten_dict(variables, sep='/')
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         # Not save_file, whose file nobody but its owner may read.
@@ -101,6 +120,17 @@ def write_export(
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
         sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+
+
+def _import_to_onnx() -> Callable:
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise InputError(
+            'export.onnx=true needs jax2onnx, which is not among the requirements; '
+            'pip install jax2onnx==0.13.0'
+        ) from error
+    return to_onnx
 
 
 def _function_name(platform: str) -> str:

@@ -181,7 +181,11 @@ def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
         make_in_form,
         variables,
         Exported(
-            prepare_settings(config), volume_settings(config), masks, _facts(config, workdir, step)
+            prepare_settings(config),
+            volume_settings(config),
+            masks,
+            _facts(config, workdir, step),
+            onnx=config.export.onnx,
         ),
     )
     size = sum(path.stat().st_size for path in folder.iterdir())

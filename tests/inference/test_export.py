@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from covseg_jax.inference import export
 from covseg_jax.inference.masks import MaskSettings
 from covseg_jax.inference.model import Measures, average_models
 from covseg_jax.training import segmentation
+from covseg_jax.training.steps import make_predict
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
 
 GRID = (16, 32, 32)
@@ -131,6 +133,24 @@ def test_ensemble_averages_probabilities_and_thresholds(config, folder, tmp_path
     wider = dataclasses.replace(members[1], preparation=PrepareSettings(grid=(16, 48, 48)))
     with pytest.raises(InputError, match='ensemble'):
         average_models([members[0], wider])
+
+
+def test_onnx_is_refused_where_it_cannot_be_written(config, variables, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'jax2onnx', None)
+    with pytest.raises(InputError, match='pip install jax2onnx'):
+        write(config, variables, tmp_path / 'export', onnx=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_gives_the_same_probabilities(config, variables, tmp_path):
+    pytest.importorskip('jax2onnx')
+    runtime = pytest.importorskip('onnxruntime')
+    folder = write(config, variables, tmp_path / 'export', onnx=True)
+    session = runtime.InferenceSession(folder / 'network.onnx')
+    image = np.random.default_rng(0).random((5, *GRID[1:], 1), np.float32)
+    predict = make_predict(segmentation.make_network(config))
+    (found,) = session.run(None, {'image': image})
+    np.testing.assert_allclose(found, predict(variables, image), atol=1e-5)
 
 
 def test_one_call_predicts_a_scan_voxel_for_voxel(folder, tmp_path):

@@ -21,8 +21,7 @@ def config():
     return config.lock()
 
 
-@pytest.fixture(scope='module')
-def variables(config):
+def make_variables(config):
     """Random variables of the config's network, running statistics included."""
     shapes = segmentation.build_segmentation(config).abstract_state.ema
     rng = np.random.default_rng(0)
@@ -30,8 +29,17 @@ def variables(config):
 
 
 @pytest.fixture(scope='module')
+def variables(config):
+    return make_variables(config)
+
+
+@pytest.fixture(scope='module')
 def tensors(config, variables):
-    """The same under PyTorch's names, in its layout."""
+    return to_pytorch(config, variables)
+
+
+def to_pytorch(config, variables):
+    """Variables under PyTorch's names, in its layout."""
     state = {}
     for name, (path, _) in published.transunet_targets(config.network.num_blocks).items():
         array = variables
