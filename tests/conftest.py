@@ -26,21 +26,11 @@ import hypothesis
 import numpy as np
 import pytest
 
-from tests.program import run
-
 # The same examples in every run; the first of them waits for a compilation.
 hypothesis.settings.register_profile('fixed', derandomize=True, deadline=None, max_examples=20)
 hypothesis.settings.load_profile('fixed')
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
-
-
-def pytest_itemcollected(item) -> None:
-    """A file's tests share a process, and so its fixtures; two files share a finished run."""
-    name = item.path.stem
-    item.add_marker(
-        pytest.mark.xdist_group('program' if name in ('test_main', 'test_readme') else name)
-    )
 
 
 def pytest_unconfigure() -> None:
@@ -94,12 +84,3 @@ def prepared(tmp_path: pathlib.Path) -> pathlib.Path:
     for number in range(14, 17):
         write_case(tmp_path, f'study_{number:04d}', 'CT-1', masked=True)
     return tmp_path
-
-
-@pytest.fixture(scope='session')
-def finished(tmp_path_factory):
-    """A work directory in which every stage of the tiny variant has run."""
-    workdir = tmp_path_factory.mktemp('tiny')
-    done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done
