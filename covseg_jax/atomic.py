@@ -76,10 +76,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         for file in temporary.rglob('*'):
             _sync(file)
         _sync(temporary)
+        # Aside first: deleting takes long enough to be killed in.
+        before = temporary.with_name(f'{temporary.name}-before')
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(before)
         temporary.rename(path)
         _sync(path.parent)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import MutableMapping
 
 # glibc: memory in huge pages. XLA takes a step's buffers anew each time, and the faults of small
 # pages were a sixth of a step of the phantom variant.
@@ -21,7 +22,16 @@ def tune_process() -> None:
     wanted = dict(os.environ)
     if sys.platform == 'linux':
         wanted.setdefault('GLIBC_TUNABLES', _HUGE_PAGES)
-    if _CONVOLUTIONS not in wanted.get('XLA_FLAGS', ''):
-        wanted['XLA_FLAGS'] = f'{wanted.get("XLA_FLAGS", "")} {_BY_EIGEN}'.strip()
+    _choose_convolutions(wanted)
     if wanted != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+
+
+def tune_xla() -> None:
+    """XLA's setting for this process, which must not have computed anything by JAX yet."""
+    _choose_convolutions(os.environ)
+
+
+def _choose_convolutions(environment: MutableMapping[str, str]) -> None:
+    if _CONVOLUTIONS not in environment.get('XLA_FLAGS', ''):
+        environment['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {_BY_EIGEN}'.strip()

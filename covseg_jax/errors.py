@@ -31,5 +31,19 @@ class FileFault(InputError):
         return f'{self.file.name}: {self.fault}; {self.remedy}'
 
 
+GO_ON = 'run the same command again to go on'
+
+
 class Stopped(Exception):
-    """A run was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to go on."""
+    """A run was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to go on.
+
+    The message is one line that says how. A training that stops is no failure; what stops with its
+    result half there is, and its exit code says so.
+
+    Attributes:
+        exit_code: of the program.
+    """
+
+    def __init__(self, message: str, exit_code: int = 0):
+        super().__init__(message)
+        self.exit_code = exit_code

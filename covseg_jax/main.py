@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from covseg_jax import atomic, cpu, hosts, manifest, stages
-from covseg_jax.errors import InputError, Stopped
+from covseg_jax.errors import GO_ON, InputError, Stopped
 from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
@@ -36,6 +36,7 @@ _MODEL = flags.DEFINE_string('model', None, 'predict: EXPORT[,EXPORT], in place 
 _RESUME = flags.DEFINE_bool('resume', False, 'predict: keep the studies that are done')
 _PREVIEW = flags.DEFINE_bool('preview', False, 'predict: a PNG a study, lesions outlined')
 _PER_LUNG = flags.DEFINE_bool('per_lung', False, 'predict: volumes of either lung too')
+_NUM_WORKERS = flags.DEFINE_integer('num_workers', None, 'predict: processes; default: one a core')
 _PROBABILITY = flags.DEFINE_bool('probability', False, 'predict: probability maps too')
 
 Config = ml_collections.ConfigDict
@@ -149,7 +150,7 @@ def _run(arguments: list[str]) -> None:
     if config is None and not _MODEL.value:
         raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
     try:
-        names = _check_stages(_STAGES.value or (config.stages if config else 'predict'))
+        names = _check_stages(_STAGES.value or ('predict' if _MODEL.value else config.stages))
     except OSError as error:  # config_flags tells of a missing file at the first use only
         raise InputError(f'--config: {_one_line(error)}') from error
     if _MODEL.value and names != ['predict']:
@@ -169,6 +170,7 @@ def _run(arguments: list[str]) -> None:
         preview=_PREVIEW.value,
         per_lung=_PER_LUNG.value,
         probability=_PROBABILITY.value,
+        num_workers=_NUM_WORKERS.value,
     )
     with contextlib.ExitStack() as stack:
         if not hosts.is_first():  # the first host speaks for all
@@ -207,9 +209,11 @@ def main(arguments: list[str]) -> int:
     except OSError as error:  # a full or read-only disk, a folder where a file should be
         print(f'error: {error.filename or "disk"}: {error.strerror or error}', file=sys.stderr)
         return 1
-    except (Stopped, KeyboardInterrupt) as stop:
-        what = str(stop) or 'stopped'
-        print(f'{what}; run the same command again to go on', file=sys.stderr)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print(f'stopped; {GO_ON}', file=sys.stderr)
     return 0
 
 

@@ -8,9 +8,11 @@ from tqdm import tqdm
 
 from covseg_jax import hosts
 from covseg_jax.data.cases import Case
+from covseg_jax.errors import InputError
 from covseg_jax.evaluation import board, evaluate, figures, probabilities, report, viewer
 from covseg_jax.imaging import geometry as geometries
-from covseg_jax.imaging.nifti import read_volume
+from covseg_jax.imaging import study_files
+from covseg_jax.imaging.studies import Study
 from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
 
 PSEUDO_MASK_CUT = 0.5  # synthesize.py puts its threshold there
@@ -18,11 +20,6 @@ MAX_VIEWS = 50  # cases that the report lets be looked at, the worst
 _VIEWS_BYTES = 20_000_000  # of all of them in the report
 _VIEW_BYTES = 500_000  # of one at most
 _FINE_BINS = 8 * probabilities.NUM_BINS  # of a curve that many cuts are read from
-
-
-def _read_canonical(path: str) -> np.ndarray:
-    volume = read_volume(path)
-    return geometries.to_canonical(volume.data, volume.affine)
 
 
 def _score(
@@ -45,12 +42,14 @@ def _score(
 
 def evaluate_cohort(
     cases: Sequence[Case],
+    studies: Mapping[str, Study],
     predict: Callable[[Case], np.ndarray],
     read_pseudo_mask: Callable[[Case], np.ndarray] | None,
     settings: MaskSettings,
     folder: pathlib.Path,
     run: dict,
     *,
+    lesion_labels: Sequence[int],
     hparams: Mapping[str, bool | int | float | str],
     learning_curves: Sequence[pathlib.Path] = (),
 ) -> dict:
@@ -58,12 +57,14 @@ def evaluate_cohort(
 
     Args:
       cases: prepared cases with a true mask, none of which was trained on.
+      studies: study id -> the study itself.
       predict: case -> its (D, H, W) lesion probability.
       read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1]; None where there are none.
       settings: from the probability to a mask.
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html,
         tensorboard/, and summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
+      lesion_labels: values of a true mask that are lesion.
       hparams: the run's settings, for TensorBoard.
       learning_curves: pictures that the report ends with.
 
@@ -71,7 +72,7 @@ def evaluate_cohort(
       The content of summary.json.
 
     Raises:
-      InputError: a true mask can no longer be read.
+      InputError: a study or its true mask can no longer be read.
     """
     tables: dict[str, tuple[list[dict], list[dict]]] = {'network': ([], [])}
     if read_pseudo_mask is not None:
@@ -89,23 +90,25 @@ def evaluate_cohort(
 
     view_bytes = min(_VIEW_BYTES, _VIEWS_BYTES // min(max(len(cases), 1), MAX_VIEWS))
 
-    def score(case: Case) -> dict:
-        truth = _read_canonical(case.description['lesion_mask']) > 0
-        masks = masks_of(case)
-        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
-        images = _images(case, scores['network'][0]['dice'], truth, masks)
-        return {
-            'scores': scores,
-            'curve': _curve(case, masks['network'][0]).tolist(),
-            'view': viewer.draw_views(images, view_bytes),
-        }
+    def read(case: Case) -> tuple[np.ndarray, np.ndarray]:
+        if case.study_id not in studies:
+            raise InputError(f'{case.study_id}: no such study in the data set any more')
+        study = studies[case.study_id]
+        volume = study_files.read_image(study)
+        truth = study_files.read_mask(study, 'lesion_mask', volume, lesion_labels)
+        return geometries.to_canonical(volume.data, volume.affine), truth
 
     own: list[dict] = []
     for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):
-        own.append(score(case))
-        _drop_best_view(own)
+        image_hu, truth = read(case)
+        masks = masks_of(case)
+        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
+        own.append({'scores': scores, 'curve': _curve(case, masks['network'][0]).tolist()})
+        if _keep_worst_views(own):
+            images = _images(case, scores['network'][0]['dice'], image_hu, truth, masks)
+            own[-1]['view'] = viewer.draw_views(images, view_bytes)
     found = hosts.gather(own, len(cases))
-    _drop_best_view(found)
+    _keep_worst_views(found)
     for each in found:
         for source, (case_row, slice_rows) in each['scores'].items():
             tables[source][0].append(case_row)
@@ -136,12 +139,11 @@ def evaluate_cohort(
         coarse = curve.reshape(len(curve), probabilities.NUM_BINS, -1).sum(axis=-1)
         drawn.append(figures.plot_calibration(coarse, folder))
         for role, case in chosen.items():
-            truth = _read_canonical(case.description['lesion_mask']) > 0
-            images = _images(case, dice[case.study_id], truth, masks_of(case))
+            images = _images(case, dice[case.study_id], *read(case), masks_of(case))
             drawn.append(figures.plot_overlay(role, images, folder))
         board.write_board(folder, summary, curve, drawn, hparams)
         drawn += learning_curves
-        views = [each['view'] for each in found if each['view']]
+        views = [each['view'] for each in found if 'view' in each]
         report.write_report(folder, summary, case_rows, drawn, run, views)
         evaluate.write_summary(folder, summary)
 
@@ -150,12 +152,16 @@ def evaluate_cohort(
 
 
 def _images(
-    case: Case, dice: float, truth: np.ndarray, masks: dict[str, tuple[np.ndarray, StudyMask]]
+    case: Case,
+    dice: float,
+    image_hu: np.ndarray,
+    truth: np.ndarray,
+    masks: dict[str, tuple[np.ndarray, StudyMask]],
 ) -> figures.CaseImages:
     return figures.CaseImages(
         study_id=case.study_id,
         dice=dice,
-        image_hu=_read_canonical(case.description['image']),
+        image_hu=image_hu,
         lungs=masks['network'][1].lungs,
         truth=truth,
         prediction=masks['network'][1].mask,
@@ -170,10 +176,12 @@ def _curve(case: Case, probability: np.ndarray) -> np.ndarray:
     return probabilities.calibration_curve(truth[inside], probability[inside], _FINE_BINS)
 
 
-def _drop_best_view(found: list[dict]) -> None:
-    """Keeps the views of the worst cases, so that memory and report stay small."""
-    rows = [each['scores']['network'][0] for each in found if each['view']]
-    kept = {row['study_id'] for row in report.sort_worst_first(rows)[:MAX_VIEWS]}
-    for each in found:
-        if each['view'] and each['view']['study_id'] not in kept:
-            each['view'] = None
+def _keep_worst_views(found: list[dict]) -> bool:
+    """Drops the views of all but the worst cases, so that memory and report stay small; whether the
+    newest case is one of these."""
+    rows = [each['scores']['network'][0] for each in found]
+    worst = {row['study_id'] for row in report.sort_worst_first(rows)[:MAX_VIEWS]}
+    for each, row in zip(found, rows, strict=True):
+        if row['study_id'] not in worst:
+            each.pop('view', None)
+    return rows[-1]['study_id'] in worst

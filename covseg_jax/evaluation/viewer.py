@@ -22,8 +22,8 @@ from covseg_jax.inference.preview import (
     to_grey,
 )
 
-# Pixels of a slice's longer side, and quality of WebP: the first that is small enough is taken.
-_FINENESS = ((288, 75), (288, 50), (288, 30), (192, 40), (128, 30), (64, 30))
+# Pixels of a slice's longer side, and qualities of WebP: the first that is small enough is taken.
+_FINENESS = {288: (75, 50, 30), 192: (40,), 128: (30,), 64: (30,)}
 MAX_SLICES = 64  # a study of more shows them evenly spaced
 _ALPHA = (0, 70, 255)  # outside a mask, inside it, on its border
 
@@ -55,14 +55,16 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
     rows, cols = crop_box(shown, case.spacing_mm)
     columns = math.ceil(math.sqrt(len(slices)))
     grey = [to_grey(case.image_hu[z][rows, cols]) for z in slices]
-    for side, quality in _FINENESS:
+    for side, qualities in _FINENESS.items():
         size = fit_size(rows, cols, case.spacing_mm, side, finest_mm=min(case.spacing_mm[1:]))
-        scan = _scan_url(lay_atlas([fit_plane(each, size) for each in grey], columns), quality)
         urls = {}
         for name, (mask, colour) in masks.items():
             planes = [fit_plane(mask[z][rows, cols], size) for z in slices]
             urls[name] = _mask_url(lay_atlas(planes, columns), colour)
-        if len(scan) + sum(len(url) for url in urls.values()) <= max_bytes:
+        left = max_bytes - sum(len(url) for url in urls.values())
+        atlas = lay_atlas([fit_plane(each, size) for each in grey], columns)
+        scan = _scan_url(atlas, qualities, left)
+        if len(scan) <= left:
             break
     areas = [case.truth[z].sum() or case.prediction[z].sum() / 1e6 for z in slices]
     return {
@@ -88,10 +90,15 @@ def _mask_url(mask: np.ndarray, colour: str) -> str:
     return _data_url('image/png', file)
 
 
-def _scan_url(atlas: np.ndarray, quality: int) -> str:
-    file = io.BytesIO()
-    Image.fromarray(atlas).save(file, 'WEBP', quality=quality, method=4)
-    return _data_url('image/webp', file)
+def _scan_url(atlas: np.ndarray, qualities: tuple[int, ...], max_bytes: int) -> str:
+    picture = Image.fromarray(atlas)
+    for quality in qualities:
+        file = io.BytesIO()
+        picture.save(file, 'WEBP', quality=quality, method=4)
+        url = _data_url('image/webp', file)
+        if len(url) <= max_bytes:
+            break
+    return url
 
 
 def _data_url(kind: str, file: io.BytesIO) -> str:

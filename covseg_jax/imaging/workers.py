@@ -60,7 +60,7 @@ def process_pool(num_workers: int, what: str) -> Iterator[futures.Executor]:
         except BrokenProcessPool as error:
             raise InputError(
                 f'{what}: a worker process was killed, most likely for memory; '
-                'set data.num_workers lower and run again'
+                'set fewer (data.num_workers, or --num_workers of predict) and run again'
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -45,6 +45,10 @@ INTENDED_USE = (
 PLATFORMS = {'cpu': 'folded', 'tpu': 'lanes', 'cuda': 'native'}  # and the form of convolutions
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
 _SUMS = 'SHA256SUMS'
+_NAMES = {
+    'model.json', 'weights.safetensors', 'network.onnx', _SUMS,
+    *(f'function_{platform}.bin' for platform in PLATFORMS),
+}  # fmt: skip
 _EXPORT_AGAIN = 'copy or export it again'
 
 
@@ -71,7 +75,7 @@ def write_export(
     variables: Any,
     contents: Exported,
 ) -> None:
-    """Writes the folder, whole or not at all; one that is there is replaced.
+    """Writes the folder, whole or not at all; an export that is there is replaced.
 
     Args:
       folder: the export.
@@ -80,8 +84,10 @@ def write_export(
       contents: the rest.
 
     Raises:
-      InputError: an ONNX file is wanted, and jax2onnx is not installed.
+      InputError: the folder holds something else, or an ONNX file is wanted and jax2onnx is not
+        installed.
     """
+    _refuse_other_contents(folder)
     to_onnx = _import_to_onnx() if contents.onnx else None
     variables = jax.device_get(variables)
     (batch,) = export.symbolic_shape('b')
@@ -120,6 +126,18 @@ def write_export(
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
         sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+
+
+def _refuse_other_contents(folder: pathlib.Path) -> None:
+    """What is in the folder goes: it may be an export or nothing."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f'{folder}: is not a folder; name one that is new')
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and (_SUMS not in names or not names <= _NAMES):
+        raise InputError(
+            f'{folder}: holds what is not an export ({min(names - _NAMES, default=min(names))}); '
+            'name a new folder, such as one in it'
+        )
 
 
 def _import_to_onnx() -> Callable:
@@ -191,7 +209,8 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
     path = folder / _SUMS
     if not path.is_file():
         raise InputError(f'{folder}: not an export (no {_SUMS} in it); --stages=export writes one')
-    lines = [line.split('  ', 1) for line in path.read_text(encoding='utf-8').splitlines()]
+    text = path.read_text(encoding='utf-8', errors='replace')
+    lines = [line.split('  ', 1) for line in text.splitlines()]
     sums = {name: each for each, name in (line for line in lines if len(line) == 2)}
     for name in ('model.json', 'weights.safetensors'):
         if name not in sums:
@@ -206,12 +225,16 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _read_description(path: pathlib.Path) -> dict:
-    description = json.loads(path.read_text(encoding='utf-8'))
-    if description.get('format') != FORMAT:
+    try:
+        description = json.loads(path.read_text(encoding='utf-8'))
+        is_export, version = description['format'] == FORMAT, int(description['version'])
+    except (ValueError, KeyError, TypeError):
+        is_export, version = False, 0
+    if not is_export:
         raise FileFault(path, f'is not of a {FORMAT}', 'name the folder of one')
-    if description['version'] > VERSION:
+    if version > VERSION:
         raise FileFault(
-            path, f'is of version {description["version"]}, this program knows {VERSION}',
+            path, f'is of version {version}, this program knows {VERSION}',
             'take a newer covseg_jax',
         )  # fmt: skip
     return description

@@ -50,16 +50,17 @@ class Journal:
     def read_done(self, studies: Iterable[Study]) -> dict[str, dict[str, Any]]:
         """Study id -> row, of those that were done by the same model from the same files, and whose
         own files are as they were written."""
-        newest: dict[str, dict] = {}
+        entries: dict[str, list[dict]] = {}
         for path in sorted(self.folder.glob('results.*.jsonl')):
             for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
                 with contextlib.suppress(ValueError):  # nothing, or what a kill cut short
                     entry = json.loads(line)
-                    newest[entry['study_id']] = entry
+                    entries.setdefault(entry['study_id'], []).append(entry)
         return {
-            study.study_id: newest[study.study_id]['row']
+            study.study_id: entry['row']
             for study in studies
-            if study.study_id in newest and self._is_whole(newest[study.study_id], study)
+            for entry in entries.get(study.study_id, ())
+            if self._is_whole(entry, study)
         }
 
     def _is_whole(self, entry: Mapping[str, Any], study: Study) -> bool:

@@ -7,7 +7,7 @@ import functools
 import pathlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -31,6 +31,11 @@ from covseg_jax.training.volumes import Probability
 
 Row = dict[str, str | float]
 
+_ENDINGS = {
+    'mask': 'mask.nii.gz',
+    'probability': 'probability.nii.gz',
+    'preview': 'preview.png',
+}
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
 COLUMNS = (
     'study_id',
@@ -76,13 +81,13 @@ def write_prediction(
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
-    files = [output / f'{case.study_id}_mask.nii.gz']
+    files = [output / f'{case.study_id}_{_ENDINGS["mask"]}']
     if wanted.probability:
         native = native_probability(case, probability, found)
-        files.append(output / f'{case.study_id}_probability.nii.gz')
+        files.append(output / f'{case.study_id}_{_ENDINGS["probability"]}')
         write_volume(files[-1], geometries.from_canonical(native, affine), affine)
     if wanted.preview:
-        files.append(output / f'{case.study_id}_preview.png')
+        files.append(output / f'{case.study_id}_{_ENDINGS["preview"]}')
         _write_preview(files[-1], study, case, found, measures)
     write_volume(files[0], geometries.from_canonical(found.mask.astype(np.uint8), affine), affine)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
@@ -145,8 +150,9 @@ def predict_studies(
       The rows of results.csv, and the messages of the studies passed over.
 
     Raises:
-      InputError: a process was killed.
+      InputError: a process was killed, or `output` holds a mask that belongs to the studies.
     """
+    _refuse_to_overwrite(studies, output)
     output.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(output)
     identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
@@ -156,6 +162,10 @@ def predict_studies(
     own = hosts.share(studies)
     rows: dict[str, Row] = journal.read_done(own)
     to_do = [study for study in own if study.study_id not in rows]
+    # Of an earlier run, with another model or of a scan that cannot be used any more.
+    hosts.first_alone(functools.partial(_remove, [output / 'results.csv']), 'old results are gone')
+    for study in to_do:
+        _remove(output / f'{study.study_id}_{ending}' for ending in _ENDINGS.values())
     finish = functools.partial(
         _finish, settings=model.masks, output=output, wanted=wanted, journal=journal
     )
@@ -193,6 +203,19 @@ def predict_studies(
     if hosts.is_first():
         _write_results(output / 'results.csv', found)
     return found, [str(row['status']) for row in found if row['status'] != 'ok']
+
+
+def _refuse_to_overwrite(studies: Sequence[Study], output: pathlib.Path) -> None:
+    """A data set's masks may lie beside its scans under the names that are written here."""
+    for study in studies:
+        path = output / f'{study.study_id}_{_ENDINGS["mask"]}'
+        if study.lesion_mask is not None and path.resolve() == study.lesion_mask.resolve():
+            raise InputError(f'{path}: is a mask of the input; name another --output')
+
+
+def _remove(paths: Iterable[pathlib.Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:

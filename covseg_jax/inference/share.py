@@ -140,7 +140,8 @@ def _write_image(path: pathlib.Path, case: Case, studies: Mapping[str, Study]) -
         return
     study = studies[case.study_id]
     volume = study_files.read_image(study)
-    if study_files.voxel_crc32(volume) != voxel_crc32:
+    is_same_grid = np.allclose(volume.affine, case.geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
+    if study_files.voxel_crc32(volume) != voxel_crc32 or not is_same_grid:
         raise FileFault(study.image, 'is not the image that was prepared', 'prepare it again')
     if not _reads_alike(study, volume):
         write_volume(path, volume.data, volume.affine)

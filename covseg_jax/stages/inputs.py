@@ -26,6 +26,7 @@ class Given:
     preview: bool = False
     per_lung: bool = False
     probability: bool = False
+    num_workers: int | None = None
 
 
 def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -50,8 +51,8 @@ def prepare_settings(config: Config):
 
 
 def num_workers(config: Config | None) -> int:
-    """Processes for studies; without a config, one a core."""
-    return (config and config.data.num_workers) or os.cpu_count() or 1
+    """Processes for studies; where the config says nothing, one a core that this process has."""
+    return (config and config.data.num_workers) or len(os.sched_getaffinity(0))
 
 
 def split_studies(config: Config, workdir: pathlib.Path):
@@ -97,8 +98,9 @@ def load_masks(config: Config, workdir: pathlib.Path):
     )
 
 
-def load_model(config: Config, workdir: pathlib.Path):
-    """The trained network of a work directory, and its checkpoint's step."""
+def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None = None):
+    """The trained network of a work directory, on all devices of this host or on the first ones,
+    and its checkpoint's step."""
     import jax
 
     from covseg_jax.inference.model import Model
@@ -109,7 +111,7 @@ def load_model(config: Config, workdir: pathlib.Path):
     model = Model(
         probabilities=tuple(
             make_probability(config, network, jax.device_put(variables, device))
-            for device in jax.local_devices()
+            for device in jax.local_devices()[:num_devices]
         ),
         preparation=prepare_settings(config),
         masks=masks,

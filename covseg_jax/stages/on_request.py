@@ -6,7 +6,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
-from covseg_jax import atomic
+from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.stages.inputs import (
     Config,
@@ -176,17 +176,15 @@ def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
         return make_network(own)
 
     folder = given.output or workdir / 'export'
-    write_export(
-        folder,
-        make_in_form,
-        variables,
-        Exported(
-            prepare_settings(config),
-            volume_settings(config),
-            masks,
-            _facts(config, workdir, step),
-            onnx=config.export.onnx,
-        ),
+    contents = Exported(
+        prepare_settings(config),
+        volume_settings(config),
+        masks,
+        _facts(config, workdir, step),
+        onnx=config.export.onnx,
+    )
+    hosts.first_alone(
+        lambda: write_export(folder, make_in_form, variables, contents), 'the export is written'
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     show_table([('export', folder), ('step', step), ('MB', size / 1e6)])
@@ -194,24 +192,19 @@ def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
 
 def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     """What an export says of the run that it comes from."""
-    splits = split_studies(config, workdir)
-    trained = [*splits.train, *splits.validation, *splits.healthy_train]
+    calibration = json.loads((workdir / 'transunet' / 'calibration.json').read_text('utf-8'))
     summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
     if summary_path.exists():
         summary = json.loads(summary_path.read_text(encoding='utf-8'))
-        if summary['checkpoint_step'] == step:
+        of_this = [summary['checkpoint_step'], summary['threshold']]
+        if of_this == [step, calibration['threshold']] and config.network.name != 'none':
             metrics = {'studies': summary['studies'], 'protocols': summary['protocols']}
     return {
         'config': f'{config.name}:{config.variant}',
         'network': config.network.to_dict(),
         'checkpoint_step': step,
         'metrics': metrics,
-        'training_data': {
-            'data_sets': sorted({case.description['data_set'] for case in trained}),
-            'covid_studies': len(splits.train) + len(splits.validation),
-            'healthy_studies': len(splits.healthy_train) + len(splits.healthy_calibration),
-            'human_masks': config.train.targets != 'pseudo',
-        },
+        'training_data': calibration.get('training_data'),  # none is known of imported weights
         'licence': config.export.licence,
     }
 
@@ -236,12 +229,14 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
             studies,
             model,
             given.output,
-            num_workers=num_workers(config),
+            num_workers=given.num_workers or num_workers(config),
             wanted=Wanted(write_probability, given.preview, given.per_lung),
             resume=given.resume,
         )
     except KeyboardInterrupt as stop:
-        raise Stopped('predict: stopped; --resume keeps what is done') from stop
+        raise Stopped(
+            'predict: stopped; run it again with --resume to go on', exit_code=130
+        ) from stop
     columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent', 'severity', 'seconds')
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)

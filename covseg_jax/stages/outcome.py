@@ -23,9 +23,14 @@ class Done:
 
 
 def show_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> None:
-    """Prints a table; numbers have four digits."""
-    if rows:
-        print(tabulate(rows, head, tablefmt='simple', floatfmt='.4g'))
+    """Prints a table; numbers with a fraction have four digits."""
+    cells = [
+        [f'{value:.4g}' if isinstance(value, float) else str(value) for value in row]
+        for row in rows
+    ]
+    if cells:
+        # Not parsed: a study may be called 1e5.
+        print(tabulate(cells, head, tablefmt='simple', disable_numparse=True))
 
 
 def table_of_summary(summary: dict) -> tuple[list[tuple], tuple[str, ...]]:

@@ -149,6 +149,14 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
         'seed_threshold': settings.seed_threshold,
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
+        'training_data': {
+            'data_sets': sorted(
+                {case.description['data_set'] for case in splits.train + splits.healthy_train}
+            ),
+            'covid_studies': len(splits.train) + len(splits.validation),
+            'healthy_studies': len(splits.healthy_train) + len(healthy),
+            'human_masks': config.train.targets != 'pseudo',
+        },
     }
     if hosts.is_first():
         atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
@@ -170,6 +178,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
     """Scores the network and the pseudo-masks on the studies with a true mask; with the network
     'none' the pseudo-masks alone."""
     from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort
+    from covseg_jax.imaging.studies import find_studies
     from covseg_jax.inference.masks import MaskSettings
     from covseg_jax.training.progress import draw_progress
 
@@ -189,7 +198,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         settings = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml)
         step = 0
     else:
-        model, step = load_model(config, workdir)
+        model, step = load_model(config, workdir, num_devices=1)
         settings = model.masks
 
         def predict(case):
@@ -197,8 +206,10 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
 
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
+    studies = find_studies(data_folder(config, workdir), config.data.layout)
     summary = evaluate_cohort(
         splits.evaluation,
+        {study.study_id: study for study in studies},
         predict,
         read_pseudo_mask,
         settings,
@@ -209,6 +220,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
             'seed_threshold': settings.seed_threshold,
             'checkpoint_step': step,
         },
+        lesion_labels=tuple(config.prepare.lesion_labels),
         hparams=_hparams(config),
         learning_curves=[curves] if curves else [],
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from covseg_jax import atomic, hosts
 from covseg_jax.data.pipeline import Feed
-from covseg_jax.errors import InputError, Stopped
+from covseg_jax.errors import GO_ON, InputError, Stopped
 from covseg_jax.training.checkpoint import Checkpoints
 from covseg_jax.training.finite import SKIPPED
 from covseg_jax.training.logging import open_log
@@ -232,7 +232,7 @@ def run(
                     break
                 if stop:
                     checkpoints.wait()
-                    raise Stopped(f'{name}: stopped and saved at step {step}')
+                    raise Stopped(f'{name}: stopped and saved at step {step}; {GO_ON}')
             with timer.wait():
                 batch = next(batches)
             profiler.before(step)
