@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+import covseg_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 CALLS = """
@@ -67,12 +69,12 @@ def test_items_are_shared_out_and_gathered_in_their_order():
         assert done == [0][: 1 - number]  # the first host alone
 
 
-def run(workdir, num_hosts):
-    """The whole pipeline of a tiny variant on four devices."""
+def run(workdir, num_hosts, *flags):
+    """A tiny variant on four devices: the whole pipeline, or what the flags say."""
     port = free_port()
     fields = ('gan.batch_size=4', 'gan.num_steps=20', 'train.num_steps=20')
     command = ['-m', 'covseg_jax.main', '--config=configs/transunet.py:tiny']
-    command += [f'--workdir={workdir}', *(f'--config.{field}' for field in fields)]
+    command += [f'--workdir={workdir}', *(f'--config.{field}' for field in fields), *flags]
     if num_hosts == 1:
         return [begin(command, 4)]
     command += [
@@ -130,3 +132,27 @@ def test_a_run_begun_on_some_hosts_ends_on_others_as_on_one(one_host, tmp_path, 
     assert names[0] == names[1]
     rows = [(w / 'evaluation' / 'cases.csv').read_text().count('\n') for w in (tmp_path, one_host)]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_hosts_export_one_model_and_share_out_what_it_predicts(one_host, tmp_path):
+    end(run(one_host, 2, '--stages=export', f'--output={tmp_path / "export"}'))
+    covseg_jax.load(tmp_path / 'export')
+    scans = one_host / 'studies' / 'studies' / 'CT-1'
+    flags = '--stages=predict', f'--model={tmp_path / "export"}', f'--input={scans}'
+    for num_hosts in (1, 2):
+        end(run(one_host, num_hosts, *flags, f'--output={tmp_path / str(num_hosts)}'))
+    names = sorted(path.name for path in (tmp_path / '1').glob('*.nii.gz'))
+    assert len(names) == len(list(scans.iterdir()))
+    for name in names:
+        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '2' / name).read_bytes()
+    studies = [
+        [line.split(',')[0] for line in (tmp_path / each / 'results.csv').read_text().splitlines()]
+        for each in ('1', '2')
+    ]
+    assert studies[0] == studies[1]
+    # Each host did its share, and one alone finds nothing left to do.
+    assert all((tmp_path / '2' / f'results.{host}.jsonl').exists() for host in (0, 1))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / '2').glob('*.nii.gz')}
+    end(run(one_host, 1, *flags, '--resume', f'--output={tmp_path / "2"}'))
+    assert {path: path.stat().st_mtime_ns for path in before} == before

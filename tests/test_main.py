@@ -1,6 +1,7 @@
 """The program as a person runs it: every stage on tiny phantoms, twice, its complaints, and every
 command of the README on the tiny variant in place of the others."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -272,6 +273,32 @@ def test_main_stopped_by_ctrl_c_goes_on(finished, tmp_path):
     assert steps == list(range(2, 201, 2))
 
 
+def test_main_predict_stopped_by_ctrl_c_says_how_to_go_on_and_does(finished, tmp_path):
+    workdir, _ = finished
+    scan = next((workdir / 'studies' / 'studies' / 'CT-1').iterdir())
+    (tmp_path / 'scans').mkdir()
+    for number in range(60):
+        (tmp_path / 'scans' / f'study_{number:02d}.nii.gz').symlink_to(scan)
+    flags = ('--config=configs/transunet.py:tiny', f'--workdir={workdir}', '--stages=predict',
+             f'--input={tmp_path / "scans"}', f'--output={tmp_path / "masks"}')  # fmt: skip
+    process = subprocess.Popen(
+        command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / 'masks' / 'results.0.jsonl'
+    while not journal.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert 'run it again with --resume' in process.stderr.read()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'masks').glob('*_mask.nii.gz')}
+    assert 0 < len(before) < 60
+    done = run(*flags, '--resume')
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / 'masks').glob('*_mask.nii.gz'))) == 60
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def tiny_flags(text):
     """A command's flags for the tiny variant; where all stages would run anew, the first alone."""
     text = re.sub(r'configs/transunet\.py(:\w+)?', 'configs/transunet.py:tiny', text)
@@ -319,8 +346,8 @@ def test_readme_has_the_commands_that_are_tested_here():
 @pytest.mark.parametrize('text', COMMANDS)
 def test_command_of_the_readme_runs(place, text):
     done = run(*tiny_flags(text), cwd=place)
-    if '--stages=compile_check' in text and done.returncode:
-        assert 'libtpu' in done.stderr  # which is not in requirements.txt, and the README says so
+    if '--stages=compile_check' in text and importlib.util.find_spec('libtpu') is None:
+        assert_one_line_error(done, 'libtpu')  # the README says that it has to be installed
         return
     assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
 

@@ -114,6 +114,29 @@ def test_damaged_export_is_refused_by_the_files_name(config, variables, tmp_path
         covseg_jax.load(folder)
 
 
+@pytest.mark.parametrize('content', [b'\xff\n', b'', b'0  ../model.json\n'])
+def test_damaged_checksums_are_refused(config, variables, tmp_path, content):
+    folder = write(config, variables, tmp_path / 'export')
+    (folder / 'SHA256SUMS').write_bytes(content)
+    with pytest.raises(InputError, match='SHA256SUMS'):
+        covseg_jax.load(folder)
+
+
+def test_export_replaces_an_export_and_nothing_else(config, variables, tmp_path):
+    folder = tmp_path / 'results'
+    folder.mkdir()
+    for _ in range(2):
+        write(config, variables, folder)
+    covseg_jax.load(folder)
+    (folder / 'thesis.txt').write_text('three years')
+    with pytest.raises(InputError, match=r'thesis\.txt'):
+        write(config, variables, folder)
+    assert (folder / 'thesis.txt').read_text() == 'three years'
+    (tmp_path / 'link').symlink_to(folder)
+    with pytest.raises(InputError, match='link'):
+        write(config, variables, tmp_path / 'link')
+
+
 def test_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(InputError, match='not an export'):
         covseg_jax.load(tmp_path)

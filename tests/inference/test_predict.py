@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.prepare import PrepareSettings
 from covseg_jax.imaging.studies import find_inputs
@@ -124,6 +125,26 @@ def test_resume_does_what_is_missing_damaged_or_of_another_scan_and_keeps_the_re
     changed = dataclasses.replace(MODEL, identity='another')
     predict_studies(find_inputs(scans), changed, output, num_workers=0, resume=True)
     assert (output / 'a_mask.nii.gz').stat().st_mtime_ns > before
+
+
+def test_what_an_earlier_run_left_of_a_study_goes_with_it(tmp_path):
+    scans, output = tmp_path / 'scans', tmp_path / 'masks'
+    for name in 'ab':
+        write_study(scans, name, lesion=False)
+    predict_studies(find_inputs(scans), MODEL, output, num_workers=0, wanted=Wanted(preview=True))
+    (scans / 'b.nii.gz').write_bytes(b'broken')
+    changed = dataclasses.replace(MODEL, identity='another')
+    predict_studies(find_inputs(scans), changed, output, num_workers=0, resume=True)
+    left = {path.name for path in output.iterdir()}
+    assert left == {'a_mask.nii.gz', 'results.csv', 'results.0.jsonl'}
+
+
+def test_masks_of_the_input_are_not_written_over(tmp_path):
+    write_study(tmp_path, 'a', lesion=True)
+    before = (tmp_path / 'a_mask.nii.gz').read_bytes()
+    with pytest.raises(InputError, match=r'a_mask.nii.gz: is a mask of the input'):
+        predict_studies(find_inputs(tmp_path), MODEL, tmp_path, num_workers=0)
+    assert (tmp_path / 'a_mask.nii.gz').read_bytes() == before
 
 
 def test_without_resume_all_is_done_again(tmp_path):
