@@ -1,10 +1,12 @@
 """The stages that run on request, beside the pipeline."""
 
+import contextlib
 import csv
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError, Stopped
@@ -209,6 +211,19 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     }
 
 
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Within the block, Ctrl-C and SIGTERM raise KeyboardInterrupt, in the background too, where a
+    shell has a program ignore the first."""
+    chosen = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in chosen}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
 def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
     """Scans in -> NIfTI masks out on the same grids, by the work directory's network or by
     --model."""
@@ -225,14 +240,15 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
         model, _ = load_model(config, workdir)
     write_probability = given.probability or bool(config and config.predict.write_probability)
     try:
-        rows, faults = predict_studies(
-            studies,
-            model,
-            given.output,
-            num_workers=given.num_workers or num_workers(config),
-            wanted=Wanted(write_probability, given.preview, given.per_lung),
-            resume=given.resume,
-        )
+        with _interrupted_by_signals():
+            rows, faults = predict_studies(
+                studies,
+                model,
+                given.output,
+                num_workers=given.num_workers or num_workers(config),
+                wanted=Wanted(write_probability, given.preview, given.per_lung),
+                resume=given.resume,
+            )
     except KeyboardInterrupt as stop:
         raise Stopped(
             'predict: stopped; run it again with --resume to go on', exit_code=130
