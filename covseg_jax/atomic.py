@@ -1,6 +1,7 @@
 """Files and folders that are either there and whole, or not there."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -91,3 +92,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
+
+
+def read_json_lines(path: str | os.PathLike) -> list[dict]:
+    """The objects in a file of JSON lines that grows, without a line that is, or was left,
+    half-written."""
+    rows = []
+    for line in pathlib.Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]

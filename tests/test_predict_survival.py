@@ -52,15 +52,10 @@ def write_model(folder):
     network = segmentation.make_network(config)
     image = np.zeros((1, *config.prepare.grid[1:], 1), np.float32)
 
-    def make_network(form):
-        own = config.copy_and_resolve_references().unlock()
-        own.network.conv_impl = form
-        return segmentation.make_network(own)
-
     # Of fresh weights the probability lies near that of `initial_logit`.
     export.write_export(
         folder,
-        make_network,
+        network,
         jax.jit(network.init)(jax.random.key(0), image),
         export.Exported(
             PrepareSettings(grid=tuple(config.prepare.grid)),

@@ -35,6 +35,7 @@ from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.prepare import PrepareSettings
 from covseg_jax.inference.masks import MaskSettings
 from covseg_jax.inference.model import Model, average_models
+from covseg_jax.manifest import fingerprint
 from covseg_jax.training.steps import make_predict
 from covseg_jax.training.volumes import VolumeSettings, predict_volumes
 
@@ -71,7 +72,7 @@ class Exported:
 
 def write_export(
     folder: pathlib.Path,
-    make_network: Callable[[str], nn.Module],
+    network: nn.Module,
     variables: Any,
     contents: Exported,
 ) -> None:
@@ -79,7 +80,7 @@ def write_export(
 
     Args:
       folder: the export.
-      make_network: form of the convolutions ('native', 'folded', 'lanes') -> the network.
+      network: with conv_impl 'auto' each platform gets its form of the convolutions.
       variables: of the network, a nested dict.
       contents: the rest.
 
@@ -104,12 +105,12 @@ def write_export(
     }
     with atomic.new_folder(folder) as temporary:
         for platform, form in PLATFORMS.items():
-            predict = make_predict(make_network(form))
+            predict = make_predict(_in_form(network, form))
             function = export.export(predict, platforms=(platform,))(shapes, slices)
             (temporary / _function_name(platform)).write_bytes(function.serialize())
         if to_onnx:
             # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
-            predict = make_predict(make_network('folded').clone(dtype=jnp.float32))
+            predict = make_predict(_in_form(network, 'folded').clone(dtype=jnp.float32))
             to_onnx(
                 functools.partial(predict, variables),
                 [('B', *slices.shape[1:])],
@@ -126,6 +127,10 @@ def write_export(
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
         sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+
+
+def _in_form(network: nn.Module, form: str) -> nn.Module:
+    return network.clone(conv_impl=form) if network.conv_impl == 'auto' else network
 
 
 def _refuse_other_contents(folder: pathlib.Path) -> None:
@@ -199,7 +204,7 @@ def _load_one(folder: pathlib.Path) -> Model:
         ),
         preparation=PrepareSettings(**description['preparation']),
         masks=MaskSettings(**description['masks']),
-        identity=hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest(),
+        identity=fingerprint(sums),
         description=description,
     )
 

@@ -1,6 +1,5 @@
 """What a prediction over many studies has done, so that it can go on after it was killed."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +9,7 @@ from typing import Any
 
 from isal import isal_zlib
 
+from covseg_jax import atomic
 from covseg_jax.imaging.studies import Study
 
 
@@ -52,10 +52,8 @@ class Journal:
         own files are as they were written."""
         entries: dict[str, list[dict]] = {}
         for path in sorted(self.folder.glob('results.*.jsonl')):
-            for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-                with contextlib.suppress(ValueError):  # nothing, or what a kill cut short
-                    entry = json.loads(line)
-                    entries.setdefault(entry['study_id'], []).append(entry)
+            for entry in atomic.read_json_lines(path):
+                entries.setdefault(entry['study_id'], []).append(entry)
         return {
             study.study_id: entry['row']
             for study in studies

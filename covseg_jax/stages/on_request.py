@@ -166,17 +166,10 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
 def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """The trained network as one folder that predicts without this config."""
     from covseg_jax.inference.export import Exported, write_export
-    from covseg_jax.training.segmentation import load_variables, make_network, volume_settings
+    from covseg_jax.training.segmentation import load_variables, volume_settings
 
     masks = load_masks(config, workdir)
-    _, variables, step = load_variables(config, workdir / 'transunet')
-
-    def make_in_form(form: str):
-        own = config.copy_and_resolve_references().unlock()
-        if own.network.conv_impl == 'auto':
-            own.network.conv_impl = form
-        return make_network(own)
-
+    network, variables, step = load_variables(config, workdir / 'transunet')
     folder = given.output or workdir / 'export'
     contents = Exported(
         prepare_settings(config),
@@ -186,7 +179,7 @@ def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
         onnx=config.export.onnx,
     )
     hosts.first_alone(
-        lambda: write_export(folder, make_in_form, variables, contents), 'the export is written'
+        lambda: write_export(folder, network, variables, contents), 'the export is written'
     )
     size = sum(path.stat().st_size for path in folder.iterdir())
     show_table([('export', folder), ('step', step), ('MB', size / 1e6)])

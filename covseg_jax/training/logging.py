@@ -105,11 +105,7 @@ def open_log(folder: pathlib.Path, *, start_step: int) -> SilentLog:
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     """The lines of a metrics.jsonl, without one that is, or was left, half-written."""
-    rows = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and 'step' in row]
+    return [row for row in atomic.read_json_lines(path) if 'step' in row]
 
 
 def read_newest(path: pathlib.Path) -> dict[str, float | None]:

@@ -17,27 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import nibabel
 import numpy as np
 from scipy import ndimage
 
 from covseg_jax.imaging import geometry, lungs, nifti, phantom, prepare, studies
+from tests.benchmarks.turns import take_turns
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
-
-
-def take_turns(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each part; the first turn is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(repeats + 1):
-        for name, work in parts.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: round(statistics.median(each), 3) for name, each in seconds.items()}
 
 
 def measure_peak_gb(image: pathlib.Path) -> float:
@@ -116,7 +104,8 @@ def main() -> None:
                 canonical.astype(np.float32), zoom, order=3
             ),
         }
-        result = take_turns(parts, options.repeats)
+        seconds = take_turns(parts, options.repeats)
+        result = {name: round(statistics.median(each), 3) for name, each in seconds.items()}
         result['read_ratio'] = round(result['read_s'] / result['peer_nibabel_read_s'], 3)
         result['peak_gb'] = measure_peak_gb(image)
         if options.num_studies:

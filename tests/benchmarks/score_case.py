@@ -12,13 +12,13 @@ import argparse
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import ndimage
 
 from covseg_jax.evaluation import evaluate, metrics
+from tests.benchmarks.turns import take_turns
 
 SHAPE, MODEL_SHAPE, SPACING_MM = (41, 512, 512), (32, 128, 128), (8.0, 0.7, 0.7)
 
@@ -84,18 +84,6 @@ def measure_by_scipy(*masks: np.ndarray) -> list[np.ndarray]:
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in metrics.crop_to_union(*masks)]
     fields = [ndimage.distance_transform_edt(~surface, sampling=SPACING_MM) for surface in surfaces]
     return [fields[1][surfaces[0]], fields[0][surfaces[1]]]
-
-
-def take_turns(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each part; the first turn is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for turn in range(repeats + 1):
-        for name, work in parts.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def main() -> None:

@@ -110,8 +110,10 @@ def test_cases_are_turned_by_key_and_by_a_click_on_their_row(opened):
     press(opened, 'n')  # it is the last
     press(opened, 'p')
     wait_for(opened, 'study_0256 2')
-    opened.find_element(By.CSS_SELECTOR, 'tr[data-study="study_0257"]').click()
+    row = opened.find_element(By.CSS_SELECTOR, 'tr[data-study="study_0257"]')
+    row.click()
     wait_for(opened, 'study_0257 2')
+    assert 'shown' in row.get_attribute('class')
 
 
 def test_nothing_is_fetched(opened):

@@ -43,18 +43,14 @@ def variables(config):
 
 
 def write(config, variables, folder, **changes):
-    def make_network(form):
-        own = config.copy_and_resolve_references()
-        own.network.conv_impl = form
-        return segmentation.make_network(own)
-
     contents = export.Exported(
         preparation=PrepareSettings(grid=GRID),
         volumes=segmentation.volume_settings(config),
         masks=MaskSettings(0.5, 0.6, 0.1),
         facts={'licence': 'none'},
     )
-    export.write_export(folder, make_network, variables, dataclasses.replace(contents, **changes))
+    network = segmentation.make_network(config)
+    export.write_export(folder, network, variables, dataclasses.replace(contents, **changes))
     return folder
 
 

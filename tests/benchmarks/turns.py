@@ -1,0 +1,16 @@
+"""How the parts of a benchmark are timed beside each other."""
+
+import time
+from collections.abc import Callable
+
+
+def take_turns(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each part; the first turn is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(repeats + 1):
+        for name, work in parts.items():
+            began = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
