@@ -17,6 +17,7 @@ from covseg_jax.models.layers import (
     Conv3D,
     ConvTranspose3D,
     Dropout,
+    GroupNorm,
     join,
     keras_uniform,
     max_pool,
@@ -43,8 +44,8 @@ class Generator(nn.Module):
       negative_slope: of LeakyReLU.
       patch: in-plane voxels, patch × patch, that enter as channels of one and leave the same way: a
         cheaper network for small machines; 1 as published.
-      use_norm: group normalisation, over groups of four channels, before each LeakyReLU; not
-        published, but without it the rate at which the network can learn is far lower.
+      use_norm: group normalisation before each LeakyReLU; not published, but without it the rate at
+        which the network can learn is far lower.
       dtype: of the arithmetic. Parameters and output are float32.
       conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
     """
@@ -100,7 +101,7 @@ class Generator(nn.Module):
             scaled = jnp.minimum(scaled, self.input_clip)
         scaled = scaled.astype(self.dtype)
         pooled = _patches_to_channels(scaled, self.patch)
-        if fills_lanes(self.conv_impl) and not self.use_norm:
+        if fills_lanes(self.conv_impl):
             pooled = split_depth(pooled, pooled.shape[1] // 2 ** (len(self.filters) - 1))
         skips = []
         for level, features in enumerate(self.filters, 1):
@@ -151,8 +152,7 @@ class Generator(nn.Module):
         conv = Conv3D(features, kernel_size, dtype=self.dtype, conv_impl=self.conv_impl, name=name)
         x = conv(x)
         if self.use_norm:
-            groups = max(1, features // 4)
-            x = nn.GroupNorm(groups, epsilon=1e-3, dtype=self.dtype, name=f'{name}_norm')(x)
+            x = GroupNorm(self.dtype, name=f'{name}_norm')(x)
         return jax.tree.map(partial(nn.leaky_relu, negative_slope=self.negative_slope), x)
 
     def _bottleneck(self, pooled: jax.Array, noise: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ last; parameters are float32, arithmetic is in `dtype`. Where a volume may be `B
 does to them what it does to the volume that they stand for.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from covseg_jax.models.convolution import conv2d, conv3d, conv_transpose
@@ -313,3 +315,60 @@ def _normalise_batch_backward(epsilon, saved, gradients):
 
 
 _normalise_batch.defvjp(_normalise_batch_forward, _normalise_batch_backward)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu and He, ECCV 2018): each scan's mean and variance over its voxels and
+    a group of neighbouring channels.
+
+    Groups have `group_size` channels; where that does not divide their number, the first ones have
+    one more, so that any number of channels can be normalised (`flax.linen.GroupNorm` wants equal
+    groups). Statistics are float32 whatever the compute dtype. A volume and the Blocks that stand
+    for it are normalised alike.
+
+    Parameters: `scale` and `bias` (C,).
+    """
+
+    dtype: Dtype = jnp.float32
+    group_size: int = 4
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: jax.Array | Blocks) -> jax.Array | Blocks:
+        """(B, D, H, W, C) → the same shape in `dtype`; Blocks of one part → Blocks."""
+        channels = _channels(x)
+        scale = self.param('scale', nn.initializers.ones, (channels,))
+        bias = self.param('bias', nn.initializers.zeros, (channels,))
+        if not isinstance(x, Blocks):
+            factor, offset = self._affine(x.astype(jnp.float32), (1, 2, 3), scale, bias)
+            factor, offset = (each[:, None, None, None] for each in (factor, offset))
+            return (x * factor + offset).astype(self.dtype)
+        (part,) = x.parts
+        by_slice = part.reshape(-1, x.num_blocks, *part.shape[1:3], x.slices, channels)
+        factor, offset = self._affine(by_slice.astype(jnp.float32), (1, 2, 3, 4), scale, bias)
+        factor, offset = (
+            jnp.repeat(jnp.tile(each, x.slices), x.num_blocks, axis=0)[:, None, None]
+            for each in (factor, offset)
+        )
+        return x.replace(parts=((part * factor + offset).astype(self.dtype),))
+
+    def _affine(
+        self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(B, C) each: what x is multiplied by, and what is added then."""
+        to_groups = _mean_of_groups(x.shape[-1], self.group_size)
+        channel_means = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
+        mean, mean_square = jnp.matmul(channel_means, to_groups, precision='highest')
+        var = jnp.maximum(mean_square - jnp.square(mean), 0)
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return factor, bias - mean * factor
+
+
+@functools.cache
+def _mean_of_groups(channels: int, group_size: int) -> np.ndarray:
+    """(C, C): what gives each channel the mean of its group's."""
+    groups = np.array_split(np.arange(channels), max(1, channels // group_size))
+    matrix = np.zeros((channels, channels), np.float32)
+    for group in groups:
+        matrix[np.ix_(group, group)] = 1 / len(group)
+    return matrix

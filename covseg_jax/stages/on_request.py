@@ -59,7 +59,7 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
 
 
 def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> None:
-    """Compiles the training steps for a TPU topology, and writes compile_check.json."""
+    """Compiles what the config's stages run for a TPU topology, and writes compile_check.json."""
     del given
     from covseg_jax.training.compile_check import run_check
 
@@ -68,20 +68,35 @@ def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> No
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / 'compile_check.json'
     atomic.write_text(path, json.dumps(found, indent=2))
-    for stage, result in found.items():
-        start = f'compile_check: {stage}, {topology}, batch {result["batch_size"]}:'
-        if not result['fits']:
-            print(f'{start} does not fit; the largest that does: {result["largest_batch_size"]}')
-            continue
-        print(
-            f'{start} {result["peak_gib"]:.2f} of {result["memory_gib"]} GiB a chip; '
-            f'{result["gflops"]:.0f} GFLOP, {result["gbytes"]:.1f} GB; '
-            f'{result["estimated_ms"]:.1f} ms estimated, floors {result["arithmetic_ms"]:.1f} ms '
-            f'(arithmetic) and {result["bytes_ms"]:.1f} ms (bytes), ratio {result["ratio"]:.2f}'
-        )
-        for kind, each in result['collectives'].items():
-            print(f'compile_check: {stage}: {kind}: {each["count"]}, {each["bytes"] / 1e6:.1f} MB')
+    rows = [
+        (stage, name, result['batch_size'], *_cost_cells(result))
+        for stage, programs in found.items()
+        for name, result in programs.items()
+    ]
+    print(f'compile_check: {topology}, a chip')
+    show_table(
+        rows,
+        (
+            'stage', 'program', 'batch', 'GiB', 'of', 'GFLOP', 'GB', 'ms, estimated',
+            'ms, arithmetic', 'ms, bytes', 'collectives',
+        ),
+    )  # fmt: skip
     print(f'compile_check: {path}')
+
+
+def _cost_cells(result: dict) -> list[str]:
+    """What a program costs, as the table shows it."""
+    if not result['fits']:
+        return [f'does not fit; the largest batch that does: {result["largest_batch_size"]}']
+    collectives = [
+        f'{kind} {each["count"]}, {each["bytes"] / 1e6:.1f} MB'
+        for kind, each in result['collectives'].items()
+    ]
+    return [
+        f'{result["peak_gib"]:.2f}', f'{result["memory_gib"]:g}', f'{result["gflops"]:.0f}',
+        f'{result["gbytes"]:.1f}', f'{result["estimated_ms"]:.1f}',
+        f'{result["arithmetic_ms"]:.1f}', f'{result["bytes_ms"]:.1f}', '; '.join(collectives),
+    ]  # fmt: skip
 
 
 def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> None:

@@ -47,16 +47,18 @@ _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'col
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8}
 
 
-def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict]:
-    """Compiles the training steps of the config's stages 'gan' and 'train' for `topology`.
+def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict[str, dict]]:
+    """Compiles for `topology` every training step that the config's stages 'gan' and 'train' take,
+    and what their trained networks are applied with.
 
     Args:
       config: the whole config. Batch sizes are global ones, as in training.
       topology: 'CHIP:SHAPE', such as 'v5e:2x4' or 'v4:2x2x1'.
 
     Returns:
-      For each of the two stages that the config runs, what `describe` gives, with 'fits', and the
-      batch size; where it does not fit, 'largest_batch_size' that does (0: none).
+      For each of the two stages that the config runs, and each of its programs by name (training
+      steps by the losses that they minimise, then 'heal' or 'predict'), what `describe` gives, with
+      'fits', and the batch size; where it does not fit, 'largest_batch_size' that does (0: none).
 
     Raises:
       InputError: no such chip or topology, no libtpu, or the compiler ended the process.
@@ -124,53 +126,138 @@ def find_devices(topology: str) -> list:
         ) from None
 
 
-def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function, and how to get the shapes of its arguments for a batch size.
+
+    Attributes:
+      function: to lower.
+      arguments: batch size -> shapes with shardings. It raises an InputError for a size that cannot
+        be split.
+      batch_size: the config's.
+      least: the size that others are multiples of.
+    """
+
+    function: Callable
+    arguments: Callable[[int], tuple]
+    batch_size: int
+    least: int
+
+
+def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
     """One stage's part of `run_check`, in a process of its own."""
     devices = find_devices(topology)
     group = config.gan if stage == 'gan' else config.train
-    wanted = group.batch_size
-    compiled = _compile(config, devices, stage, wanted)
-    result = {
-        'topology': topology,
-        'devices': len(devices),
-        'batch_size': wanted,
-        'compute_dtype': group.compute_dtype,
-        'fits': compiled is not None,
-    }
-    if compiled is None:
-        step = len(devices) if stage == 'gan' else max(2, len(devices)) * group.micro_batches
-        largest = _largest_that(
-            lambda size: _compile(config, devices, stage, size) is not None, wanted, step
-        )
-        return result | {'largest_batch_size': largest}
-    return result | describe(compiled, CHIPS[topology.split(':')[0]])
+    found = {}
+    for name, program in list_programs(_for_tpu(config), devices, stage).items():
+        compiled = _compile(program, program.batch_size)
+        found[name] = {
+            'topology': topology,
+            'devices': len(devices),
+            'batch_size': program.batch_size,
+            'compute_dtype': group.compute_dtype,
+            'fits': compiled is not None,
+        }
+        if compiled is None:
+
+            def fits(size: int, program: Program = program) -> bool:
+                return _compile(program, size) is not None
+
+            largest = _largest_that(fits, program.batch_size, program.least)
+            found[name]['largest_batch_size'] = largest
+        else:
+            found[name] |= describe(compiled, CHIPS[topology.split(':')[0]])
+    return found
 
 
-def _compile(config: ml_collections.ConfigDict, devices: list, stage: str, batch_size: int) -> Any:
-    """The stage's compiled step, None where it does not fit."""
-    import jax
-
-    from covseg_jax.training import gan, segmentation, sharding
-
+def _for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
-    mesh = sharding.make_mesh(devices)
     with config.unlocked():
         for group in (config.network, config.gan):
             if group.conv_impl == 'auto':  # which looks at the machine that compiles
                 group.conv_impl = 'lanes'
-    if stage == 'gan':
+    return config
+
+
+def list_programs(
+    config: ml_collections.ConfigDict, devices: list, stage: str
+) -> dict[str, Program]:
+    """What the stage 'gan' or 'train' compiles: its training steps by their losses, and what the
+    trained network is applied with. Nothing is computed."""
+    find = _gan_programs if stage == 'gan' else _segmentation_programs
+    return find(config, devices)
+
+
+def _gan_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
+    import jax
+    import jax.numpy as jnp
+
+    from covseg_jax.training import gan, gan_steps, loop, sharding
+
+    mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
+    parts = gan.build_gan(config, mesh)
+    size, key = config.gan.batch_size, jax.eval_shape(jax.random.key, 0)
+
+    def shapes(batch_size: int) -> tuple:
         sharding.check_batch_size(batch_size, mesh, 'gan.batch_size')
-        parts = gan.build_gan(config, mesh)
-        step = gan.choose_step(config, parts)(0)
-        shapes = gan.batch_shapes(config, batch_size)
-    else:
+        batch = sharding.abstract_batch(gan.batch_shapes(config, batch_size), mesh)
+        return parts.abstract_state, batch
+
+    def scans(batch_size: int) -> tuple:
+        scan = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid, 1), jnp.float32)
+        return sharding.abstract_copy((parts.abstract_state.ema, scan, key), one)
+
+    steps = loop.distinct_steps(gan.choose_step(config, parts), config.gan.num_steps)
+    programs = {
+        name_step(step, *shapes(size)): Program(step, shapes, size, len(devices)) for step in steps
+    }
+    return programs | {'heal': Program(gan_steps.make_heal(parts.generator), scans, 1, 1)}
+
+
+def _segmentation_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
+    import jax
+    import jax.numpy as jnp
+
+    from covseg_jax.training import loop, segmentation, sharding
+    from covseg_jax.training.steps import make_predict
+
+    mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
+    parts = segmentation.build_segmentation(config, mesh)
+    size = config.train.batch_size
+    least = max(2, len(devices)) * config.train.micro_batches
+
+    def shapes(batch_size: int) -> tuple:
         segmentation.check_train_batch(config, batch_size, mesh)
-        parts = segmentation.build_segmentation(config, mesh)
-        step = segmentation.choose_step(config, parts)(config.train.epoch_steps - 1)
-        shapes = segmentation.batch_shapes(config, batch_size)
-    batch = sharding.abstract_batch(shapes, mesh)
+        batch = sharding.abstract_batch(segmentation.batch_shapes(config, batch_size), mesh)
+        return parts.abstract_state, batch
+
+    def slices(batch_size: int) -> tuple:
+        image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
+        return sharding.abstract_copy((parts.abstract_state.ema, image), one)
+
+    steps = loop.distinct_steps(segmentation.choose_step(config, parts), config.train.num_steps)
+    programs = {
+        name_step(step, *shapes(size)): Program(step, shapes, size, least) for step in steps
+    }
+    predict = make_predict(parts.network)
+    return programs | {'predict': Program(predict, slices, config.predict.batch_size, 1)}
+
+
+def name_step(step: Callable, state: Any, batch: Any) -> str:
+    """A training step by the losses that it minimises, such as 'mse + sensitivity'."""
+    import jax
+
+    _, metrics = jax.eval_shape(step, state, batch)
+    losses = [name.removeprefix('loss/') for name in metrics if name.startswith('loss/')]
+    return ' + '.join(name for name in losses if name != 'total')
+
+
+def _compile(program: Program, batch_size: int) -> Any:
+    """The compiled program, None where it does not fit."""
+    import jax
+
     try:
-        return step.lower(parts.abstract_state, batch).compile()
+        return program.function.lower(*program.arguments(batch_size)).compile()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' in str(error):
             return None

@@ -45,6 +45,11 @@ class Schedule:
     max_skipped: int = 10
 
 
+def distinct_steps(step_at: Callable[[int], Callable], num_steps: int) -> list[Callable]:
+    """The compiled steps that a run of `num_steps` takes, in the order of their first use."""
+    return list({id(step): step for step in map(step_at, range(num_steps))}.values())
+
+
 def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
     """Merges (sum, count) pairs of many steps into means; nothing counted gives NaN."""
     sums: dict[str, list[float]] = {}

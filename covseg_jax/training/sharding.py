@@ -35,14 +35,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def place_state(init: Callable[[], Any], mesh: Mesh) -> tuple[Callable[[], Any], Any]:
     """Turns a function that makes a state into one that makes it on the mesh, and gives the
     state's shapes, types and shardings without making it."""
-    sharding = replicated(mesh)
     # Made inside jit, so that no leaf shares memory with another and all may be donated.
-    make = jax.jit(init, out_shardings=sharding)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(init),
-    )
-    return make, abstract
+    make = jax.jit(init, out_shardings=replicated(mesh))
+    return make, abstract_copy(jax.eval_shape(init), mesh)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
@@ -61,6 +56,14 @@ def abstract_batch(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> di
         key: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding)
         for key, each in shapes.items()
     }
+
+
+def abstract_copy(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree of which each device of the mesh holds a copy."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """Layers against numbers worked out by hand or by NumPy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +108,22 @@ def test_dropout_keeps_the_mean_and_is_off_in_evaluation():
     assert set(np.unique(dropped)) == {0.0, 1.25}
     np.testing.assert_allclose(dropped.mean(), 1, atol=0.05)
     np.testing.assert_array_equal(dropout.apply({}, x, train=False), x)
+
+
+def test_group_norm_equals_flax_where_groups_are_equal():
+    x, params = draw(0, 2, 3, 4, 5, 8), {'scale': draw(1, 8), 'bias': draw(2, 8)}
+    expected = nn.GroupNorm(2, epsilon=1e-3).apply({'params': params}, 3 * x + 5)
+    actual = layers.GroupNorm().apply({'params': params}, 3 * x + 5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_group_norm_takes_any_number_of_channels():
+    # 9 channels in two groups: the first has five
+    x = np.asarray(draw(0, 2, 3, 2, 2, 9))
+    variables = layers.GroupNorm().init(jax.random.key(0), x)
+    actual = np.asarray(layers.GroupNorm().apply(variables, x))
+    for group in (slice(0, 5), slice(5, 9)):
+        part = x[..., group]
+        mean = part.mean((1, 2, 3, 4), keepdims=True)
+        expected = (part - mean) / np.sqrt(part.var((1, 2, 3, 4), keepdims=True) + 1e-3)
+        np.testing.assert_allclose(actual[..., group], expected, atol=1e-5)

@@ -88,7 +88,8 @@ def test_tiny_step_compiles_for_eight_chips():
         config.stages = 'prepare,train'
     found = compile_check.run_check(config, 'v5e:2x4')
     assert set(found) == {'train'}
-    step = found['train']
+    assert set(found['train']) == {'contrastive + mse + sensitivity', 'predict'}
+    step = found['train']['contrastive + mse + sensitivity']
     assert step['fits']
     assert step['devices'] == 8
     assert 0 < step['peak_gib'] < 1

@@ -1,0 +1,136 @@
+"""Every variant of every config builds its networks, and traces every step that a run of it takes,
+at its real shapes and types; nothing is computed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import gan3d, transunet
+from covseg_jax.data import pipeline
+from covseg_jax.training import compile_check, gan, gan_steps, segmentation
+from covseg_jax.training.steps import make_evaluation_step
+
+RECONSTRUCTION = 'reconstruction'
+ADVERSARIAL = 'adversarial + discriminator + identity + reconstruction'
+PUBLISHED = 'adversarial + discriminator + reconstruction'
+BOTH = {RECONSTRUCTION, ADVERSARIAL}
+TWO_PHASES = {'contrastive', 'mse + sensitivity'}
+
+
+def trace(config, stage, devices=1):
+    """Program -> the shapes of what it gives."""
+    programs = compile_check.list_programs(config, jax.devices()[:devices], stage)
+    return {
+        name: jax.eval_shape(program.function, *program.arguments(program.batch_size))
+        for name, program in programs.items()
+    }
+
+
+def assert_state_keeps_its_shapes(found):
+    for name, (state, metrics) in found.items():
+        for leaf in jax.tree.leaves(metrics):
+            assert leaf.dtype == jnp.float32, name
+        assert state.step.dtype == jnp.int32
+
+
+def with_changes(variant, changes):
+    config = transunet.get_config(variant)
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.mark.parametrize('variant', transunet.VARIANTS)
+def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
+    alone, whole = gan3d.get_config(variant).to_dict(), transunet.get_config(variant).to_dict()
+    changed = {name for name in whole if alone[name] != whole[name]}
+    assert changed == {'name', 'stages'}
+    assert alone.keys() == whole.keys()
+
+
+@pytest.mark.parametrize('variant', transunet.VARIANTS)
+def test_gan_of_every_variant_is_built_and_stepped(variant):
+    config = transunet.get_config(variant)
+    found = trace(config, 'gan')
+    healed = found.pop('heal')
+    assert healed.shape == (1, *config.prepare.grid, 1)
+    assert healed.dtype == jnp.float32
+    kinds = {'tiny': {ADVERSARIAL}, 'published': {PUBLISHED}, 'phantom_published': {PUBLISHED}}
+    assert set(found) == kinds.get(variant, BOTH)
+    assert_state_keeps_its_shapes(found)
+    parts = gan.build_gan(config)
+    batch = gan.batch_shapes(config, 1)
+    evaluate = gan_steps.make_gan_evaluation(parts.generator, parts.opacities)
+    key = jax.eval_shape(jax.random.key, 0)
+    metrics, _ = jax.eval_shape(evaluate, parts.abstract_state.ema, batch, key)
+    assert set(metrics) == {'mse', 'removed', 'harm'}
+
+
+@pytest.mark.parametrize('variant', transunet.VARIANTS)
+def test_network_of_every_variant_is_built_and_stepped(variant):
+    config = transunet.get_config(variant)
+    found = trace(config, 'train')
+    probability = found.pop('predict')
+    size = config.predict.batch_size
+    assert probability.shape == (size, *config.prepare.grid[1:], 1)
+    assert_state_keeps_its_shapes(found)
+    parts = segmentation.build_segmentation(config)
+    batch = segmentation.batch_shapes(config, size)
+    batch |= {pipeline.VALID: jax.ShapeDtypeStruct((size,), jnp.float32)}
+    metrics = jax.eval_shape(make_evaluation_step(parts.network), parts.abstract_state.ema, batch)
+    assert set(metrics) == {'mse', 'dice'}
+
+
+@pytest.mark.parametrize('use_norm', [True, False])
+@pytest.mark.parametrize('patch', [1, 2, 4])
+def test_default_gan_of_every_patch_is_built_and_stepped(patch, use_norm):
+    config = with_changes('mosmed', {'gan.patch': patch, 'gan.use_norm': use_norm})
+    assert set(trace(config, 'gan')) == {*BOTH, 'heal'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'steps'),
+    [
+        ({'gan.head': 'relu'}, {ADVERSARIAL}),
+        ({'gan.head': 'residual'}, {ADVERSARIAL}),
+        ({'gan.compute_dtype': 'bfloat16'}, {ADVERSARIAL}),
+        ({'gan.adversarial_every': 0}, {RECONSTRUCTION}),
+        ({'gan.adversarial_every': 3}, BOTH),
+        ({'gan.filters': (5, 11), 'gan.bottleneck_filters': 7}, {ADVERSARIAL}),
+        ({'gan.conv_impl': 'lanes'}, {ADVERSARIAL}),
+        ({'gan.conv_impl': 'native'}, {ADVERSARIAL}),
+        ({'gan.schedule': 'constant', 'gan.clip_norm': 0.0}, {ADVERSARIAL}),
+    ],
+    ids=str,
+)
+def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
+    assert set(trace(with_changes('tiny', changes), 'gan')) == {*steps, 'heal'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'steps'),
+    [
+        ({'train.mode': 'combined'}, {'contrastive + mse + sensitivity'}),
+        ({}, TWO_PHASES),
+        ({'network.name': 'unet'}, TWO_PHASES),
+        ({'network.num_heads': 8}, TWO_PHASES),
+        ({'network.published_attention': True, 'network.dropout_rate': 0.1}, TWO_PHASES),
+        ({'train.compute_dtype': 'bfloat16'}, TWO_PHASES),
+        ({'train.micro_batches': 4}, TWO_PHASES),
+        ({'train.schedule': 'plateau'}, TWO_PHASES),
+        ({'train.contrastive_steps': 0}, {'mse + sensitivity'}),
+        ({'train.augment': False, 'train.synthetic_share': 0.0, 'train.doubtful': ()}, TWO_PHASES),
+        ({'network.conv_impl': 'lanes'}, TWO_PHASES),
+        ({'network.conv_impl': 'native'}, TWO_PHASES),
+    ],
+    ids=str,
+)
+def test_flags_that_change_the_network_are_built_and_stepped(changes, steps):
+    two_phases = {'train.mode': 'two_phase', 'train.epoch_steps': 4, 'train.contrastive_steps': 2}
+    found = trace(with_changes('tiny', two_phases | changes), 'train')
+    assert set(found) == {*steps, 'predict'}
+
+
+def test_default_is_stepped_on_eight_devices():
+    for stage in ('gan', 'train'):
+        assert len(trace(transunet.get_config(), stage, devices=8)) == 3
