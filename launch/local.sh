@@ -2,6 +2,7 @@
 # Sets up this checkout on a machine with nothing but Python >= 3.11, and runs it.
 #   launch/local.sh run  [flags]   the main job, by default on phantom studies
 #   launch/local.sh test [flags]   lint, import contracts, tests
+#   launch/local.sh setup          the environment alone
 # The environment is made in .venv, once; VENV=FOLDER puts it elsewhere, PYTHON=... chooses another
 # interpreter.
 set -euo pipefail
@@ -57,8 +58,11 @@ case "$command" in
     "$venv/bin/shellcheck" -x launch/*.sh
     exec "$venv/bin/python" -m pytest "$@"
     ;;
+  setup)
+    make_environment
+    ;;
   *)
-    echo "usage: $0 run|test [flags]" >&2
+    echo "usage: $0 run|test|setup [flags]" >&2
     exit 2
     ;;
 esac

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import openpyxl
@@ -23,8 +24,8 @@ from covseg_jax.imaging.workers import map_in_processes
 _VESSEL_HU = 45.0
 _AIR_HU = -990.0
 _COLUMNS = ('study_id', 'category', 'study_file', 'mask_file')
-# MosMed's CT-1 to CT-4 have 684, 125, 45 and 2 studies.
-_SHARES = {'CT-4': 2 / 856, 'CT-3': 45 / 856, 'CT-2': 125 / 856}
+# Of CT-2, CT-3 and CT-4: MosMed's CT-1 to CT-4 have 684, 125, 45 and 2 studies.
+_SEVERE_SHARES = (125 / 856, 45 / 856, 2 / 856)
 _SETTINGS_FILE = '.phantom.json'
 _REGISTRY_FILE = 'dataset_registry.xlsx'
 
@@ -177,8 +178,11 @@ class _Order:
         return f'masks/{self.study_id}_mask.nii.gz'
 
 
-def _list_orders(num_healthy: int, num_covid: int, num_masked: int, seed: int) -> list[_Order]:
-    counts = {category: round(num_covid * share) for category, share in _SHARES.items()}
+def _list_orders(
+    num_healthy: int, num_covid: int, num_masked: int, severe_shares: Sequence[float], seed: int
+) -> list[_Order]:
+    severe = phantom_lesions.CATEGORIES[2:]
+    counts = {c: round(num_covid * share) for c, share in zip(severe, severe_shares, strict=True)}
     counts['CT-1'] = num_covid - sum(counts.values())
     counts['CT-0'] = num_healthy
     if not 0 <= num_masked <= counts['CT-1'] or min(num_healthy, num_covid) < 0:
@@ -241,6 +245,7 @@ def write_phantom_data_set(
     num_covid: int,
     num_masked: int,
     seed: int,
+    severe_shares: Sequence[float] = _SEVERE_SHARES,
     shape: tuple[int, int, int] = (192, 192, 40),
     spacing_mm: tuple[float, float, float] = (1.75, 1.75, 8.0),
     num_workers: int = 1,
@@ -248,13 +253,15 @@ def write_phantom_data_set(
     """Writes a data set in MosMed's layout; studies that are there already are kept.
 
     Studies are numbered as in MosMed: CT-0 first, then CT-1, whose first num_masked have masks,
-    then the others, in MosMed's proportions. Every file appears whole, and the registry last: a
-    folder with a registry is complete.
+    then the others. Every file appears whole, and the registry last: a folder with a registry is
+    complete.
 
     Args:
         folder: new, empty, or left by an earlier call with the same settings.
         num_healthy, num_covid: studies in CT-0, and in CT-1 to CT-4 together.
         num_masked: CT-1 studies that get a mask file.
+        severe_shares: of the COVID studies, those in CT-2, CT-3 and CT-4, by default MosMed's; the
+            rest is CT-1.
         shape, spacing_mm: (X, Y, Z) of every study.
         num_workers: processes; 0 or 1 is this one.
 
@@ -266,12 +273,13 @@ def write_phantom_data_set(
         InputError: the folder holds something else, or a process was killed.
     """
     folder = pathlib.Path(folder)
-    orders = _list_orders(num_healthy, num_covid, num_masked, seed)
+    orders = _list_orders(num_healthy, num_covid, num_masked, severe_shares, seed)
     settings = {
         'num_healthy': num_healthy,
         'num_covid': num_covid,
         'num_masked': num_masked,
         'seed': seed,
+        'severe_shares': list(severe_shares),
         'shape': list(shape),
         'spacing_mm': list(spacing_mm),
     }

@@ -38,6 +38,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
                     num_healthy=config.phantom.num_healthy,
                     num_covid=config.phantom.num_covid,
                     num_masked=config.phantom.num_masked,
+                    severe_shares=tuple(config.phantom.severe_shares),
                     seed=config.phantom.seed,
                     shape=tuple(config.phantom.shape),
                     spacing_mm=tuple(config.phantom.spacing_mm),

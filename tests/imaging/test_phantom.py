@@ -228,10 +228,14 @@ def test_files_have_mosmed_headers_and_the_phantom_in_them(tmp_path):
 
 def test_classes_follow_mosmed_proportions():
     counts = {}
-    for order in phantom._list_orders(254, 856, 50, seed=0):
+    for order in phantom._list_orders(254, 856, 50, phantom._SEVERE_SHARES, seed=0):
         counts[order.category] = counts.get(order.category, 0) + 1
     assert counts == {'CT-0': 254, 'CT-1': 684, 'CT-2': 125, 'CT-3': 45, 'CT-4': 2}
-    masked = [o.study_id for o in phantom._list_orders(254, 856, 50, seed=0) if o.has_mask]
+    masked = [
+        o.study_id
+        for o in phantom._list_orders(254, 856, 50, phantom._SEVERE_SHARES, seed=0)
+        if o.has_mask
+    ]
     assert (masked[0], masked[-1], len(masked)) == ('study_0255', 'study_0304', 50)
 
 
