@@ -1,7 +1,7 @@
 """The steps of launch/rehearse.sh, commands as a person types them, with their time and memory.
 
-What is overridden of the default variant is how many studies and steps there are, how large a batch
-is, and where files lie; sizes and types of data and networks are the default's.
+What is overridden of the default variant is how many steps there are, how large a batch is, and
+where files lie; sizes and types of data and networks are the default's.
 """
 
 import json
@@ -18,21 +18,15 @@ from tabulate import tabulate
 
 from configs import transunet
 from covseg_jax import atomic
+from covseg_jax.imaging.phantom import write_phantom_data_set
 from tests.reference_weights import make_torch_state
 
 NUM_STUDIES, NUM_HEALTHY, NUM_MASKED = 12, 4, 3
+SEVERE_SHARES = (0.125, 0.125, 0.125)  # a study of each category
+SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 MOSMED_STUDIES, MOSMED_MASKED, MOSMED_HEALTHY = 1110, 50, 254
 GAN_STEPS, TRAIN_STEPS = 4, 10
 GAN_BATCH, TRAIN_BATCH = 1, 4
-STUDIES = (
-    '--config.phantom.make=true',
-    f'--config.phantom.num_healthy={NUM_HEALTHY}',
-    f'--config.phantom.num_covid={NUM_STUDIES - NUM_HEALTHY}',
-    f'--config.phantom.num_masked={NUM_MASKED}',
-    '--config.phantom.severe_shares=(0.125,0.125,0.125)',  # a study of each category
-    '--config.phantom.shape=(512,512,41)',
-    '--config.phantom.spacing_mm=(0.7,0.7,8.0)',
-)
 STEPS = (
     f'--config.gan.num_steps={GAN_STEPS}',
     f'--config.gan.batch_size={GAN_BATCH}',
@@ -50,7 +44,7 @@ def list_steps(folder: pathlib.Path) -> dict[str, list[str]]:
     """Step -> the program's flags."""
     run, studies = folder / 'run', folder / 'studies'
     config = '--config=configs/transunet.py'
-    default = [config, f'--config.data.folder={studies}', *STUDIES, *STEPS, f'--workdir={run}']
+    default = [config, f'--config.data.folder={studies}', *STEPS, f'--workdir={run}']
     scan = studies / 'studies' / 'CT-1' / f'study_{NUM_HEALTHY + 1:04d}.nii.gz'
     attention = '--config.network.published_attention=true'
     imported = [config, attention, f'--workdir={folder / "imported"}']
@@ -155,6 +149,18 @@ def main(folder: pathlib.Path) -> None:
         with atomic.new_file(weights) as temporary:
             temporary.write_bytes(safetensors.numpy.save(make_torch_state()))
     (folder / 'logs').mkdir(exist_ok=True)
+    print('rehearse: studies', flush=True)
+    write_phantom_data_set(
+        folder / 'studies',
+        num_healthy=NUM_HEALTHY,
+        num_covid=NUM_STUDIES - NUM_HEALTHY,
+        num_masked=NUM_MASKED,
+        severe_shares=SEVERE_SHARES,
+        seed=0,
+        shape=SHAPE,
+        spacing_mm=SPACING_MM,
+        num_workers=os.cpu_count() or 1,
+    )
     for step, flags in list_steps(folder).items():
         if step not in done:
             print(f'rehearse: {step}', flush=True)

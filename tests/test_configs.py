@@ -81,16 +81,24 @@ def test_network_of_every_variant_is_built_and_stepped(variant):
     assert set(metrics) == {'mse', 'dice'}
 
 
-@pytest.mark.parametrize('use_norm', [True, False])
 @pytest.mark.parametrize('patch', [1, 2, 4])
-def test_default_gan_of_every_patch_is_built_and_stepped(patch, use_norm):
-    config = with_changes('mosmed', {'gan.patch': patch, 'gan.use_norm': use_norm})
-    assert set(trace(config, 'gan')) == {*BOTH, 'heal'}
+def test_default_generator_of_every_patch_is_built(patch):
+    config = with_changes('mosmed', {'gan.patch': patch})
+    parts = gan.build_gan(config)
+    scan = jax.ShapeDtypeStruct((1, *config.prepare.grid, 1), jnp.float32)
+    key = jax.eval_shape(jax.random.key, 0)
+    heal = gan_steps.make_heal(parts.generator)
+    assert jax.eval_shape(heal, parts.abstract_state.ema, scan, key).shape == scan.shape
 
 
 @pytest.mark.parametrize(
     ('changes', 'steps'),
     [
+        *(
+            ({'gan.patch': patch, 'gan.use_norm': norm}, {ADVERSARIAL})
+            for patch in (1, 2, 4)
+            for norm in (True, False)
+        ),
         ({'gan.head': 'relu'}, {ADVERSARIAL}),
         ({'gan.head': 'residual'}, {ADVERSARIAL}),
         ({'gan.compute_dtype': 'bfloat16'}, {ADVERSARIAL}),
@@ -131,6 +139,7 @@ def test_flags_that_change_the_network_are_built_and_stepped(changes, steps):
     assert set(found) == {*steps, 'predict'}
 
 
-def test_default_is_stepped_on_eight_devices():
-    for stage in ('gan', 'train'):
-        assert len(trace(transunet.get_config(), stage, devices=8)) == 3
+def test_steps_are_traced_for_eight_devices():
+    config = with_changes('tiny', {'gan.batch_size': 8})
+    assert set(trace(config, 'gan', devices=8)) == {ADVERSARIAL, 'heal'}
+    assert len(trace(config, 'train', devices=8)) == 2
