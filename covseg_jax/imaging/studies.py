@@ -175,11 +175,11 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
     return [row for row in named if row.get('study_file')]
 
 
-def _resolve(folder: pathlib.Path, written: str, registry: pathlib.Path) -> pathlib.Path:
+def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib.Path:
     # MosMed writes '/studies/CT-0/study_0001.nii.gz' for a path inside the data set.
-    parts = [part for part in written.replace('\\', '/').split('/') if part not in ('', '.')]
+    parts = [part for part in name.replace('\\', '/').split('/') if part not in ('', '.')]
     if '..' in parts or any(':' in part or '\0' in part or len(part) > 200 for part in parts):
-        raise InputError(f'{registry.name}: path {written} leaves the data set; correct the row')
+        raise InputError(f'{registry.name}: path {name} leaves the data set; correct the row')
     path = folder.joinpath(*parts)
     is_output = written.is_output(path)
     if path.is_file() and not is_output:

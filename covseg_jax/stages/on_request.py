@@ -137,7 +137,7 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
     if len(names) != 2:
         raise InputError('--stages=compare needs --input=FIRST,SECOND, two evaluated runs')
     if given.output:
-        _claim_outputs(given, [given.output / 'compare.json'])
+        written.refuse_foreign([given.output / 'compare.json'])
     differences, alone = compare_runs(*map(pathlib.Path, names))
     print(f'compare: second minus first; first {names[0]}, second {names[1]}')
     show_table(
