@@ -274,15 +274,20 @@ def test_run_killed_around_the_moment_when_a_mask_is_replaced_goes_on(
             raise Killed
         return replace(self, target)
 
-    other = dataclasses.replace(MODEL, identity='another', masks=MaskSettings(0.5, 0.5))
+    mask = output / 'a_mask.nii.gz'
+    first = mask.read_bytes()
+    other = dataclasses.replace(
+        MODEL, identity='another', probabilities=(lambda _, lungs: 0.9 * lungs,)
+    )
     monkeypatch.setattr(pathlib.Path, 'replace', die)
     with pytest.raises(Killed):
         predict_studies(studies, other, output, num_workers=0)
     monkeypatch.undo()
-    assert (output / 'a_mask.nii.gz').exists() == (moment == 'after')
+    assert mask.exists() == (moment == 'after')
     _, faults = predict_studies(studies, other, output, num_workers=0, resume=resume)
     assert not faults
     assert count_done(output) == [1, 0, 0, 0]
+    assert mask.read_bytes() != first
 
 
 def test_without_resume_all_is_done_again(tmp_path):
