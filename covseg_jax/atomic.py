@@ -6,10 +6,15 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+# `new_file` below, or another that does more.
+NewFile = Callable[[str | os.PathLike], AbstractContextManager[pathlib.Path]]
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Returns once a file, or which files a folder holds, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,7 +22,8 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_sibling(path: pathlib.Path) -> pathlib.Path:
+def temporary_sibling(path: pathlib.Path) -> pathlib.Path:
+    """Where this process writes what `path` will be; `remove_leftovers` knows its name."""
     # The suffixes stay at the end: writers such as nibabel choose the format by them.
     return path.with_name(f'.tmp-{_host()}-{os.getpid()}-{path.name}')
 
@@ -54,12 +60,12 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling to write; it becomes `path` once the block has ended well."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
+    temporary = temporary_sibling(path)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,20 +75,20 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields an empty temporary sibling; it replaces the folder `path` once the block is done."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
+    temporary = temporary_sibling(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         for file in temporary.rglob('*'):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         # Aside first: deleting takes long enough to be killed in.
         before = temporary.with_name(f'{temporary.name}-before')
         if path.exists():
             path.rename(before)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

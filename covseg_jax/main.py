@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, hosts, manifest, stages
+from covseg_jax import atomic, cpu, hosts, manifest, stages, written
 from covseg_jax.errors import GO_ON, InputError, Stopped
 from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
 
@@ -74,6 +74,7 @@ def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
 def _describe_files(folder: pathlib.Path) -> str:
     """A fingerprint of the names, sizes and times of a data set's files."""
     files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
+    files = [p for p in files if not written.is_output(p)]  # a prediction among them changes none
     rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return manifest.fingerprint(rows)
 

@@ -324,12 +324,11 @@ def place(finished, tmp_path_factory):
     (place / 'data').mkdir()
     for name in ('data/MosMedData', 'mydata'):
         (place / name).symlink_to(workdir / 'studies')
-    scans = sorted((workdir / 'studies' / 'studies' / 'CT-1').iterdir())
     (place / 'scans').mkdir()
-    for scan in scans[:2]:
+    shutil.copytree(workdir / 'studies' / 'masks', place / 'true_masks')
+    for mask in (place / 'true_masks').iterdir():
+        (scan,) = (workdir / 'studies' / 'studies').rglob(mask.name.replace('_mask', ''))
         (place / 'scans' / scan.name).symlink_to(scan)
-    for name in ('masks', 'true_masks'):
-        shutil.copytree(workdir / 'studies' / 'masks', place / name)
     config = transunet.get_config('tiny').unlock()
     config.network.final_width = 0
     weights = to_pytorch(config, make_variables(config))

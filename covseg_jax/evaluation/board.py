@@ -3,7 +3,6 @@ beside what they reached."""
 
 import contextlib
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ def write_board(
     pictures: Sequence[pathlib.Path],
     hparams: Mapping[str, bool | int | float | str],
 ) -> None:
-    """Writes `folder`/tensorboard/ anew.
+    """Writes `folder`/tensorboard/; an earlier evaluation's events go.
 
     Args:
       folder: the evaluation folder.
@@ -32,7 +31,8 @@ def write_board(
       hparams: the run's settings, for the HPARAMS tab.
     """
     board, step = folder / 'tensorboard', summary['checkpoint_step']
-    shutil.rmtree(board, ignore_errors=True)  # of an earlier evaluation
+    for earlier in board.glob('events.out.tfevents.*'):
+        earlier.unlink()
     means = {
         f'evaluation_{protocol}/{metric}': figures['mean']
         for protocol, metrics in summary['protocols'].items()

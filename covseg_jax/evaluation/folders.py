@@ -2,17 +2,19 @@
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
+from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import evaluate
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.volume import Volume
 
+FILES = ('cases.csv', 'slices.csv', 'summary.json')
 # study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study.
 _ENDINGS = re.compile(r'(_mask|_seg|_0000)$')
 _NO_MASK = re.compile(r'_(probability|lungs)$')
@@ -22,35 +24,44 @@ def pair_masks(
     predictions: pathlib.Path, references: pathlib.Path
 ) -> tuple[list[tuple[str, pathlib.Path, pathlib.Path]], list[str]]:
     """(study id, predicted mask, true mask) for each study that is in both folders, by id, and the
-    ids that are in one alone.
+    ids that are in one alone. What this program wrote is no true mask, also where it lies among
+    such.
 
     Raises:
       InputError: a folder is not there, has two masks of one study, or they share none.
     """
-    found = [_masks_by_study(folder) for folder in (predictions, references)]
+    found = [
+        _masks_by_study(_nifti_files(predictions)),
+        _masks_by_study(p for p in _nifti_files(references) if not written.is_output(p)),
+    ]
     shared = sorted(found[0].keys() & found[1].keys())
     if not shared:
         raise InputError(
             f'{predictions} and {references} have no study in common; files are paired by name: '
-            'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study'
+            'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study, '
+            'and what this program wrote counts as no true mask'
         )
     alone = sorted(found[0].keys() ^ found[1].keys())
     return [(name, found[0][name], found[1][name]) for name in shared], alone
 
 
-def _masks_by_study(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder of NIfTI masks')
+    return sorted(p for p in folder.iterdir() if nifti.is_nifti(p))
+
+
+def _masks_by_study(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
-    for path in sorted(p for p in folder.iterdir() if nifti.is_nifti(p)):
+    for path in paths:
         name = nifti.strip_suffix(path)
         if _NO_MASK.search(name):
             continue
         study_id = _ENDINGS.sub('', name)
         if study_id in found:
             raise InputError(
-                f'{folder}: {found[study_id].name} and {path.name} are both masks of {study_id}; '
-                'leave one'
+                f'{path.parent}: {found[study_id].name} and {path.name} are both masks of '
+                f'{study_id}; leave one'
             )
         found[study_id] = path
     return found
@@ -60,8 +71,8 @@ def score_folder(
     pairs: Sequence[tuple[str, pathlib.Path, pathlib.Path]], folder: pathlib.Path
 ) -> dict:
     """Scores the pairs in the protocols that need no probabilities, and writes cases.csv,
-    slices.csv and summary.json into `folder`. Any voxel above 0 is lesion. Lungs are those of
-    `<study id>_lungs.nii.gz` beside the true mask; where there are none, what refers to them is
+    slices.csv and summary.json into `folder` (FILES). Any voxel above 0 is lesion. Lungs are those
+    of `<study id>_lungs.nii.gz` beside the true mask; where there are none, what refers to them is
     undefined.
 
     Returns:
@@ -69,6 +80,7 @@ def score_folder(
 
     Raises:
       FileFault: a mask cannot be read, or the two of a study lie on different grids.
+      InputError: another such file, which this program did not write, is in `folder`.
     """
     case_rows, slice_rows = [], []
     for study_id, predicted_path, true_path in tqdm(
@@ -100,13 +112,15 @@ def score_folder(
         )
         case_rows.append(row)
         slice_rows += rows
-    evaluate.write_tables(folder, case_rows, slice_rows)
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
         'strata': evaluate.stratify(case_rows),
         'studies': len(case_rows),
     }
-    evaluate.write_summary(folder, summary)
+    if hosts.is_first():
+        with written.new_files(folder) as temporary:
+            evaluate.write_tables(temporary, case_rows, slice_rows)
+            evaluate.write_summary(temporary, summary)
     return summary
 
 

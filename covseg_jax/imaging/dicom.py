@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 from isal import isal_zlib
 
+from covseg_jax import written
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging.volume import Volume
 
@@ -135,10 +136,11 @@ def _class_name(data: pydicom.Dataset) -> str:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     try:
-        return sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith('.'))
+        files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith('.')]
     except OSError as error:
         fault = f'cannot be listed ({error.strerror})'
         raise FileFault(folder, fault, 'name the folder of a DICOM series') from error
+    return sorted(path for path in files if not written.is_output(path))
 
 
 def _read(path: pathlib.Path) -> bytes:

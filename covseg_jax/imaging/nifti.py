@@ -117,7 +117,12 @@ def read_volume(path: str | os.PathLike) -> Volume:
     return Volume(data=data, affine=affine, crc32=source_crc32(path), notes=notes)
 
 
-def write_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) -> None:
+def write_volume(
+    path: str | os.PathLike,
+    data: np.ndarray,
+    affine: np.ndarray,
+    new_file: atomic.NewFile = atomic.new_file,
+) -> None:
     """Writes a NIfTI-1 file atomically; the same input gives the same bytes.
 
     sform and qform codes are 1, units mm, scl_slope and scl_inter NaN (nothing is scaled), as in
@@ -127,6 +132,7 @@ def write_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) 
         path: ends in .nii or .nii.gz.
         data: (X, Y, Z), uint8, int16 or float32 (bool is written as uint8).
         affine: (4, 4), voxel indices to mm, axes to Right, Anterior, Superior.
+        new_file: what puts the file there: `written.new_file` in a folder that a person named.
 
     Raises:
         ValueError: another suffix, another type, or an array that is not 3D.
@@ -149,7 +155,7 @@ def write_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) 
     content = header.binaryblock + bytes(4) + data.astype(data.dtype.newbyteorder('<')).tobytes('F')
     if path.name.lower().endswith('.gz'):
         content = igzip.compress(content, compresslevel=2, mtime=0)
-    with atomic.new_file(path) as temporary:
+    with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 

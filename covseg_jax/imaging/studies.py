@@ -10,6 +10,9 @@ Layouts, found by their files or named:
   arrays   `LungImages.npy`, `LungMask.npy`, `InfectionMasks.npy` of the published project.
   plain    NIfTI files, and folders with one DICOM series each. Beside an image `NAME.nii.gz`,
            `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung mask.
+
+What this program wrote (written.py) is in none of them, wherever it lies: a prediction beside the
+scans is no scan, and one among human masks is no human mask.
 """
 
 import csv
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 
 import openpyxl
 
+from covseg_jax import written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging import arrays, dicom, nifti
 
@@ -82,7 +86,8 @@ def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study
     if not studies:
         raise InputError(
             f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
-            'or a data set in one of the layouts ' + ', '.join(LAYOUTS)
+            f'or a data set in one of the layouts {", ".join(LAYOUTS)}; what this program wrote '
+            'does not count'
         )
     unusable = [s.study_id for s in studies if not _STUDY_ID.fullmatch(s.study_id)]
     if unusable:
@@ -170,24 +175,30 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
     return [row for row in named if row.get('study_file')]
 
 
-def _resolve(folder: pathlib.Path, written: str, registry: pathlib.Path) -> pathlib.Path:
+def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib.Path:
     # MosMed writes '/studies/CT-0/study_0001.nii.gz' for a path inside the data set.
-    parts = [part for part in written.replace('\\', '/').split('/') if part not in ('', '.')]
+    parts = [part for part in name.replace('\\', '/').split('/') if part not in ('', '.')]
     if '..' in parts or any(':' in part or '\0' in part or len(part) > 200 for part in parts):
-        raise InputError(f'{registry.name}: path {written} leaves the data set; correct the row')
+        raise InputError(f'{registry.name}: path {name} leaves the data set; correct the row')
     path = folder.joinpath(*parts)
-    if path.is_file():
+    is_output = written.is_output(path)
+    if path.is_file() and not is_output:
         return path
     # A Kaggle copy holds .nii where the registry says .nii.gz.
-    return _existing(path.with_name(nifti.strip_suffix(path))) or path
+    other = _existing(path.with_name(nifti.strip_suffix(path)))
+    if is_output and other is None:
+        raise InputError(
+            f'{path}: {registry.name} names it, but this program wrote it; move it elsewhere, and '
+            "put the data set's own file there"
+        )
+    return other or path
 
 
 def _foldered_studies(folder: pathlib.Path) -> list[Study]:
     studies = []
     for image in sorted((folder / 'studies').glob('CT-*/*')):
         category = image.parent.name
-        hidden = image.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
-        if nifti.is_nifti(image) and image.is_file() and category in CATEGORIES and not hidden:
+        if category in CATEGORIES and _is_image(image):
             study_id = nifti.strip_suffix(image)
             mask = _existing(folder / 'masks' / f'{study_id}{_LESION_MASK}')
             lungs = _existing(folder / 'lung_masks' / f'{study_id}{_LUNG_MASK}')
@@ -298,11 +309,13 @@ def _arrays_studies(folder: pathlib.Path) -> list[Study]:
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if nifti.is_nifti(path) and path.is_file() and not path.name.startswith('.')
-    ]
+    return [path for path in sorted(folder.iterdir()) if _is_image(path)]
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    hidden = path.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
+    is_there = nifti.is_nifti(path) and path.is_file() and not hidden
+    return is_there and not written.is_output(path)
 
 
 def _plain_studies(folder: pathlib.Path) -> list[Study]:
@@ -344,7 +357,7 @@ def _plain_study(image: pathlib.Path, folder: pathlib.Path) -> Study:
 
 def _existing(stem: pathlib.Path) -> pathlib.Path | None:
     candidates = [stem.with_name(stem.name + suffix) for suffix in ('.nii.gz', '.nii')]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((p for p in candidates if p.is_file() and not written.is_output(p)), None)
 
 
 LAYOUTS = {

@@ -76,7 +76,8 @@ def write_export(
     variables: Any,
     contents: Exported,
 ) -> None:
-    """Writes the folder, whole or not at all; an export that is there is replaced.
+    """Writes the folder, whole or not at all; an export that is there and as it was written is
+    replaced.
 
     Args:
       folder: the export.
@@ -88,7 +89,7 @@ def write_export(
       InputError: the folder holds something else, or an ONNX file is wanted and jax2onnx is not
         installed.
     """
-    _refuse_other_contents(folder)
+    refuse_other_contents(folder)
     to_onnx = _import_to_onnx() if contents.onnx else None
     variables = jax.device_get(variables)
     (batch,) = export.symbolic_shape('b')
@@ -127,22 +128,39 @@ def write_export(
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
         sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+        refuse_other_contents(folder)  # it took a while
 
 
 def _in_form(network: nn.Module, form: str) -> nn.Module:
     return network.clone(conv_impl=form) if network.conv_impl == 'auto' else network
 
 
-def _refuse_other_contents(folder: pathlib.Path) -> None:
-    """What is in the folder goes: it may be an export or nothing."""
+def refuse_other_contents(folder: pathlib.Path) -> None:
+    """What is in the folder goes: it may be an export, all of whose files are as its checksums say,
+    or nothing.
+
+    Raises:
+      InputError: it holds a file that was not exported, or that was changed since.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f'{folder}: is not a folder; name one that is new')
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names and (_SUMS not in names or not names <= _NAMES):
-        raise InputError(
-            f'{folder}: holds what is not an export ({min(names - _NAMES, default=min(names))}); '
-            'name a new folder, such as one in it'
-        )
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    sums = _read_sums(folder / _SUMS) if _is_export(folder) else {}  # others have checksums too
+    for path in files:
+        is_ours = path.name in _NAMES and path.is_file() and not path.is_symlink() and bool(sums)
+        if not is_ours or (path.name != _SUMS and sums.get(path.name) != _sha256(path)):
+            raise InputError(
+                f'{path}: is in the way: it was not exported, or it was changed since; name a new '
+                'folder, or move it elsewhere'
+            )
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    try:
+        _read_description(folder / 'model.json')
+    except (FileFault, OSError):
+        return False
+    return (folder / _SUMS).is_file()
 
 
 def _import_to_onnx() -> Callable:
@@ -214,9 +232,7 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
     path = folder / _SUMS
     if not path.is_file():
         raise InputError(f'{folder}: not an export (no {_SUMS} in it); --stages=export writes one')
-    text = path.read_text(encoding='utf-8', errors='replace')
-    lines = [line.split('  ', 1) for line in text.splitlines()]
-    sums = {name: each for each, name in (line for line in lines if len(line) == 2)}
+    sums = _read_sums(path)
     for name in ('model.json', 'weights.safetensors'):
         if name not in sums:
             raise FileFault(path, f'says nothing of {name}', _EXPORT_AGAIN)
@@ -227,6 +243,12 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
         if _sha256(file) != expected:
             raise FileFault(file, f'is not the file that was exported (see {_SUMS})', _EXPORT_AGAIN)
     return sums
+
+
+def _read_sums(path: pathlib.Path) -> dict[str, str]:
+    text = path.read_text(encoding='utf-8', errors='replace')
+    lines = [line.split('  ', 1) for line in text.splitlines()]
+    return {name: each for each, name in (line for line in lines if len(line) == 2)}
 
 
 def _read_description(path: pathlib.Path) -> dict:

@@ -4,18 +4,23 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from isal import isal_zlib
 
-from covseg_jax import atomic
+from covseg_jax import atomic, written
 from covseg_jax.imaging.studies import Study
+
+_HEAD = b'["covseg_jax predict: what is done, a line a study"]\n'  # by it the file is known
+_NAME = re.compile(r'results\.\d+\.jsonl')
 
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A file of JSON lines, one a study that is done; one file a host, read all together.
+    """A file of JSON lines, one a study that is done, `results.<host>.jsonl`; one file a host, read
+    all together.
 
     Attributes:
       folder: where predictions go.
@@ -26,6 +31,19 @@ class Journal:
     folder: pathlib.Path
     host: int
     identity: str
+
+    def files(self) -> list[pathlib.Path]:
+        """This host's, whether it is there or not, and what is there of the others."""
+        found = {p for p in self.folder.glob('results.*.jsonl') if _NAME.fullmatch(p.name)}
+        return sorted(found | {self._path})
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return self.folder / f'results.{self.host}.jsonl'
+
+    def begin(self) -> None:
+        """To be called once, before the first study is noted."""
+        written.claim(self._path, _HEAD)
 
     def append(self, study: Study, row: Mapping[str, Any], files: Iterable[pathlib.Path]) -> None:
         """Notes a study whose files are all written."""
@@ -39,10 +57,10 @@ class Journal:
         # A kill may have left half a line before it.
         text = f'\n{json.dumps(line)}\n'.encode()
         # Several processes write: one call appends one line, whole.
-        path = self.folder / f'results.{self.host}.jsonl'
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, text)
+            head = b'' if os.fstat(descriptor).st_size else _HEAD
+            os.write(descriptor, head + text)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -51,7 +69,7 @@ class Journal:
         """Study id -> row, of those that were done by the same model from the same files, and whose
         own files are as they were written."""
         entries: dict[str, list[dict]] = {}
-        for path in sorted(self.folder.glob('results.*.jsonl')):
+        for path in filter(written.is_ours, self.files()):
             for entry in atomic.read_json_lines(path):
                 entries.setdefault(entry['study_id'], []).append(entry)
         return {
@@ -68,11 +86,6 @@ class Journal:
             and all(_crc32(self.folder / name) == crc32 for name, crc32 in entry['files'].items())
         )
 
-    def clear(self) -> None:
-        """Forgets what was done."""
-        for path in self.folder.glob('results.*.jsonl'):
-            path.unlink(missing_ok=True)
-
 
 def _describe_source(study: Study) -> list:
     """Names, sizes and times of a study's files: reading them all would cost what is saved."""
@@ -80,8 +93,9 @@ def _describe_source(study: Study) -> list:
     for path in (study.image, study.lung_mask):
         if path is None:
             continue
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        for file in files:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.name == written.RECORD or written.is_output(file):  # written into the series
+                continue
             state = file.stat() if file.exists() else None
             found.append([file.name, state and state.st_size, state and state.st_mtime_ns])
     return found

@@ -7,13 +7,13 @@ import functools
 import pathlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
 from tqdm import tqdm
 
-from covseg_jax import atomic, hosts
+from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.lungs import split_lungs
@@ -63,6 +63,15 @@ class Wanted:
     preview: bool = False
     per_lung: bool = False
 
+    def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
+        """What is written of a study."""
+        kinds = ['mask', *(['probability'] * self.probability), *(['preview'] * self.preview)]
+        return [_file_of(study_id, kind, output) for kind in kinds]
+
+
+def _file_of(study_id: str, kind: str, output: pathlib.Path) -> pathlib.Path:
+    return output / f'{study_id}_{_ENDINGS[kind]}'
+
 
 def write_prediction(
     case: PreparedCase,
@@ -81,17 +90,18 @@ def write_prediction(
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
-    files = [output / f'{case.study_id}_{_ENDINGS["mask"]}']
+    mask, probability_map, preview = (
+        _file_of(case.study_id, kind, output) for kind in ('mask', 'probability', 'preview')
+    )
     if wanted.probability:
-        native = native_probability(case, probability, found)
-        files.append(output / f'{case.study_id}_{_ENDINGS["probability"]}')
-        write_volume(files[-1], geometries.from_canonical(native, affine), affine)
+        native = geometries.from_canonical(native_probability(case, probability, found), affine)
+        write_volume(probability_map, native, affine, written.new_file)
     if wanted.preview:
-        files.append(output / f'{case.study_id}_{_ENDINGS["preview"]}')
-        _write_preview(files[-1], study, case, found, measures)
-    write_volume(files[0], geometries.from_canonical(found.mask.astype(np.uint8), affine), affine)
+        _write_preview(preview, study, case, found, measures)
+    native = geometries.from_canonical(found.mask.astype(np.uint8), affine)
+    write_volume(mask, native, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
-    row |= _cells(measures) | {'severity': measures.severity, 'mask': files[0].name}
+    row |= _cells(measures) | {'severity': measures.severity, 'mask': mask.name}
     if wanted.per_lung:
         sides = split_lungs(found.lungs, case.geometry.spacing_mm)
         for name, lung in zip(('right', 'left'), sides, strict=True):
@@ -99,7 +109,7 @@ def write_prediction(
             row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
     if case.notes:
         row['notes'] = '; '.join(case.notes)
-    return row, files
+    return row, wanted.files(case.study_id, output)
 
 
 def _cells(measures: Measures) -> Row:
@@ -118,6 +128,7 @@ def _write_preview(
         case.geometry.spacing_mm,
         f'{case.study_id}: lesion {measures.lesion_ml:.1f} ml, infection '
         f'{measures.infection_percent:.1f} %, {measures.severity}',
+        written.new_file,
     )
 
 
@@ -150,22 +161,27 @@ def predict_studies(
       The rows of results.csv, and the messages of the studies passed over.
 
     Raises:
-      InputError: a process was killed, or `output` holds a mask that belongs to the studies.
+      InputError: a process was killed, or something that this program did not write lies in
+        `output` where a file would go.
     """
-    _refuse_to_overwrite(studies, output)
-    output.mkdir(parents=True, exist_ok=True)
-    atomic.remove_leftovers(output)
     identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
     journal = Journal(output, hosts.index(), identity)
-    if not resume:
-        hosts.first_alone(journal.clear, 'predict begins anew')
+    results = output / 'results.csv'
     own = hosts.share(studies)
-    rows: dict[str, Row] = journal.read_done(own)
+    # Each host looks for what it would write over, and all refuse what one of them found.
+    foreign = written.find_foreign([*journal.files(), results])
+    found = [foreign or written.find_foreign(wanted.files(s.study_id, output)) for s in own]
+    written.refuse_first(hosts.gather([path and str(path) for path in found], len(studies)))
+    output.mkdir(parents=True, exist_ok=True)
+    atomic.remove_leftovers(output)
+    rows: dict[str, Row] = journal.read_done(own) if resume else {}
     to_do = [study for study in own if study.study_id not in rows]
     # Of an earlier run, with another model or of a scan that cannot be used any more.
-    hosts.first_alone(functools.partial(_remove, [output / 'results.csv']), 'old results are gone')
+    old = [results] if resume else [results, *journal.files()]
+    hosts.first_alone(functools.partial(written.remove, old), 'old results are gone')
     for study in to_do:
-        _remove(output / f'{study.study_id}_{ending}' for ending in _ENDINGS.values())
+        written.remove(_file_of(study.study_id, kind, output) for kind in _ENDINGS)
+    journal.begin()
     finish = functools.partial(
         _finish, settings=model.masks, output=output, wanted=wanted, journal=journal
     )
@@ -199,23 +215,10 @@ def predict_studies(
             running.append((study, threads[device].submit(_run, devices[device], case, seconds)))
             collect(len(devices) - 1, num_workers)
         collect(0, 0)
-    found = hosts.gather([rows[study.study_id] for study in own], len(studies))
+    all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
     if hosts.is_first():
-        _write_results(output / 'results.csv', found)
-    return found, [str(row['status']) for row in found if row['status'] != 'ok']
-
-
-def _refuse_to_overwrite(studies: Sequence[Study], output: pathlib.Path) -> None:
-    """A data set's masks may lie beside its scans under the names that are written here."""
-    for study in studies:
-        path = output / f'{study.study_id}_{_ENDINGS["mask"]}'
-        if study.lesion_mask is not None and path.resolve() == study.lesion_mask.resolve():
-            raise InputError(f'{path}: is a mask of the input; name another --output')
-
-
-def _remove(paths: Iterable[pathlib.Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+        _write_results(results, all_rows)
+    return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
 
 
 def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:
@@ -257,7 +260,7 @@ def _threads(number: int) -> Iterator[list[futures.Executor]]:
 
 
 def _write_results(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
+    with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
         writer = csv.DictWriter(file, COLUMNS, restval='')
         writer.writeheader()
         writer.writerows(rows)

@@ -29,6 +29,7 @@ def write_preview(
     lungs: np.ndarray,
     spacing_mm: tuple[float, float, float],
     title: str,
+    new_file: atomic.NewFile = atomic.new_file,
 ) -> None:
     """Writes a PNG of up to 20 axial slices with the lesion outlined, from the apex to the base.
 
@@ -42,6 +43,7 @@ def write_preview(
       mask, lungs: (Z, Y, X) boolean; either may be empty. Without both, all slices count.
       spacing_mm: (z, y, x).
       title: the line on top.
+      new_file: what puts the file there: `written.new_file` in a folder that a person named.
     """
     shown = lungs | mask
     areas = mask.sum(axis=(1, 2))
@@ -73,7 +75,7 @@ def write_preview(
         label = f'{z}  most lesion' if z == most else f'{z}'
         draw.text(corner, label, **label_style)
     draw.text((_EDGE, _HEAD_HEIGHT + size[1] // 2), 'R', **label_style)
-    with atomic.new_file(path) as temporary:
+    with new_file(path) as temporary:
         # Fast: the noise of a scan hardly gets smaller by looking longer.
         picture.save(temporary, 'PNG', compress_level=1)
 

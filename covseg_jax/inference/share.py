@@ -1,6 +1,7 @@
 """Pseudo-masks as NIfTI on each study's own grid, and the training set with them as nnU-Net reads
 it: for whoever wants to train something else on them."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
-from covseg_jax import atomic, hosts
+from covseg_jax import atomic, hosts, written
 from covseg_jax.data.cases import Case, Splits
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging import geometry as geometries
@@ -26,6 +27,9 @@ _DESCRIPTION = (
     'with empty labels. Not among them: studies kept for evaluation against human masks, and '
     'healthy studies held out for calibration.'
 )
+_PSEUDO_MASK = '{}_{}.nii.gz'  # study id, mask or probability
+_NUMBER, _NAME = 501, 'CovidPseudoMasks'  # of the data set
+_IMAGE, _LABEL, _DESCRIBED = 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz', 'dataset.json'
 _NOTE = (
     'The labels are pseudo-masks, computed without any human mask; what is measured against them '
     'says nothing about human masks.'
@@ -41,7 +45,7 @@ def write_pseudo_masks(
     """Brings pseudo-masks onto the studies' own grids: `<study_id>_mask.nii.gz` (uint8, 0 or 1) and
     `<study_id>_probability.nii.gz` (float32 in [0, 1], 0 outside the lungs), each with its study's
     shape and affine. A file that is there and the same is kept. Of several hosts each writes its
-    share.
+    share. `refuse_foreign_files` is to be called before.
 
     The mask is not the probability cut: it comes from a sharper resampling, and without small
     components.
@@ -53,7 +57,8 @@ def write_pseudo_masks(
       settings: how a pseudo-mask is cut; its own cut is 0.5.
 
     Raises:
-      InputError: from `read_pseudo_mask`, where a case has none.
+      InputError: from `read_pseudo_mask`, where a case has none; another file, which this program
+        did not write, is in the way.
     """
     atomic.remove_leftovers(folder)
     for case in tqdm(hosts.share(cases), desc='pseudo_masks', unit='study', disable=None):
@@ -62,7 +67,8 @@ def write_pseudo_masks(
         probability = geometries.to_study_grid(pseudo_mask, case.geometry) * found.lungs
         for kind, array in (('mask', found.mask.astype(np.uint8)), ('probability', probability)):
             data = geometries.from_canonical(array, np.asarray(case.geometry.affine))
-            _write_where_new(folder / f'{case.study_id}_{kind}.nii.gz', data, case.geometry)
+            path = folder / _PSEUDO_MASK.format(case.study_id, kind)
+            _write_where_new(path, data, case.geometry, folder)
     hosts.wait_for_all('pseudo-masks are written')
 
 
@@ -72,12 +78,13 @@ def write_nnunet_data_set(
     masks: pathlib.Path,
     folder: pathlib.Path,
     *,
-    number: int = 501,
-    name: str = 'CovidPseudoMasks',
+    number: int = _NUMBER,
+    name: str = _NAME,
 ) -> pathlib.Path:
     """Writes what the networks learn from in nnU-Net v2's raw layout: the COVID studies of training
     and validation with their pseudo-masks, and the healthy ones of training with empty labels;
     dataset.json last. What is there and whole is kept. Of several hosts each writes its share.
+    `refuse_foreign_files` is to be called before.
 
     An image is its source's file, byte for byte, where other readers take that for what
     `read_image` does; else it is written anew, in HU.
@@ -95,11 +102,12 @@ def write_nnunet_data_set(
 
     Raises:
       InputError: a study or its pseudo-mask is missing, an image cannot be read or is not the one
-        that was prepared, or the folder holds a case that is not of this training set.
+        that was prepared, the folder holds a case that is not of this training set, or another
+        file, which this program did not write, is in the way.
     """
     covid = splits.train + splits.validation
     cases = covid + splits.healthy_train
-    data_set = folder / f'Dataset{number:03d}_{name}'
+    data_set = folder / _data_set_name(number, name)
     atomic.remove_leftovers(data_set)
     _refuse_other_cases(data_set, cases)
     # Not by category: a healthy study of a subject who fell ill has a pseudo-mask too.
@@ -107,15 +115,48 @@ def write_nnunet_data_set(
     for case in tqdm(hosts.share(cases), desc='nnunet', unit='study', disable=None):
         if case.study_id not in studies:
             raise InputError(f'{case.study_id}: no such study in the data set; prepare it again')
-        _write_image(data_set / f'imagesTr/{case.study_id}_0000.nii.gz', case, studies)
+        _write_image(data_set / _IMAGE.format(case.study_id), case, studies, data_set)
         label = np.zeros(case.geometry.source_shape, np.uint8)
         if case.study_id in marked:
             label = read_volume(masks / f'{case.study_id}_mask.nii.gz').data
-        _write_where_new(data_set / f'labelsTr/{case.study_id}.nii.gz', label, case.geometry)
+        path = data_set / _LABEL.format(case.study_id)
+        _write_where_new(path, label, case.geometry, data_set)
     hosts.wait_for_all('images and labels are written')
     if hosts.is_first():
-        _write_description(data_set / 'dataset.json', name, len(covid), len(splits.healthy_train))
+        _write_description(data_set / _DESCRIBED, name, len(covid), len(splits.healthy_train))
     return data_set
+
+
+def refuse_foreign_files(
+    cases: Sequence[Case],
+    masks: pathlib.Path,
+    splits: Splits,
+    folder: pathlib.Path,
+    *,
+    number: int = _NUMBER,
+    name: str = _NAME,
+) -> None:
+    """To be called before any work: whether `write_pseudo_masks(cases, ..., masks, ...)` and
+    `write_nnunet_data_set(splits, ..., folder, ...)` may write all that they would.
+
+    Raises:
+      InputError: something that this program did not write is in the way, or the data set holds a
+        case that is not of this training set.
+    """
+    learned = splits.train + splits.validation + splits.healthy_train
+    data_set = folder / _data_set_name(number, name)
+    _refuse_other_cases(data_set, learned)
+    kinds = ('mask', 'probability')
+    files = [masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds]
+    files += [data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)]
+    files.append(data_set / _DESCRIBED)
+    # Each host looks at its share, and all refuse what one of them found.
+    found = [written.find_foreign([path]) for path in hosts.share(files)]
+    written.refuse_first(hosts.gather([path and str(path) for path in found], len(files)))
+
+
+def _data_set_name(number: int, name: str) -> str:
+    return f'Dataset{number:03d}_{name}'
 
 
 def _write_description(path: pathlib.Path, name: str, num_covid: int, num_healthy: int) -> None:
@@ -130,10 +171,12 @@ def _write_description(path: pathlib.Path, name: str, num_covid: int, num_health
     }
     text = json.dumps(content, indent=2)
     if not path.exists() or path.read_text(encoding='utf-8') != text:
-        atomic.write_text(path, text)
+        written.write_text(path, text)
 
 
-def _write_image(path: pathlib.Path, case: Case, studies: Mapping[str, Study]) -> None:
+def _write_image(
+    path: pathlib.Path, case: Case, studies: Mapping[str, Study], record: pathlib.Path
+) -> None:
     voxel_crc32 = case.description['voxel_crc32']
     there = _read_on_grid(path, case.geometry)
     if there is not None and study_files.voxel_crc32(there) == voxel_crc32:
@@ -143,10 +186,11 @@ def _write_image(path: pathlib.Path, case: Case, studies: Mapping[str, Study]) -
     is_same_grid = np.allclose(volume.affine, case.geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
     if study_files.voxel_crc32(volume) != voxel_crc32 or not is_same_grid:
         raise FileFault(study.image, 'is not the image that was prepared', 'prepare it again')
+    new_file = functools.partial(written.new_file, folder=record, is_scan=True)
     if not _reads_alike(study, volume):
-        write_volume(path, volume.data, volume.affine)
+        write_volume(path, volume.data, volume.affine, new_file)
         return
-    with atomic.new_file(path) as temporary:
+    with new_file(path) as temporary:
         shutil.copyfile(study.image, temporary)
 
 
@@ -169,11 +213,14 @@ def _read_on_grid(path: pathlib.Path, geometry: Geometry) -> Volume | None:
     return volume if volume.data.shape == geometry.source_shape and is_near else None
 
 
-def _write_where_new(path: pathlib.Path, data: np.ndarray, geometry: Geometry) -> None:
+def _write_where_new(
+    path: pathlib.Path, data: np.ndarray, geometry: Geometry, record: pathlib.Path
+) -> None:
     # Compared voxel by voxel: pseudo-masks may have been made anew since.
     there = _read_on_grid(path, geometry)
     if there is None or not np.array_equal(there.data, data):
-        write_volume(path, data, np.asarray(geometry.affine))
+        new_file = functools.partial(written.new_file, folder=record)
+        write_volume(path, data, np.asarray(geometry.affine), new_file)
 
 
 def _refuse_other_cases(data_set: pathlib.Path, cases: Sequence[Case]) -> None:

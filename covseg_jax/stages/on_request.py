@@ -6,9 +6,9 @@ import dataclasses
 import json
 import pathlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from covseg_jax import atomic, hosts
+from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.stages.inputs import (
     Config,
@@ -28,6 +28,16 @@ STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, u
 _MOST_SHOWN = 25  # studies in a table
 
 
+def _claim_outputs(given: Given, paths: Sequence[pathlib.Path]) -> None:
+    """Called before any work with what a stage is to write. --output is a person's folder: what
+    this program did not write is refused. The work directory is its own: there its names are its
+    files, by whatever version they were written."""
+    if given.output:
+        written.refuse_foreign(paths)
+    elif hosts.is_first():
+        written.adopt(paths)
+
+
 def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
     from covseg_jax.imaging.studies import find_inputs, find_studies
@@ -37,12 +47,14 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
         studies = find_inputs(given.input, config.data.layout)
     else:
         studies = find_studies(data_folder(config, workdir), config.data.layout)
-    findings = verify_studies(studies, prepare_settings(config), num_workers=num_workers(config))
     path = (given.output or workdir) / 'verify.csv'
-    with atomic.new_file(path) as temporary, temporary.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(finding) for finding in findings)
+    _claim_outputs(given, [path])
+    findings = verify_studies(studies, prepare_settings(config), num_workers=num_workers(config))
+    if hosts.is_first():
+        with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(finding) for finding in findings)
     for finding in findings:
         name = pathlib.Path(finding.file).name
         if finding.status == UNUSABLE:
@@ -119,12 +131,13 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
 
 def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Scores the masks in --input against those in --reference, whatever made them."""
-    from covseg_jax.evaluation.folders import pair_masks, score_folder
+    from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 
     if not given.reference:
         raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
     pairs, alone = pair_masks(given.input, given.reference)
     folder = given.output or workdir / 'evaluation_of_folder'
+    _claim_outputs(given, [folder / name for name in FILES])
     show_table(*table_of_summary(score_folder(pairs, folder)))
     if alone:
         print(f'evaluate: note: in one folder alone, not scored: {", ".join(alone)}')
@@ -138,6 +151,8 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
     names = str(given.input or '').split(',')
     if len(names) != 2:
         raise InputError('--stages=compare needs --input=FIRST,SECOND, two evaluated runs')
+    if given.output:
+        written.refuse_foreign([given.output / 'compare.json'])
     differences, alone = compare_runs(*map(pathlib.Path, names))
     print(f'compare: second minus first; first {names[0]}, second {names[1]}')
     show_table(
@@ -152,9 +167,9 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
     )  # fmt: skip
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
-    if given.output:
+    if given.output and hosts.is_first():
         rows = [dataclasses.asdict(each) for each in differences]
-        atomic.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
+        written.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
 
 
 def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
@@ -180,12 +195,13 @@ def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
 
 def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """The trained network as one folder that predicts without this config."""
-    from covseg_jax.inference.export import Exported, write_export
+    from covseg_jax.inference.export import Exported, refuse_other_contents, write_export
     from covseg_jax.training.segmentation import load_variables, volume_settings
 
+    folder = given.output or workdir / 'export'
+    refuse_other_contents(folder)
     masks = load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
-    folder = given.output or workdir / 'export'
     contents = Exported(
         prepare_settings(config),
         volume_settings(config),
@@ -280,12 +296,17 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> Non
     from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT
     from covseg_jax.imaging.studies import find_studies
     from covseg_jax.inference.masks import MaskSettings
-    from covseg_jax.inference.share import write_nnunet_data_set, write_pseudo_masks
+    from covseg_jax.inference.share import (
+        refuse_foreign_files,
+        write_nnunet_data_set,
+        write_pseudo_masks,
+    )
 
     splits = split_studies(config, workdir)
     studies = find_studies(data_folder(config, workdir), config.data.layout)
-    masks = given.output / 'pseudo_masks'
+    masks, raw = given.output / 'pseudo_masks', given.output / 'nnUNet_raw'
     covid = splits.train + splits.validation
+    refuse_foreign_files(covid + splits.evaluation, masks, splits, raw)
     write_pseudo_masks(
         covid + splits.evaluation,
         pseudo_mask_reader(config, workdir),
@@ -293,7 +314,7 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> Non
         MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml),
     )
     data_set = write_nnunet_data_set(
-        splits, {study.study_id: study for study in studies}, masks, given.output / 'nnUNet_raw'
+        splits, {study.study_id: study for study in studies}, masks, raw
     )
     show_table(
         [

@@ -177,7 +177,11 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
 
 def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
     """Scores the network and the pseudo-masks on the studies with a true mask; with the network
-    'none' the pseudo-masks alone."""
+    'none' the pseudo-masks alone.
+
+    What it writes in the work directory's evaluation/ is the program's by its place, whatever
+    version wrote it and whoever changed it since: it is replaced, and no other file there goes.
+    """
     from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort
     from covseg_jax.imaging.studies import find_studies
     from covseg_jax.inference.masks import MaskSettings

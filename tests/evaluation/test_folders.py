@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from covseg_jax import written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation.folders import pair_masks, score_folder
 from covseg_jax.imaging.nifti import write_volume
@@ -34,6 +35,20 @@ def test_masks_are_paired_by_study_and_scored(tmp_path):
     assert volume['specificity_lung']['mean'] is None
     assert volume['specificity_image']['n'] == 2
     assert (tmp_path / 'scores' / 'summary.json').exists()
+
+
+def test_what_this_program_wrote_is_scored_and_never_the_truth(tmp_path):
+    for name in ('a', 'b'):
+        write(tmp_path / 'masks' / f'{name}.nii.gz', (0, 0, 0))
+        write(tmp_path / 'other' / f'{name}.nii.gz', (0, 0, 0))
+    # b was predicted into the folder of human masks.
+    data = np.ones((6, 6, 3), np.uint8)
+    write_volume(tmp_path / 'masks' / 'b_mask.nii.gz', data, AFFINE, written.new_file)
+    (tmp_path / 'masks' / 'b.nii.gz').unlink()
+    pairs, alone = pair_masks(tmp_path / 'other', tmp_path / 'masks')
+    assert ([name for name, _, _ in pairs], alone) == (['a'], ['b'])
+    pairs, _ = pair_masks(tmp_path / 'masks', tmp_path / 'other')
+    assert [name for name, _, _ in pairs] == ['a', 'b']
 
 
 def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 import openpyxl
 import pytest
 
+from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import studies
 
@@ -172,6 +173,39 @@ def test_nnunet_layout(tmp_path):
     first, second = studies.find_studies(tmp_path)
     assert (first.study_id, first.lesion_mask) == ('a', tmp_path / 'labelsTr/a.nii.gz')
     assert (second.study_id, second.lesion_mask) == ('b', None)
+
+
+def test_what_this_program_wrote_is_no_study_and_no_mask_in_any_layout(tmp_path):
+    folders = {
+        'mosmed': ('studies/CT-1/a.nii.gz', 'studies/CT-1/a_mask.nii.gz', 'masks/a_mask.nii.gz',
+                   'lung_masks/a_lungs.nii.gz'),
+        'plain': ('a.nii.gz', 'a_mask.nii.gz', 'a_lungs.nii.gz', 'a_probability.nii.gz'),
+        'zenodo': ('COVID-19-CT-Seg_20cases/a.nii.gz', 'COVID-19-CT-Seg_20cases/a_mask.nii.gz',
+                   'Infection_Mask/a.nii.gz', 'Lung_Mask/a.nii.gz'),
+        'covid19_20': ('volume-covid19-a_ct.nii.gz', 'volume-covid19-a_seg.nii.gz'),
+        'nnunet': ('imagesTr/a_0000.nii.gz', 'labelsTr/a.nii.gz'),
+    }  # fmt: skip
+    for layout, (scan, *outputs) in folders.items():
+        _touch(tmp_path / layout, scan)
+        for name in outputs:
+            written.write_text(tmp_path / layout / name, 'ours')
+        (study,) = studies.find_studies(tmp_path / layout)
+        assert study.image == tmp_path / layout / scan
+        assert (study.lesion_mask, study.lung_mask) == (None, None), layout
+
+
+def test_mask_that_a_registry_names_and_this_program_wrote_is_refused(tmp_path):
+    # Taken for a human mask it would be scored against; left out, its study would be trained on.
+    _write_registry(tmp_path / 'dataset_registry.csv')
+    _touch(tmp_path, 'studies/CT-0/study_0001.nii.gz', 'studies/CT-1/study_0255.nii.gz')
+    written.write_text(tmp_path / 'masks' / 'study_0255_mask.nii.gz', 'ours')
+    with pytest.raises(
+        InputError, match=r'study_0255_mask\.nii\.gz: dataset_registry\.csv names it'
+    ):
+        studies.find_studies(tmp_path)
+    _touch(tmp_path, 'masks/study_0255_mask.nii')  # a Kaggle copy's own
+    _, covid = studies.find_studies(tmp_path)
+    assert covid.lesion_mask == tmp_path / 'masks/study_0255_mask.nii'
 
 
 def test_layout_can_be_named_and_a_wrong_name_is_refused(tmp_path):

@@ -133,6 +133,45 @@ def test_export_replaces_an_export_and_nothing_else(config, variables, tmp_path)
         write(config, variables, tmp_path / 'link')
 
 
+def edit_model(folder):
+    path = folder / 'model.json'
+    path.write_text(path.read_text().replace('"threshold": 0.5', '"threshold": 0.4'))
+    return path
+
+
+def add_network(folder):
+    (folder / 'network.onnx').write_bytes(b'converted by a person')
+    return folder / 'network.onnx'
+
+
+def add_folder(folder):
+    (folder / 'notes').mkdir()
+    return folder / 'notes'
+
+
+@pytest.mark.parametrize('change', [edit_model, add_network, add_folder])
+def test_export_that_a_person_changed_is_not_replaced(config, variables, tmp_path, change):
+    folder = write(config, variables, tmp_path / 'export')
+    path = change(folder)
+    before = {path: path.is_dir() or path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=rf'{path.name}: is in the way'):
+        write(config, variables, folder)
+    assert {path: path.is_dir() or path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_folder_of_another_program_with_checksums_is_not_replaced(config, variables, tmp_path):
+    for name in ('model.json', 'weights.safetensors'):
+        (tmp_path / name).write_text('{}')
+    sums = subprocess.run(
+        ['sha256sum', 'model.json', 'weights.safetensors'],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (tmp_path / 'SHA256SUMS').write_text(sums.stdout)
+    with pytest.raises(InputError, match='is in the way'):
+        write(config, variables, tmp_path)
+    assert (tmp_path / 'model.json').read_text() == '{}'
+
+
 def test_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(InputError, match='not an export'):
         covseg_jax.load(tmp_path)

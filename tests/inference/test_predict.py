@@ -3,19 +3,22 @@
 import csv
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.prepare import PrepareSettings
-from covseg_jax.imaging.studies import find_inputs
-from covseg_jax.imaging.study_files import read_image
+from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.imaging.study_files import read_image, source_crc32
 from covseg_jax.inference.masks import MaskSettings
 from covseg_jax.inference.model import Model
 from covseg_jax.inference.predict import Wanted, predict_studies
+from covseg_jax.main import _describe_files
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
 from tests.imaging.test_dicom import write_series
 
@@ -100,16 +103,15 @@ def count_done(output):
     return [sum(line['study_id'] == name for line in lines) for name in 'abcd']
 
 
-def test_resume_does_what_is_missing_damaged_or_of_another_scan_and_keeps_the_rest(tmp_path):
+def test_resume_does_what_is_missing_or_of_another_scan_and_keeps_the_rest(tmp_path):
     scans, output = tmp_path / 'scans', tmp_path / 'masks'
     for name in 'abc':
         write_study(scans, name, lesion=False)
     first, _ = predict_studies(find_inputs(scans), MODEL, output, num_workers=0)
     assert count_done(output) == [1, 1, 1, 0]
 
-    # b's mask is there and can be read, but is not what was written; c's scan is another; d is new.
-    other = np.zeros(SHAPE, np.uint8)
-    nifti.write_volume(output / 'b_mask.nii.gz', other, AFFINE)
+    # b's mask is gone; c's scan is another; d is new.
+    (output / 'b_mask.nii.gz').unlink()
     write_study(scans, 'c', lesion=False, opacity_hu=-400)
     write_study(scans, 'd', lesion=False)
     with (output / 'results.0.jsonl').open('a') as file:
@@ -136,15 +138,156 @@ def test_what_an_earlier_run_left_of_a_study_goes_with_it(tmp_path):
     changed = dataclasses.replace(MODEL, identity='another')
     predict_studies(find_inputs(scans), changed, output, num_workers=0, resume=True)
     left = {path.name for path in output.iterdir()}
-    assert left == {'a_mask.nii.gz', 'results.csv', 'results.0.jsonl'}
+    assert left == {'a_mask.nii.gz', 'results.csv', 'results.0.jsonl', written.RECORD}
 
 
-def test_masks_of_the_input_are_not_written_over(tmp_path):
-    write_study(tmp_path, 'a', lesion=True)
-    before = (tmp_path / 'a_mask.nii.gz').read_bytes()
-    with pytest.raises(InputError, match=r'a_mask.nii.gz: is a mask of the input'):
-        predict_studies(find_inputs(tmp_path), MODEL, tmp_path, num_workers=0)
-    assert (tmp_path / 'a_mask.nii.gz').read_bytes() == before
+def read_all(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_human_masks_are_not_written_over_wherever_the_studies_were_found(tmp_path):
+    data = tmp_path / 'mydata'
+    for name in 'ab':
+        write_study(data / 'studies' / 'CT-1', name, lesion=False)
+    _, opacity = draw_chest('any')
+    nifti.write_volume(data / 'masks' / 'b_mask.nii.gz', opacity, AFFINE)
+    write_study(tmp_path / 'plain', 'a', lesion=True)
+    before = read_all(tmp_path)
+    for scans, output, named in (
+        (data / 'studies' / 'CT-1', data / 'masks', 'b_mask'),
+        (data, data / 'masks', 'b_mask'),
+        (tmp_path / 'plain', tmp_path / 'plain', 'a_mask'),
+    ):
+        for resume in (False, True):
+            with pytest.raises(InputError, match=rf'{named}\.nii\.gz: is in the way'):
+                predict_studies(find_inputs(scans), MODEL, output, num_workers=0, resume=resume)
+        assert read_all(tmp_path) == before
+
+
+def test_what_a_person_keeps_in_the_output_folder_stays(tmp_path):
+    write_study(tmp_path / 'scans', 'a', lesion=False)
+    studies, output = find_inputs(tmp_path / 'scans'), tmp_path / 'masks'
+    output.mkdir()
+    # Nothing of these names is written: they are in nobody's way.
+    kept = [output / name for name in ('a_preview.png', 'results.best.jsonl', 'b_mask.nii.gz')]
+    for path in kept:
+        path.write_text('mine')
+    for name in ('results.csv', 'results.0.jsonl', 'results.1.jsonl', 'a_probability.nii.gz'):
+        mine = output / name
+        mine.write_text('{"mine": 1}\n')
+        with pytest.raises(InputError, match=rf'{name}: is in the way'):
+            predict_studies(studies, MODEL, output, num_workers=0, wanted=Wanted(probability=True))
+        assert mine.read_text() == '{"mine": 1}\n'
+        mine.unlink()
+    predict_studies(studies, MODEL, output, num_workers=0)
+    assert [path.read_text() for path in kept] == ['mine'] * 3
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_mask_that_a_person_corrected_is_theirs(tmp_path, resume):
+    write_study(tmp_path / 'scans', 'a', lesion=False)
+    studies, output = find_inputs(tmp_path / 'scans'), tmp_path / 'masks'
+    predict_studies(studies, MODEL, output, num_workers=0)
+    mask = output / 'a_mask.nii.gz'
+    corrected = np.array(nifti.read_volume(mask).data)
+    corrected[10, 30, 14] ^= 1
+    nifti.write_volume(mask, corrected, AFFINE)
+    before = read_all(output)
+    with pytest.raises(InputError, match=r'a_mask\.nii\.gz: is in the way.* changed since'):
+        predict_studies(studies, MODEL, output, num_workers=0, resume=resume)
+    assert read_all(output) == before
+
+
+def write_predicted_plain(folder):
+    """A scan with its human mask as .nii, and its prediction beside them."""
+    write_study(folder, 'a', lesion=False)
+    _, opacity = draw_chest('any')
+    nifti.write_volume(folder / 'a_mask.nii', opacity, AFFINE)
+    before = find_studies(folder)
+    everything = Wanted(True, True, True)
+    predict_studies(before, MODEL, folder, num_workers=0, wanted=everything)
+    return before, lambda: predict_studies(
+        find_studies(folder), MODEL, folder, num_workers=0, wanted=everything
+    )
+
+
+def write_predicted_series(folder):
+    """A DICOM series with its prediction in the same folder."""
+    image, _ = draw_chest('a')
+    write_series(folder, image, AFFINE)
+    before = find_studies(folder)
+    predict_studies(before, MODEL, folder, num_workers=0)
+    return before, lambda: predict_studies(find_studies(folder), MODEL, folder, num_workers=0)
+
+
+@pytest.mark.parametrize('write', [write_predicted_plain, write_predicted_series])
+def test_predictions_among_the_scans_are_neither_scans_nor_human_masks(tmp_path, write):
+    before, predict_again = write(tmp_path / 'scans')
+    assert len(list((tmp_path / 'scans').glob('*_mask.nii.gz'))) == len(before)
+    assert find_studies(tmp_path / 'scans') == before
+    checksums = [source_crc32(study, 'image') for study in before]
+    files = _describe_files(tmp_path / 'scans')
+    rows, faults = predict_again()
+    assert ([row['study_id'] for row in rows], faults) == ([s.study_id for s in before], [])
+    for path in written_by_this_program(tmp_path / 'scans'):
+        path.unlink()
+    assert [source_crc32(study, 'image') for study in before] == checksums
+    assert _describe_files(tmp_path / 'scans') == files
+
+
+def written_by_this_program(folder):
+    return [path for path in folder.iterdir() if written.is_output(path)]
+
+
+def test_predictions_among_human_masks_are_none(tmp_path):
+    for name in 'ab':
+        write_study(tmp_path / 'studies' / 'CT-1', name, lesion=False)
+    _, opacity = draw_chest('any')
+    nifti.write_volume(tmp_path / 'masks' / 'a_mask.nii.gz', opacity, AFFINE)
+    before = find_studies(tmp_path)
+    predict_studies([before[1]], MODEL, tmp_path / 'masks', num_workers=0)
+    assert (tmp_path / 'masks' / 'b_mask.nii.gz').exists()
+    assert find_studies(tmp_path) == before
+    # A person looks through it and keeps it, corrected: now it is a human mask.
+    nifti.write_volume(tmp_path / 'masks' / 'b_mask.nii.gz', opacity[::-1], AFFINE)
+    assert find_studies(tmp_path)[1].lesion_mask == tmp_path / 'masks' / 'b_mask.nii.gz'
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize('resume', [False, True])
+@pytest.mark.parametrize('moment', ['before the mask has its name', 'after'])
+def test_run_killed_around_the_moment_when_a_mask_is_replaced_goes_on(
+    tmp_path, monkeypatch, moment, resume
+):
+    write_study(tmp_path / 'scans', 'a', lesion=False)
+    studies, output = find_inputs(tmp_path / 'scans'), tmp_path / 'masks'
+    predict_studies(studies, MODEL, output, num_workers=0)
+    replace = pathlib.Path.replace
+
+    def die(self, target):
+        if target.name == 'a_mask.nii.gz':
+            if moment == 'after':
+                replace(self, target)
+            raise Killed
+        return replace(self, target)
+
+    mask = output / 'a_mask.nii.gz'
+    first = mask.read_bytes()
+    other = dataclasses.replace(
+        MODEL, identity='another', probabilities=(lambda _, lungs: 0.9 * lungs,)
+    )
+    monkeypatch.setattr(pathlib.Path, 'replace', die)
+    with pytest.raises(Killed):
+        predict_studies(studies, other, output, num_workers=0)
+    monkeypatch.undo()
+    assert mask.exists() == (moment == 'after')
+    _, faults = predict_studies(studies, other, output, num_workers=0, resume=resume)
+    assert not faults
+    assert count_done(output) == [1, 0, 0, 0]
+    assert mask.read_bytes() != first
 
 
 def test_without_resume_all_is_done_again(tmp_path):

@@ -13,7 +13,11 @@ from covseg_jax.imaging import nifti
 from covseg_jax.imaging.prepare import PrepareSettings, prepare_studies
 from covseg_jax.imaging.studies import find_studies
 from covseg_jax.inference.masks import MaskSettings, mask_on_study_grid
-from covseg_jax.inference.share import write_nnunet_data_set, write_pseudo_masks
+from covseg_jax.inference.share import (
+    refuse_foreign_files,
+    write_nnunet_data_set,
+    write_pseudo_masks,
+)
 from tests.imaging.chest import AFFINE, SHAPE, write_study
 
 SETTINGS = MaskSettings(0.5, min_component_ml=0.1)
@@ -108,23 +112,56 @@ def test_nnunet_data_set_holds_what_the_networks_learn_from_and_nothing_else(coh
         np.testing.assert_array_equal(label.data, mask)
 
 
-def test_second_call_writes_only_what_is_damaged_or_new(cohort, tmp_path):
+def test_second_call_writes_only_what_is_missing_or_new(cohort, tmp_path):
     splits, _ = cohort
     data_set = write_all(cohort, tmp_path)
-    files = [p for name in ('masks', 'raw') for p in (tmp_path / name).rglob('*.*') if p.is_file()]
+    files = [p for name in ('masks', 'raw') for p in (tmp_path / name).rglob('*.gz')]
     whole = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    damaged = data_set / 'labelsTr' / 'c1.nii.gz'
-    damaged.write_bytes(damaged.read_bytes()[:-3] + b'abc')
-    cut_short = data_set / 'imagesTr' / 'c2_0000.nii.gz'
-    cut_short.write_bytes(cut_short.read_bytes()[:-100])
+    missing = data_set / 'labelsTr' / 'c1.nii.gz', data_set / 'imagesTr' / 'c2_0000.nii.gz'
+    for path in missing:
+        path.unlink()
     write_all(cohort, tmp_path)
     for path, (mtime_ns, content) in whole.items():
         assert path.read_bytes() == content
-        assert (path.stat().st_mtime_ns == mtime_ns) == (path not in (damaged, cut_short))
+        assert (path.stat().st_mtime_ns == mtime_ns) == (path not in missing)
     # Pseudo-masks made anew, with the same files there and whole.
     write_pseudo_masks(splits.train, lambda case: 0 * case.image(), tmp_path / 'masks', SETTINGS)
     name = splits.train[0].study_id
     assert not nifti.read_volume(tmp_path / f'masks/{name}_mask.nii.gz').data.any()
+
+
+def test_what_is_not_ours_or_was_changed_is_refused_before_any_work(cohort, tmp_path):
+    splits, _ = cohort
+
+    def refuse():
+        cases = splits.train + splits.validation + splits.evaluation
+        refuse_foreign_files(cases, tmp_path / 'masks', splits, tmp_path / 'raw')
+
+    data_set = write_all(cohort, tmp_path)
+    for path in (
+        tmp_path / 'masks' / 'e1_mask.nii.gz',
+        tmp_path / 'masks' / 'c1_probability.nii.gz',
+        data_set / 'imagesTr' / 'c2_0000.nii.gz',
+        data_set / 'labelsTr' / 'c1.nii.gz',
+        data_set / 'dataset.json',
+    ):
+        refuse()
+        ours = path.read_bytes()
+        path.write_bytes(ours[:-3] + b'abc')
+        with pytest.raises(InputError, match=rf'{path}: is in the way'):
+            refuse()
+        with pytest.raises(InputError, match=rf'{path}: is in the way'):
+            write_all(cohort, tmp_path)
+        assert path.read_bytes() == ours[:-3] + b'abc'
+        path.write_bytes(ours)
+
+
+def test_nnunet_data_set_has_scans_and_no_human_masks(cohort, tmp_path):
+    data_set = write_all(cohort, tmp_path)
+    found = find_studies(data_set)
+    assert len(found) == len(list((data_set / 'imagesTr').iterdir())) == 4
+    assert [study.lesion_mask for study in found] == [None] * 4
+    assert len(find_studies(data_set / 'imagesTr')) == 4
 
 
 def test_header_that_readers_take_differently_is_not_copied(cohort, tmp_path):

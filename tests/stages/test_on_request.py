@@ -1,0 +1,77 @@
+"""Stages that write one file into a folder that a person named."""
+
+import csv
+
+import pytest
+
+from configs import transunet
+from covseg_jax.errors import InputError
+from covseg_jax.evaluation import evaluate
+from covseg_jax.stages import on_request
+from covseg_jax.stages.inputs import Given
+from tests.evaluation.test_folders import write
+from tests.imaging.chest import write_study
+
+
+def verify(folder, output):
+    if not (folder / 'scans').exists():
+        write_study(folder / 'scans', 'a')
+    config = transunet.get_config('tiny')
+    on_request.run_verify(config, folder / 'w', Given(folder / 'scans', output))
+
+
+def evaluate_folder(folder, output):
+    write(folder / 'masks' / 'a.nii.gz', (0, 0, 0))
+    config = transunet.get_config('tiny')
+    given = Given(folder / 'masks', output, folder / 'masks')
+    on_request.run_evaluate_folder(config, folder / 'w', given)
+
+
+def compare(folder, output):
+    run = folder / 'run'
+    if not run.exists():
+        evaluate_folder(folder, run)
+    given = Given(f'{run},{run}', output)
+    on_request.run_compare(transunet.get_config('tiny'), folder / 'w', given)
+
+
+STAGES = [
+    (verify, 'verify.csv'),
+    (evaluate_folder, 'cases.csv'),
+    (evaluate_folder, 'slices.csv'),
+    (evaluate_folder, 'summary.json'),
+    (compare, 'compare.json'),
+]
+
+
+@pytest.mark.parametrize(('run', 'name'), STAGES)
+def test_file_of_a_persons_output_folder_is_refused_and_the_programs_own_replaced(
+    tmp_path, run, name
+):
+    path = tmp_path / 'output' / name
+    path.parent.mkdir()
+    path.write_text('mine')
+    with pytest.raises(InputError, match=rf'{name}: is in the way'):
+        run(tmp_path, path.parent)
+    assert path.read_text() == 'mine'
+    assert list(path.parent.iterdir()) == [path]
+    path.unlink()
+    for _ in range(2):
+        run(tmp_path, path.parent)
+    path.write_text('edited')
+    with pytest.raises(InputError, match=rf'{name}: is in the way.* changed since'):
+        run(tmp_path, path.parent)
+    assert path.read_text() == 'edited'
+
+
+def test_what_an_older_version_left_in_the_work_directory_is_replaced(tmp_path):
+    for name in ('verify.csv', 'evaluation_of_folder/cases.csv'):
+        path = tmp_path / 'w' / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('old')
+    verify(tmp_path, None)
+    with (tmp_path / 'w' / 'verify.csv').open() as file:
+        assert [row['study'] for row in csv.DictReader(file)] == ['a']
+    evaluate_folder(tmp_path, None)
+    rows, _ = evaluate.read_tables(tmp_path / 'w' / 'evaluation_of_folder')
+    assert [row['study_id'] for row in rows] == ['a']
