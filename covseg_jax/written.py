@@ -117,9 +117,9 @@ def new_files(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: str | os.PathLike, text: str, folder: str | os.PathLike | None = None) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text as `new_file` does."""
-    with new_file(path, folder) as temporary:
+    with new_file(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
 
