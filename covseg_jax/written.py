@@ -226,5 +226,9 @@ def _append(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    if is_new:
-        atomic.sync(folder)
+    if is_new:  # the folder has to keep its name too
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
