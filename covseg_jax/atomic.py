@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager
 NewFile = Callable[[str | os.PathLike], AbstractContextManager[pathlib.Path]]
 
 
-def sync(path: pathlib.Path) -> None:
-    """Returns once a file, or which files a folder holds, is on the disk."""
+def _sync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,9 +62,9 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = temporary_sibling(path)
     try:
         yield temporary
-        sync(temporary)
+        _sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,14 +80,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         for file in temporary.rglob('*'):
-            sync(file)
-        sync(temporary)
+            _sync(file)
+        _sync(temporary)
         # Aside first: deleting takes long enough to be killed in.
         before = temporary.with_name(f'{temporary.name}-before')
         if path.exists():
             path.rename(before)
         temporary.rename(path)
-        sync(path.parent)
+        _sync(path.parent)
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -117,9 +117,9 @@ def new_files(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: str | os.PathLike, text: str, folder: str | os.PathLike | None = None) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text as `new_file` does."""
-    with new_file(path, folder) as temporary:
+    with new_file(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
 
@@ -226,5 +226,9 @@ def _append(
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    if is_new:
-        atomic.sync(folder)
+    if is_new:  # the folder has to keep its name too
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
