@@ -81,7 +81,7 @@ def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool
     if name in stages.TRAINED:
         folder = workdir / stages.TRAINED[name]
         # A training that goes on keeps those that it began with.
-        if not ((folder / 'config.json').exists() and stages.is_trained(workdir, name)):
+        if not (stages.newest_step(workdir, name) and (folder / 'config.json').exists()):
             folders.append(folder)
     for folder in folders:
         for file, text in written.items():

@@ -78,11 +78,16 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
     elif stage in _HELD_TO:
         settings = stage_settings(config, workdir)
     for earlier in _HELD_TO.get(stage, ()):
-        if earlier in TRAINED and not is_trained(workdir, earlier):
-            continue  # nothing of it is there that could differ
         if stage == 'evaluate' and earlier == 'train' and config.network.name == 'none':
             continue  # the pseudo-masks alone
-        held = _without(settings[earlier], (*_HARMLESS, *(_OF_DATA if stage == 'evaluate' else ())))
+        held = settings[earlier]
+        if earlier in TRAINED:
+            step = newest_step(workdir, earlier)
+            if step is None:
+                continue  # nothing of it is there that could differ
+            if step == 0:  # a training from imported weights may have begun, and come to nothing
+                held = import_settings(config)
+        held = _without(held, (*_HARMLESS, *(_OF_DATA if stage == 'evaluate' else ())))
         remedy = (
             'use those, or another --workdir'
             if earlier in TRAINED
@@ -91,10 +96,11 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
         manifest.refuse_other_settings(workdir, earlier, held, remedy)
 
 
-def is_trained(workdir: pathlib.Path, stage: str) -> bool:
-    """Whether a training has left a checkpoint."""
+def newest_step(workdir: pathlib.Path, stage: str) -> int | None:
+    """Of a training's checkpoints; 0 of imported weights, None where there is none."""
     checkpoints = workdir / TRAINED[stage] / 'checkpoints'
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def _without(values: Mapping, names: tuple[str, ...], group: str = '') -> dict:
