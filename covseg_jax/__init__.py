@@ -23,9 +23,6 @@ def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
     Raises:
       covseg_jax.errors.InputError: an export is damaged, or does not fit this machine.
     """
-    from covseg_jax import cpu
-
-    cpu.tune_xla()  # as the program does; it counts if JAX has computed nothing yet
     # Here and not above: processes that prepare studies import this package too, without JAX.
     from covseg_jax.inference.export import load
 

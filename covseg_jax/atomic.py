@@ -1,6 +1,7 @@
 """Files and folders that are either there and whole, or not there."""
 
 import contextlib
+import glob
 import json
 import os
 import pathlib
@@ -21,27 +22,66 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+# Names of what lies beside a file or folder while it is replaced: .KIND-HOST-PROCESS-NAME. The
+# suffixes stay at the end: writers such as nibabel choose the format by them.
+_NEW, _OLD = 'tmp', 'old'
+
+
 def temporary_sibling(path: pathlib.Path) -> pathlib.Path:
     """Where this process writes what `path` will be; `remove_leftovers` knows its name."""
-    # The suffixes stay at the end: writers such as nibabel choose the format by them.
-    return path.with_name(f'.tmp-{_host()}-{os.getpid()}-{path.name}')
+    return _sibling(path, _NEW)
+
+
+def _sibling(path: pathlib.Path, kind: str) -> pathlib.Path:
+    return path.with_name(f'.{kind}-{_host()}-{os.getpid()}-{path.name}')
 
 
 def _host() -> str:
     return socket.gethostname().replace('-', '_')
 
 
+def _is_leftover(path: pathlib.Path) -> bool:
+    """Whether a process of this host that is no more left it."""
+    parts = path.name.split('-', 3)
+    if len(parts) < 4 or parts[1] != _host() or not parts[2].isdigit():
+        return False
+    return not _is_running(int(parts[2]))
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what killed processes of this host had begun to write, anywhere in a folder."""
-    for path in list(pathlib.Path(folder).rglob('.tmp-*')):
-        parts = path.name.split('-', 3)
-        if len(parts) == 4 and parts[1] == _host() and parts[2].isdigit():
-            if _is_running(int(parts[2])):
-                continue
+    """Removes what killed processes of this host had begun to write, anywhere in a folder; a folder
+    that one of them was about to put in another's place is put there."""
+    for old in list(pathlib.Path(folder).rglob(f'.{_OLD}-*')):
+        if _is_leftover(old):
+            _end_replacement(old)
+    for path in list(pathlib.Path(folder).rglob(f'.{_NEW}-*')):
+        if _is_leftover(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def recover(path: str | os.PathLike) -> None:
+    """Ends what a killed process of this host had begun, where it was about to put another folder
+    in the place of `path`."""
+    path = pathlib.Path(path)
+    with contextlib.suppress(OSError):  # a disk that cannot be written, or no such place
+        for old in list(path.parent.glob(f'.{_OLD}-*-{glob.escape(path.name)}')):
+            # In a container a killed process had this one's number.
+            is_own = old == _sibling(path, _OLD)
+            if is_own or (old.name.split('-', 3)[3:] == [path.name] and _is_leftover(old)):
+                _end_replacement(old)
+
+
+def _end_replacement(old: pathlib.Path) -> None:
+    """Between `new_folder`'s renames the old folder is aside, and the new one whole."""
+    _, host, process, name = old.name.split('-', 3)
+    path, new = old.with_name(name), old.with_name(f'.{_NEW}-{host}-{process}-{name}')
+    if not path.exists():
+        (new if new.exists() else old).rename(path)
+        _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:
@@ -71,10 +111,15 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields an empty temporary sibling; it replaces the folder `path` once the block is done."""
+    """Yields an empty temporary sibling; it replaces the folder `path` once the block is done.
+
+    Killed at any moment, the old folder or the new one is there, or `remove_leftovers`, `recover`
+    and the next `new_folder` put it there.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
+    recover(path)
+    temporary, old = temporary_sibling(path), _sibling(path, _OLD)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -83,13 +128,14 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             _sync(file)
         _sync(temporary)
         # Aside first: deleting takes long enough to be killed in.
-        before = temporary.with_name(f'{temporary.name}-before')
         if path.exists():
-            path.rename(before)
+            path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
-        shutil.rmtree(before, ignore_errors=True)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

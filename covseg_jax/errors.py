@@ -47,3 +47,12 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int = 0):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says to a person; of a full or read-only disk, or a folder where a file
+    should be, the file and the fault."""
+    if isinstance(error, OSError):
+        return f'{error.filename or "disk"}: {error.strerror or error}'
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if isinstance(error, InputError) else f'{type(error).__name__}: {lines[0]}'

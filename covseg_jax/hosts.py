@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from covseg_jax.errors import InputError
+from covseg_jax.errors import InputError, one_line
 
 _num_hosts, _index = 1, 0
 
@@ -113,8 +113,52 @@ def _plain(number: Any) -> Any:
     return number.item()
 
 
-def first_alone(work: Callable[[], None], what: str) -> None:
-    """The first host does it, and all go on once it is done."""
+def first_decides(decide: Callable[[], Any], what: str) -> Any:
+    """What `decide` says on the first host, a JSON value, on all of them.
+
+    `what` is the same on all and names the place. All hosts call it, and wait for the first.
+
+    Raises:
+      InputError: on the other hosts, with the first one's message, where `decide` fails there; the
+        first host raises what it raised.
+    """
+    if _num_hosts == 1:
+        return decide()
+    told, error = None, None
     if is_first():
+        try:
+            told = {'what': what, 'answer': decide()}
+        except BaseException as caught:  # Ctrl-C too: the others would wait for ever
+            told, error = {'what': what, 'fault': one_line(caught)}, caught
+    told = _tell(told)
+    if error is not None:
+        raise error
+    if told['what'] != what:
+        raise RuntimeError(f'hosts are at different places: {told["what"]!r} and {what!r}')
+    if 'fault' in told:
+        raise InputError(told['fault'])
+    return told['answer']
+
+
+def _tell(value: Any) -> Any:
+    """The first host's JSON value, on all hosts."""
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode() if is_first() else b''
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
+    padded = np.zeros(length, np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def first_alone(work: Callable[[], Any], what: str) -> None:
+    """The first host does it, and all go on once it is done.
+
+    Raises:
+      InputError: as `first_decides`: where it fails, it ends all hosts.
+    """
+
+    def do() -> None:
         work()
-    wait_for_all(what)
+
+    first_decides(do, what)

@@ -5,20 +5,17 @@ import functools
 import json
 import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from importlib import metadata
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, hosts, manifest, stages, written
-from covseg_jax.errors import GO_ON, InputError, Stopped
-from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
+from covseg_jax import atomic, cpu, hosts, manifest, stages
+from covseg_jax.environment import describe_environment
+from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
@@ -42,43 +39,6 @@ _PROBABILITY = flags.DEFINE_bool('probability', False, 'predict: probability map
 Config = ml_collections.ConfigDict
 
 
-# Fields that change how a stage runs and not what it makes.
-_HARMLESS = (
-    'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
-    'conv_impl', 'profile_steps', 'max_skipped_steps',
-)  # fmt: skip
-
-
-def _stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
-    """For each stage of the pipeline, everything that its result depends on."""
-    settings: dict[str, dict] = {}
-    so_far: dict = {}
-    values = {
-        group: {k: v for k, v in fields.items() if k not in _HARMLESS}
-        if isinstance(fields, dict)
-        else fields
-        for group, fields in config.to_dict().items()
-    }
-    for stage, (_, groups) in stages.PIPELINE.items():
-        so_far = so_far | {group: values[group] for group in groups}
-        if stage == 'prepare':
-            so_far['studies'] = _describe_files(stages.data_folder(config, workdir))
-        settings[stage] = so_far
-        if stage == 'prepare':  # a shard changes who prepares, and not what
-            settings[stage] = so_far | {'shard': config.prepare.shard}
-        if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
-            settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}
-    return settings
-
-
-def _describe_files(folder: pathlib.Path) -> str:
-    """A fingerprint of the names, sizes and times of a data set's files."""
-    files = sorted(p for p in folder.rglob('*') if p.is_file() and not p.name.startswith('.'))
-    files = [p for p in files if not written.is_output(p)]  # a prediction among them changes none
-    rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return manifest.fingerprint(rows)
-
-
 def run_stages(
     config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Given
 ) -> None:
@@ -86,47 +46,58 @@ def run_stages(
     for name in names:
         on_request = stages.BEFORE | stages.AFTER | (stages.ON_INPUT if given.input else {})
         if name in on_request:
+            if name in stages.AFTER and not given.model:
+                hold = functools.partial(stages.refuse_other_settings, config, workdir, name)
+                hosts.first_alone(hold, f'{name} uses what was made')
             on_request[name](config, workdir, given)
             continue
-        settings = _stage_settings(config, workdir)[name]
-        is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
-        hosts.wait_for_all(f'{name} is looked at')
-        if is_done:
+        begin = functools.partial(_begin_unless_done, config, workdir, name)
+        if not hosts.first_decides(begin, f'{name} begins'):
             print(f'{name}: done before with the same settings, skipped')
             continue
-        if name in ('gan', 'train'):
-            manifest.refuse_other_settings(workdir, name, settings)
-        hosts.first_alone(
-            functools.partial(manifest.begin, workdir, name, settings), f'{name} begins'
-        )
         began = time.monotonic()
         done = stages.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
-        # The stage may have made the studies that its settings describe.
-        settings = _stage_settings(config, workdir)[name]
-        hosts.first_alone(
-            functools.partial(manifest.finish, workdir, name, settings, done.outputs, seconds),
-            f'{name} is done',
-        )
+        finish = functools.partial(_finish, config, workdir, name, done.outputs, seconds)
+        hosts.first_alone(finish, f'{name} is done')
         print(f'{name}: done in {seconds:.0f} s')
         stages.show_table(done.rows, done.head)
 
 
-def _describe_environment() -> dict:
-    packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'nibabel')
-    revision = subprocess.run(
-        ['git', 'rev-parse', 'HEAD'],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parent,
-    )
-    return {
-        'python': platform.python_version(),
-        'platform': platform.platform(),
-        'packages': {name: metadata.version(name) for name in packages},
-        'git_revision': revision.stdout.strip() or None,
+def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
+    """False for a stage that is done; a refused one leaves the work directory as it was."""
+    settings = stages.stage_settings(config, workdir)[name]
+    is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
+    if not is_done:
+        stages.refuse_other_settings(config, workdir, name)
+    (workdir / stages.STOPPED).unlink(missing_ok=True)
+    if is_done:
+        return False
+    written = {
+        'config.json': config.to_json_best_effort(indent=2),
+        'environment.json': json.dumps(describe_environment(), indent=2),
     }
+    folders = [workdir]
+    if name in stages.TRAINED:
+        folder = workdir / stages.TRAINED[name]
+        # A training that goes on keeps those that it began with.
+        if not (stages.newest_step(workdir, name) and (folder / 'config.json').exists()):
+            folders.append(folder)
+    for folder in folders:
+        for file, text in written.items():
+            atomic.write_text(folder / file, text)
+    manifest.begin(workdir, name, settings)
+    return True
+
+
+def _finish(
+    config: Config, workdir: pathlib.Path, name: str, outputs: list[pathlib.Path], seconds: float
+) -> None:
+    if name == 'prepare' and config.phantom.make:  # it made the studies that its settings describe
+        settings = stages.stage_settings(config, workdir)[name]
+    else:  # files may have changed since
+        settings = manifest.read_begun(workdir, name)
+    manifest.finish(workdir, name, settings, outputs, seconds)
 
 
 def _check_stages(text: str) -> list[str]:
@@ -180,9 +151,6 @@ def _run(arguments: list[str]) -> None:
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w')))
             )
         if any(name in stages.PIPELINE for name in names):
-            hosts.first_alone(
-                functools.partial(_begin_workdir, config, workdir), 'workdir is there'
-            )
             atomic.remove_leftovers(workdir)  # each host its own
         try:
             run_stages(config, workdir, names, given)
@@ -192,23 +160,13 @@ def _run(arguments: list[str]) -> None:
             raise
 
 
-def _begin_workdir(config: Config, workdir: pathlib.Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / stages.STOPPED).unlink(missing_ok=True)
-    atomic.write_text(workdir / 'config.json', config.to_json_best_effort(indent=2))
-    atomic.write_text(workdir / 'environment.json', json.dumps(_describe_environment(), indent=2))
-
-
 def main(arguments: list[str]) -> int:
     """Runs, and turns what a person can mend into one line and an exit code."""
     logging.set_verbosity(logging.ERROR)  # Orbax tells of each file that it opens and closes
     try:
         _run(arguments)
-    except InputError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 1
-    except OSError as error:  # a full or read-only disk, a folder where a file should be
-        print(f'error: {error.filename or "disk"}: {error.strerror or error}', file=sys.stderr)
+    except (InputError, OSError) as error:  # a full or read-only disk, no file that can be read
+        print(f'error: {one_line(error)}', file=sys.stderr)
         return 1
     except Stopped as stop:
         print(stop, file=sys.stderr)

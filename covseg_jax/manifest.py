@@ -49,6 +49,12 @@ def read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
     return Manifest(**json.loads(path.read_text(encoding='utf-8')))
 
 
+def read_begun(workdir: pathlib.Path, stage: str) -> dict | None:
+    """The settings that the stage was begun with, or None where nobody knows them."""
+    path = _begun_path(workdir, stage)
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
 def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     """True when the stage ended well with this fingerprint and its outputs are as it left them."""
     manifest = read_manifest(workdir, stage)
@@ -68,23 +74,28 @@ def describe(workdir: pathlib.Path, stage: str) -> str:
     return 'begun, not done' if _begun_path(workdir, stage).exists() else 'not begun'
 
 
-def refuse_other_settings(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
-    """A half-trained network goes on with the settings that it began with.
+def refuse_other_settings(
+    workdir: pathlib.Path, stage: str, settings: Mapping, remedy: str
+) -> None:
+    """What a stage was begun with decides, for itself where it goes on and for those that use it.
+
+    Settings that only one side names do not count: they are of an older or a newer program, or not
+    the stage's that asks. A stage without a record refuses nothing.
 
     Raises:
-      InputError: the stage was begun with other settings; names those that differ.
+      InputError: the stage was begun with other settings; names those that differ, and `remedy`.
     """
-    path = _begun_path(workdir, stage)
-    if not path.exists():
+    begun = read_begun(workdir, stage)
+    if begun is None:
         return
-    begun = _flatten(json.loads(path.read_text(encoding='utf-8')))
+    begun = _flatten(begun)
     now = _flatten(json.loads(json.dumps(settings, default=str)))
-    changed = sorted(key for key in begun.keys() | now.keys() if begun.get(key) != now.get(key))
+    changed = sorted(key for key in begun.keys() & now.keys() if begun[key] != now[key])
     if changed:
-        listed = ', '.join(f'{k} was {begun.get(k)}, is {now.get(k)}' for k in changed[:5])
+        listed = ', '.join(f'{key} was {begun[key]}, is {now[key]}' for key in changed[:5])
+        more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
         raise InputError(
-            f'{workdir}: stage {stage} was begun with other settings ({listed}); '
-            'use those, or another --workdir'
+            f'{workdir}: stage {stage} was begun with other settings ({listed}{more}); {remedy}'
         )
 
 
@@ -101,6 +112,10 @@ def _flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
 def begin(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
     """The stage is about to run: it is not done until it says so."""
     _path(workdir, stage).unlink(missing_ok=True)
+    _record(workdir, stage, settings)
+
+
+def _record(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
     atomic.write_text(_begun_path(workdir, stage), json.dumps(settings, indent=2, default=str))
 
 
@@ -111,7 +126,11 @@ def finish(
     outputs: Iterable[pathlib.Path],
     seconds: float,
 ) -> None:
-    """Marks a stage as done. Outputs are files, inside the work directory or not."""
+    """Marks a stage as done. Outputs are files, inside the work directory or not.
+
+    The settings are those that it began with, but for a stage that made the data set which they
+    describe."""
+    _record(workdir, stage, settings)
     sizes = {
         str(p.relative_to(workdir) if p.is_relative_to(workdir) else p.resolve()): p.stat().st_size
         for p in outputs

@@ -69,6 +69,36 @@ def test_items_are_shared_out_and_gathered_in_their_order():
         assert done == [0][: 1 - number]  # the first host alone
 
 
+FAIL = """
+import sys
+from covseg_jax import hosts
+from covseg_jax.errors import InputError
+number, port = int(sys.argv[1]), sys.argv[2]
+hosts.connect({'coordinator': f'localhost:{port}', 'num_processes': 2, 'process_id': number})
+print(hosts.first_decides(lambda: {'answer': number, 'of': 'ü'}, 'an answer'))
+def fail():
+    raise [InputError('scan.nii: is damaged'), OSError(28, 'disk is full', 'a.json')][number_of]
+for number_of in range(2):
+    try:
+        hosts.first_alone(fail, 'work')
+    except Exception as error:
+        print(f'{type(error).__name__}: {error}', flush=True)
+"""
+
+
+def test_first_host_decides_for_all_and_ends_all_where_it_fails():
+    port = free_port()
+    processes = [begin(['-c', FAIL, number, port], 1) for number in range(2)]
+    try:
+        written = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    answer, damaged = "{'answer': 0, 'of': 'ü'}", 'InputError: scan.nii: is damaged'
+    assert written[0] == [answer, damaged, "OSError: [Errno 28] disk is full: 'a.json'"]
+    assert written[1] == [answer, damaged, 'InputError: a.json: disk is full']
+
+
 def run(workdir, num_hosts, *flags):
     """A tiny variant on four devices: the whole pipeline, or what the flags say."""
     port = free_port()

@@ -20,6 +20,9 @@ from matplotlib import image
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import transunet
+from covseg_jax import main, stages
+from covseg_jax.errors import InputError
+from covseg_jax.stages import Given
 from tests.program import ROOT, assert_one_line_error, command, environment, run
 from tests.training.test_published_weights import make_variables, to_pytorch
 
@@ -105,8 +108,7 @@ def test_main_run_twice_does_nothing_and_says_so(finished):
     for stage in ('prepare', 'gan', 'synthesize', 'train', 'evaluate'):
         assert f'{stage}: done before with the same settings, skipped' in again.stdout
     after = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
-    changed = {p.name for p in after if after[p] != before.get(p)}
-    assert changed <= {'config.json', 'environment.json'}
+    assert after == before
 
 
 def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
@@ -216,6 +218,105 @@ def test_main_refuses_to_train_on_under_other_settings(finished):
     )
     usual = str(transunet.get_config('tiny').train.learning_rate)
     assert_one_line_error(done, 'train.learning_rate', usual, '0.5', '--workdir')
+
+
+def call(workdir, stage, fields, **given):
+    """A stage of the tiny variant in this process."""
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict(fields)
+    main.run_stages(config.lock(), workdir, [stage], Given(**given))
+
+
+@pytest.mark.parametrize(
+    ('stage', 'field', 'value'),
+    [
+        ('gan', 'prepare.window_hu', (-900.0, 400.0)),  # the cases were prepared with another
+        ('synthesize', 'gan.input_shift', 0.2),
+        ('synthesize', 'data.calibration_fraction', 0.6),
+        ('train', 'gan.opacities.core_share', 0.9),
+        ('evaluate', 'network.published_attention', True),
+        ('evaluate', 'data.evaluation_pattern', 'study_0001'),
+        ('predict', 'network.num_heads', 4),
+        ('predict', 'prepare.window_hu', (-900.0, 400.0)),
+        ('predict', 'predict.min_component_ml', 5.0),
+        ('export', 'predict.flip', False),
+        ('pseudo_masks', 'synthesize.percentile', 50.0),
+    ],
+)
+def test_main_refuses_what_a_run_was_not_made_with_and_leaves_the_run_as_it_was(
+    finished, tmp_path, stage, field, value
+):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
+    usual = transunet.get_config('tiny')
+    for name in field.split('.'):
+        usual = usual[name]
+    usual, wanted = json.loads(json.dumps([usual, value]))
+    scans = workdir / 'studies' / 'studies' / 'CT-1'
+    given = {'output': tmp_path, **({'input': scans} if stage == 'predict' else {})}
+    with pytest.raises(InputError) as error:
+        call(workdir, stage, {field: value}, **given)
+    assert f'{field} was {usual}, is {wanted}' in str(error.value)
+    assert 'use those, or ' in str(error.value)
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()} == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('stage', 'fields'),
+    [
+        ('predict', {'data.layout': 'plain', 'prepare.lesion_labels': (255,), 'train.num_steps': 9,
+                     'data.folder': 'elsewhere', 'predict.batch_size': 3}),
+        ('evaluate', {'data.prepared': 'elsewhere', 'predict.batch_size': 3, 'train.save_every': 1,
+                      'prepare.lesion_labels': (255,), 'network.conv_impl': 'native'}),
+        ('evaluate', {'network.name': 'none', 'train.num_steps': 9}),
+        ('train', {'train.log_every': 1, 'predict.write_probability': True}),
+    ],
+)  # fmt: skip
+def test_stages_take_settings_that_change_nothing_of_what_they_use(finished, stage, fields):
+    workdir, _ = finished
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict(fields)
+    stages.refuse_other_settings(config, workdir, stage)
+
+
+def test_main_keeps_with_each_network_what_it_was_trained_with(finished, tmp_path):
+    workdir, _ = finished
+    for name in ('gan', 'transunet'):
+        begun = json.loads((workdir / name / 'config.json').read_text())
+        assert begun['train']['num_steps'] == 8
+        assert json.loads((workdir / name / 'environment.json').read_text())['packages']['jax']
+    copy = tmp_path / 'run'
+    shutil.copytree(workdir, copy)
+    (copy / 'config.json').write_text(json.dumps({'train': {'num_steps': 5}}))  # of a later stage
+    status = run('--config=configs/transunet.py:tiny', f'--workdir={copy}', '--stages=status')
+    assert status.stdout.count('8 of 8') == 2
+    # Files that were touched are the same data; a changed one is another data set.
+    mask = next((copy / 'studies' / 'masks').iterdir())
+    mask.touch()
+    stages.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
+    mask.write_bytes(mask.read_bytes() + b'0')
+    with pytest.raises(InputError, match='data_set was'):
+        stages.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
+
+
+def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_path):
+    fields = {'network.final_width': 0, 'network.published_attention': True}
+    call(tmp_path, 'import_weights', fields, input=place / 'weights.safetensors')
+    scans = {'input': place / 'scans', 'output': tmp_path / 'masks'}
+    forgotten = 'network.published_attention was True, is False'
+    with pytest.raises(InputError, match=forgotten):
+        call(tmp_path, 'predict', {'network.final_width': 0}, **scans)
+    run_of_place = place / 'runs' / 'transunet-tiny'
+    prepared = {f'data.{name}': str(run_of_place / name) for name in ('prepared', 'pseudo_masks')}
+    with pytest.raises(InputError, match=forgotten):
+        call(tmp_path, 'train', prepared | {'network.final_width': 0})
+    with pytest.raises(InputError, match='batch_size'):
+        call(tmp_path, 'train', prepared | fields | {'train.batch_size': 7})
+    # A training that came to nothing binds nobody; its own settings may be any.
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict(prepared | fields | {'train.learning_rate': 0.1})
+    stages.refuse_other_settings(config, tmp_path, 'train')
 
 
 @pytest.mark.parametrize(

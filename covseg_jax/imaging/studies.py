@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import openpyxl
 
 from covseg_jax import written
+from covseg_jax.archives import check_unpacked_size
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging import arrays, dicom, nifti
 
@@ -32,6 +33,7 @@ CATEGORIES = ('CT-0', 'CT-1', 'CT-2', 'CT-3', 'CT-4')
 REGISTRIES = ('dataset_registry.xlsx', 'dataset_registry.csv')
 MOSMED = 'MosMedData'
 _LESION_MASK, _LUNG_MASK = '_mask', '_lungs'
+_MOST_REGISTRY_BYTES = 64 * 2**20  # of a workbook, unpacked: a row takes about 200
 _STUDY_ID = re.compile(r'\w[\w. +-]*')
 
 
@@ -158,9 +160,12 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
             raise InputError(f'{registry}: not a CSV file in UTF-8; save it as one') from error
     else:
         try:
+            check_unpacked_size(registry, _MOST_REGISTRY_BYTES)
             book = openpyxl.load_workbook(registry, read_only=True, data_only=True)
             rows = list(book.worksheets[0].iter_rows(values_only=True))
             book.close()
+        except FileFault:
+            raise
         except Exception as error:  # a damaged workbook breaks openpyxl wherever it is damaged
             raise InputError(f'{registry}: not a readable workbook; download it again') from error
     cells = [['' if cell is None else str(cell).strip() for cell in row] for row in rows]

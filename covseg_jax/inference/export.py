@@ -30,7 +30,7 @@ import safetensors.numpy
 from flax import traverse_util
 from jax import export
 
-from covseg_jax import atomic
+from covseg_jax import atomic, cpu
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.prepare import PrepareSettings
 from covseg_jax.inference.masks import MaskSettings
@@ -197,6 +197,7 @@ def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
 
 
 def _load_one(folder: pathlib.Path) -> Model:
+    atomic.recover(folder)
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
     platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
@@ -213,7 +214,9 @@ def _load_one(folder: pathlib.Path) -> Model:
     (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
     if given != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), wanted):
         raise FileFault(folder / 'weights.safetensors', 'does not fit the function', _EXPORT_AGAIN)
-    call = jax.jit(function.call)
+    # On a CPU computed as the program computes, whatever the caller's process has set.
+    options = cpu.compiler_options() if platform == 'cpu' else {}
+    call = jax.jit(function.call, compiler_options=options or None)
     volumes = VolumeSettings(**description['volumes'])
     return Model(
         probabilities=tuple(

@@ -4,10 +4,11 @@ Stages import what they need themselves: the processes that prepare studies impo
 and must not start JAX.
 """
 
-from covseg_jax.stages.inputs import Given, data_folder
+from covseg_jax.stages.inputs import Given
 from covseg_jax.stages.on_request import AFTER, BEFORE, ON_INPUT, STOPPED
 from covseg_jax.stages.outcome import show_table
-from covseg_jax.stages.pipeline import PIPELINE
+from covseg_jax.stages.pipeline import PIPELINE, TRAINED
+from covseg_jax.stages.settings import newest_step, refuse_other_settings, stage_settings
 
 __all__ = [
     'AFTER',
@@ -15,7 +16,10 @@ __all__ = [
     'ON_INPUT',
     'PIPELINE',
     'STOPPED',
+    'TRAINED',
     'Given',
-    'data_folder',
+    'newest_step',
+    'refuse_other_settings',
     'show_table',
+    'stage_settings',
 ]

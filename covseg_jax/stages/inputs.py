@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 
 import ml_collections
 
+from covseg_jax import cpu
 from covseg_jax.errors import InputError
 from covseg_jax.manifest import fingerprint
 
@@ -52,7 +52,7 @@ def prepare_settings(config: Config):
 
 def num_workers(config: Config | None) -> int:
     """Processes for studies; where the config says nothing, one a core that this process has."""
-    return (config and config.data.num_workers) or len(os.sched_getaffinity(0))
+    return (config and config.data.num_workers) or cpu.count_cores()
 
 
 def split_studies(config: Config, workdir: pathlib.Path):

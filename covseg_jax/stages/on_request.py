@@ -8,7 +8,7 @@ import pathlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
-from covseg_jax import atomic, hosts, written
+from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.stages.inputs import (
     Config,
@@ -22,7 +22,8 @@ from covseg_jax.stages.inputs import (
     split_studies,
 )
 from covseg_jax.stages.outcome import show_table, table_of_summary
-from covseg_jax.stages.pipeline import PIPELINE
+from covseg_jax.stages.pipeline import PIPELINE, TRAINED
+from covseg_jax.stages.settings import import_settings
 
 STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
 _MOST_SHOWN = 25  # studies in a table
@@ -121,6 +122,9 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
     import_transunet(config, read_tensors(given.input), folder)
     calibration = {'threshold': 0.5, 'checkpoint_step': 0}
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
+    hosts.first_alone(
+        lambda: manifest.begin(workdir, 'train', import_settings(config)), 'the import is recorded'
+    )
     print(f'import_weights: {given.input} is checkpoint 0 of {folder}')
     if not config.network.published_attention:
         print(
@@ -174,23 +178,28 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
 
 def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Prints where a work directory stands."""
-    from covseg_jax.manifest import describe
     from covseg_jax.training.logging import read_newest
 
     if not (workdir / 'config.json').exists():
         raise InputError(f'{workdir}: no run was begun there')
-    begun = json.loads((workdir / 'config.json').read_text(encoding='utf-8'))
-    logs = {'gan': workdir / 'gan', 'train': workdir / 'transunet'}
     rows = []
     for stage in PIPELINE:
-        values = read_newest(logs[stage] / 'metrics.jsonl') if stage in logs else {}
-        step = f'{values["step"]} of {begun[stage]["num_steps"]}' if values else ''
+        folder = workdir / TRAINED.get(stage, '')
+        values = read_newest(folder / 'metrics.jsonl') if stage in TRAINED else {}
+        step = f'{values["step"]} of {_num_steps(workdir, stage)}' if values else ''
         shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
         listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
-        rows.append((stage, describe(workdir, stage), step, ', '.join(listed)))
+        rows.append((stage, manifest.describe(workdir, stage), step, ', '.join(listed)))
     show_table(rows, ('stage', 'state', 'step', 'newest values'))
     if (workdir / STOPPED).exists():
         print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
+
+
+def _num_steps(workdir: pathlib.Path, stage: str) -> int:
+    """Of a training, by the config that it began with; older runs have that of the last stage."""
+    path = workdir / TRAINED[stage] / 'config.json'
+    path = path if path.exists() else workdir / 'config.json'
+    return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
 
 
 def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:

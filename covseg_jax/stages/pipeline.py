@@ -253,3 +253,5 @@ PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'train': (run_train, ('network', 'train', 'predict')),
     'evaluate': (run_evaluate, ()),
 }
+# Those that train a network, and its folder in the work directory.
+TRAINED = {'gan': 'gan', 'train': 'transunet'}

@@ -1,7 +1,9 @@
 """Published PyTorch weights of the TransUNet -> a checkpoint that a run goes on from."""
 
+import math
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from covseg_jax.archives import check_unpacked_size
 from covseg_jax.errors import InputError
 from covseg_jax.models import published
 from covseg_jax.models.transunet import GRID_STEP, interpolate_positions
@@ -18,6 +21,7 @@ from covseg_jax.training.checkpoint import Checkpoints
 from covseg_jax.training.segmentation import build_segmentation
 
 BEST = 'validation/dice'
+_MOST_BYTES = 16 * 2**30  # of all tensors; the published TransUNet has 0.1 GB
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -45,7 +49,9 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         OSError,
         ValueError,
         EOFError,
+        RuntimeError,  # an entry that is encrypted, or packed in a way that zipfile does not know
         zipfile.BadZipFile,
+        zlib.error,
         safetensors.SafetensorError,
     ) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -55,11 +61,42 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    check_unpacked_size(path, _MOST_BYTES)
+    _check_array_sizes(path)
     with np.load(path, allow_pickle=False) as arrays:
         return dict(arrays)
 
 
+def _check_array_sizes(path: pathlib.Path) -> None:
+    """NumPy takes the memory that an array's header asks for before it reads the array.
+
+    Raises:
+      ValueError: an entry is not an array, or has another size than its header says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in _READ_HEADER:
+                    raise ValueError(f'{entry.filename} is of a version of .npy that is not known')
+                shape, _, dtype = _READ_HEADER[version](file)
+                expected = file.tell() + math.prod(shape) * dtype.itemsize
+            if entry.file_size != expected and not dtype.hasobject:  # those are refused as such
+                raise ValueError(
+                    f'{entry.filename} has {entry.file_size:,} bytes, and its header promises '
+                    f'{expected:,}'
+                )
+
+
+_READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if zipfile.is_zipfile(path):  # as torch has saved since 1.6
+        check_unpacked_size(path, _MOST_BYTES)
     try:
         import torch
     except ImportError as error:

@@ -13,7 +13,6 @@ in float32. Prints one JSON line; the first call of each side, which compiles, i
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -110,7 +109,7 @@ def torch_work(arguments: argparse.Namespace) -> Callable[[], None]:
 
     from tests.benchmarks import torch_peers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu.count_cores())
     if arguments.model == 'gan3d':
         make = torch_peers.gan_iteration if arguments.mode == 'train' else torch_peers.gan_forward
         return make(arguments.batch_size, tuple(gan3d.get_config('published').prepare.grid))

@@ -1,6 +1,7 @@
 """Studies are found in MosMed's layout and in plain folders; what is wrong is named."""
 
 import pathlib
+import zipfile
 
 import openpyxl
 import pytest
@@ -214,3 +215,13 @@ def test_layout_can_be_named_and_a_wrong_name_is_refused(tmp_path):
     assert study.study_id == 'a'
     with pytest.raises(InputError, match=r'data\.layout .plane.: one of auto, mosmed'):
         studies.find_studies(tmp_path, 'plane')
+
+
+def test_workbook_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / 'dataset_registry.xlsx'
+    openpyxl.Workbook().save(path)
+    with zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('xl/sharedStrings.xml', b' ' * 2**28)
+    with pytest.raises(InputError, match=r'dataset_registry\.xlsx: .* unpack to 268,') as error:
+        studies.find_studies(tmp_path)
+    assert '\n' not in str(error.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -77,6 +78,40 @@ def test_exported_function_equals_the_training_codes_prediction_bit_for_bit(
     # One function a device, each with the same weights.
     assert len(model.probabilities) == len(jax.local_devices())
     np.testing.assert_array_equal(model.probabilities[1](*volume), found)
+
+
+PREDICT = """
+import os, sys
+import jax, numpy as np
+import covseg_jax
+from covseg_jax import cpu
+jax.numpy.zeros(3) + 1  # XLA has read its flags
+cpu._CONVOLUTIONS = sys.argv[4]
+before = dict(os.environ)
+found = covseg_jax.load(sys.argv[1]).probabilities[0](np.load(sys.argv[2]), np.load(sys.argv[3]))
+assert dict(os.environ) == before
+np.save(sys.argv[5], found)
+"""
+
+
+@pytest.mark.parametrize('flag', ['xla_cpu_experimental_ynn_fusion_type', 'xla_cpu_of_another'])
+def test_loading_leaves_the_environment_and_gives_the_same_bits_where_xla_can(
+    folder, tmp_path, flag
+):
+    flags = [each for each in os.environ['XLA_FLAGS'].split() if 'ynn_fusion' not in each]
+    volume = make_volume()
+    for name, array in zip(('image', 'lungs'), volume, strict=True):
+        np.save(tmp_path / f'{name}.npy', array)
+    files = [tmp_path / f'{name}.npy' for name in ('image', 'lungs', 'found')]
+    done = subprocess.run(
+        [sys.executable, '-c', PREDICT, folder, *files[:2], flag, files[2]],
+        env=os.environ | {'XLA_FLAGS': ' '.join(flags)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = covseg_jax.load(folder).probabilities[0](*volume)
+    same = np.array_equal(np.load(files[2]), expected)
+    assert same == (flag != 'xla_cpu_of_another')
 
 
 def test_export_has_a_function_for_each_platform_and_says_what_it_is(folder):

@@ -1,5 +1,8 @@
 """Published weights: files in, a checkpoint out that prediction uses and training goes on from."""
 
+import io
+import zipfile
+
 import jax
 import numpy as np
 import pytest
@@ -82,6 +85,36 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path):
 
 def test_arrays_of_objects_are_never_unpickled(tmp_path):
     np.savez(tmp_path / 'a.npz', x=np.array([{}], object))
+    with pytest.raises(InputError, match='cannot be read'):
+        published_weights.read_tensors(tmp_path / 'a.npz')
+
+
+@pytest.mark.parametrize('kind', ['npz', 'pt'])
+def test_archive_that_would_fill_the_memory_is_refused(tmp_path, kind):
+    path = tmp_path / f'a.{kind}'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('x.npy', b'\0' * 2**28)
+    assert path.stat().st_size < 2**20
+    with pytest.raises(InputError, match=r'a\.\w+: .* unpack to 268,435,456') as error:
+        published_weights.read_tensors(path)
+    assert '\n' not in str(error.value)
+
+
+def test_array_whose_header_lies_about_its_size_is_refused_before_it_is_read(tmp_path):
+    array = io.BytesIO()
+    header = {'descr': '<f4', 'fortran_order': False, 'shape': (2**38,)}
+    np.lib.format.write_array_header_1_0(array, header)
+    with zipfile.ZipFile(tmp_path / 'a.npz', 'w') as archive:
+        archive.writestr('x.npy', array.getvalue() + bytes(64))
+    with pytest.raises(InputError, match=r'x\.npy has 192 bytes, and its header promises 1,099,'):
+        published_weights.read_tensors(tmp_path / 'a.npz')
+
+
+def test_damaged_entry_of_an_archive_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / 'a.npz', x=np.arange(1000))
+    content = bytearray((tmp_path / 'a.npz').read_bytes())
+    content[60:200] = bytes(140)
+    (tmp_path / 'a.npz').write_bytes(content)
     with pytest.raises(InputError, match='cannot be read'):
         published_weights.read_tensors(tmp_path / 'a.npz')
 
