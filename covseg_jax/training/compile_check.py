@@ -166,7 +166,9 @@ def _compile(config: ml_collections.ConfigDict, devices: list, stage: str, batch
     else:
         segmentation.check_train_batch(config, batch_size, mesh)
         parts = segmentation.build_segmentation(config, mesh)
-        step = segmentation.choose_step(config, parts)(config.train.epoch_steps - 1)
+        # the last step of an epoch, past the published schedule's first part
+        last = config.train.num_steps // config.train.epoch_steps * config.train.epoch_steps - 1
+        step = segmentation.choose_step(config, parts)(last)
         shapes = segmentation.batch_shapes(config, batch_size)
     batch = sharding.abstract_batch(shapes, mesh)
     try:
