@@ -128,8 +128,8 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
     synthesize.difference = 'opacity'  # or 'published', see inference/synthesize.py
-    # Published 0.2: the pseudo-mask is the difference as it is, and its mask what exceeds this share
-    # of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile below.
+    # Published 0.2: the pseudo-mask is the difference as it is, and its mask what exceeds this
+    # share of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile.
     synthesize.share_of_max = 0.0
     synthesize.smoothing_mm = 2.0  # standard deviation, in plane
     synthesize.erosion_mm = 2.0
@@ -214,8 +214,8 @@ def _mosmed() -> ml_collections.ConfigDict:
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
     predict.output = 'sigmoid'  # or 'linear', the raw output, see training/volumes.py
-    # Published 0.2: a mask is what exceeds this share of the output's maximum over the study; 0: the
-    # thresholds that train finds.
+    # Published 0.2: a mask is what exceeds this share of the output's maximum over the study; 0:
+    # the thresholds that train finds.
     predict.share_of_max = 0.0
     predict.flip = True  # average with the prediction of the mirrored slices
     # The network sees single slices and a lesion spans several: standard deviation, in slices of

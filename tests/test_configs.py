@@ -4,8 +4,8 @@ import pytest
 
 from configs import transunet
 
-# METHOD.md: section 2, the GAN and its pseudo-masks; 3, the network and its training; 4, the losses;
-# 5, how the output is read.
+# METHOD.md: section 2, the GAN and its pseudo-masks; 3, the network and its training; 4, the
+# losses; 5, how the output is read.
 PUBLISHED = {
     'gan.recipe': 'published',
     'gan.filters': (8, 16, 32, 64),

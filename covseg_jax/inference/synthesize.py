@@ -30,8 +30,9 @@ class PseudoMaskSettings:
       difference: 'opacity', relu(scan − healthy) inside the lungs; or 'published', the signed
         difference of the two volumes after each is scaled to [0, 1] by its own extremes, anywhere
         and as it is: the next two are not used.
-      share_of_max: 0, or above 0 no threshold is found and the pseudo-mask is the difference itself,
-        in [-1, 1]; where a mask is wanted, it is what exceeds this share of the study's maximum.
+      share_of_max: 0, or above 0 no threshold is found and the pseudo-mask is the difference
+        itself, in [-1, 1]; where a mask is wanted, it is what exceeds this share of the study's
+        maximum.
       smoothing_mm: standard deviation of the in-plane Gaussian.
       erosion_mm: how far from the lungs' edge, in plane, a score counts.
       percentile: of the score in healthy lungs, in (0, 100): the threshold.

@@ -84,8 +84,8 @@ def make_adam(
     epsilon: float = 1e-8,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam; gradients are scaled down to `clip_norm` in global norm where that is above 0. PyTorch's
-    epsilon is 1e-8, Keras's 1e-7."""
+    """Adam; gradients are scaled down to `clip_norm` in global norm where that is above 0.
+    PyTorch's epsilon is 1e-8, Keras's 1e-7."""
     adam = optax.adam(learning_rate, b1=b1, eps=epsilon)
     if clip_norm <= 0:
         return adam

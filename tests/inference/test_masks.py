@@ -39,10 +39,10 @@ def test_mask_on_study_grid_keeps_to_the_lungs_and_drops_specks():
 def test_a_share_of_the_maximum_marks_what_exceeds_it():
     settings = MaskSettings(0.5, 0.9, 0.0, share_of_max=0.2)
     probability = np.zeros((4, 4, 4), np.float32)
-    probability[0, 0, :4] = 0.03, 0.01, 0.02, 0.1  # 0.2 of the maximum is 0.02, and 0.02 is not more
+    probability[0, 0, :4] = 0.03, 0.01, 0.02, 0.1  # the share is 0.02, which 0.02 is not above
     found = masks.mask_on_model_grid(probability, 1.0, settings)
     assert np.argwhere(found).tolist() == [[0, 0, 0], [0, 0, 3]]
-    # a negative share of nothing and nothing itself: no lesion
+    # where nothing is above 0 there is no lesion
     for empty in (np.zeros_like(probability), np.full_like(probability, -0.5)):
         assert not masks.mask_on_model_grid(empty, 1.0, settings).any()
 

@@ -103,7 +103,7 @@ def test_synthesize_published_keeps_the_raw_signed_difference(cases, tmp_path):
     settings = synthesize.PseudoMaskSettings('published', share_of_max=0.2, min_component_ml=0.0)
 
     def heal_half(scan, study_id):
-        """0.5 in one voxel of the box, 0.25 in another, 0 elsewhere: its own extremes are 0, 0.5."""
+        """0.5 in one voxel of the box, 0.25 in another, 0 elsewhere: extremes 0 and 0.5."""
         healthy = np.zeros_like(scan)
         healthy[8, 16, 16], healthy[8, 16, 17] = 0.5, 0.25
         return healthy

@@ -24,5 +24,5 @@ def test_raw_output_becomes_a_volume_within_0_and_1(gain, expected):
 
 
 def test_an_output_that_does_not_exist_is_named():
-    with pytest.raises(InputError, match="predict.output='logit'"):
+    with pytest.raises(InputError, match=r"predict\.output='logit'"):
         VolumeSettings(3, flip=False, smoothing_slices=0.0, output='logit')
