@@ -323,8 +323,9 @@ def _publish(config: ml_collections.ConfigDict) -> None:
                   cut in the same way.
 
     Not as published, here as in the default recipe:
-      preparation    lungs by threshold in place of lungmask's U-Net, in-plane aspect kept, clipped
-                     after resampling, no lost row, column and slice (METHOD.md section 1).
+      preparation    lungs by threshold in place of lungmask's U-Net (prepare.lungs_source =
+                     'lungmask' has it), in-plane aspect kept, clipped after resampling, no lost
+                     row, column and slice (METHOD.md section 1).
       who trains     evaluation subjects are in no training set, and healthy (15 %) and COVID (10 %)
                      subjects are held out, for the learning curves alone.
       masks          brought back to the study's own grid, inside the lungs alone; an output above 1
