@@ -4,7 +4,7 @@ Variants, chosen as `--config=configs/transunet.py:VARIANT`:
   mosmed   MosMedData COVID19_1110 in data/MosMedData; the published sizes; for a TPU or GPU.
   phantom  the same stages on studies it makes itself, sized for a laptop CPU.
   tiny     the same again, as small as it goes: for tests. Its masks mean nothing.
-  published          mosmed with the published recipe: GAN, noise, losses, schedule, targets.
+  published          the recipe of the public code, as `_publish` lists it, on mosmed's studies.
   phantom_published  the same on phantoms, in networks of the phantom variant's size.
 
 Any field can be set on the command line: `--config.train.batch_size=16`.
@@ -129,6 +129,9 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
     synthesize.difference = 'opacity'  # or 'published', see inference/synthesize.py
+    # Published 0.2: the pseudo-mask is the difference as it is, and its mask what exceeds this
+    # share of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile.
+    synthesize.share_of_max = 0.0
     synthesize.smoothing_mm = 2.0  # standard deviation, in plane
     synthesize.erosion_mm = 2.0
     synthesize.percentile = 99.5  # of the score in held-out healthy lungs: the threshold
@@ -150,9 +153,12 @@ def _mosmed() -> ml_collections.ConfigDict:
     network.projection_dim = 128  # of the contrastive loss
 
     config.train = train = ml_collections.ConfigDict()
-    train.mode = 'two_phase'  # or 'combined': the three losses as one sum, in every step
-    train.epoch_steps = 500  # in mode 'two_phase'
-    train.contrastive_steps = 50  # of an epoch's steps, the first, in mode 'two_phase'
+    # Or 'combined': the three losses as one sum, in every step. Or 'published': num_epochs epochs
+    # in two phases, contrastive and then MSE alone, and after them the sum.
+    train.mode = 'two_phase'
+    train.num_epochs = 100  # in mode 'published'
+    train.epoch_steps = 500  # in the modes 'two_phase' and 'published'
+    train.contrastive_steps = 50  # of an epoch's steps, the first, in the same modes
     train.batch_size = 32  # half high-, half low-infection slices
     train.micro_batches = 1  # parts of a batch, one after the other where memory is short
     train.num_steps = 20_000
@@ -179,8 +185,12 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.beta = 2.0  # extra weight of missed lesion in the BCE
     train.temperature = 0.1  # of the contrastive loss
     train.positive_weight = 1.5  # w of the contrastive loss, of pairs of high-infection slices
+    train.contrastive_features = 'projection'  # or, as published, 'logits', the flattened map
+    train.contrastive_labels = 'infection'  # high or low; or, as published, 'one': all are the same
+    train.include_self = False  # published True: a slice and itself are a positive pair
     train.max_healthy_ml = 15.0  # that the threshold may mark in healthy scans, on average
     train.mse_on = 'probability'  # or, as published, 'logits'
+    train.clip_targets = True  # to [0, 1]; published False, a target is a signed difference
     train.augment = True  # with mirror images, and the next, each at most
     train.zoom = 0.1  # relative
     train.shift = 0.05  # of the image's side
@@ -204,6 +214,10 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
+    predict.output = 'sigmoid'  # or 'linear', the raw output, see training/volumes.py
+    # Published 0.2: a mask is what exceeds this share of the output's maximum over the study; 0:
+    # the thresholds that train finds.
+    predict.share_of_max = 0.0
     predict.flip = True  # average with the prediction of the mirrored slices
     # The network sees single slices and a lesion spans several: standard deviation, in slices of
     # the model's grid, that probabilities are smoothed by from slice to slice; 0 leaves them.
@@ -285,10 +299,47 @@ def _shrink_to_tiny(config: ml_collections.ConfigDict) -> None:
 
 
 def _publish(config: ml_collections.ConfigDict) -> None:
-    """The recipe of the public code: METHOD.md sections 2 to 4."""
+    """The recipe of the public code, METHOD.md sections 2 to 5, with the faults named there.
+
+    As published:
+      networks    both GAN networks (7,861,643 and 282,378 parameters) and the TransUNet
+                  (66,870,129), its attention, dropout 0.1 and corner alignment, logits from 0 on.
+      GAN         mean squared errors alone; reconstruction, discriminator, adversarial update in
+                  each of 10,000 iterations of batch 5; Adam 5e-5 and 1e-3 with Keras's epsilon;
+                  Perlin noise on 8 of 32 slices; no averaged weights.
+      targets     the raw signed difference of the two volumes, each scaled by its own extremes, not
+                  thresholded, smoothed, eroded or clipped. Losses take it unclipped, because the
+                  public code does: it regresses the raw output on the difference itself.
+      slices      ranked by the sum of the difference: high above the third quartile, low between
+                  the first and the third; a batch is 4 + 4.
+      losses      the contrastive one on the flattened logit map, self pairs included, temperature
+                  1, w 1.5; MSE on logits; BCE with beta 2; the sum unweighted. All its contrastive
+                  labels are 1, so that no pair is negative: the loss is 0, and a contrastive step
+                  moves batch statistics and Adam's moments alone. train.contrastive_labels =
+                  'infection' is what was meant.
+      schedule    100 x (2 contrastive + 1 MSE batches), then 500 x 2 batches of the sum: 1,300
+                  steps of Adam at 5e-5, constant; the newest weights, not averaged.
+      prediction  the raw output, no mirror images, no smoothing, no least component; a lesion is
+                  what exceeds 0.2 of the output's maximum over the study. A pseudo-mask's mask is
+                  cut in the same way.
+
+    Not as published, here as in the default recipe:
+      preparation    lungs by threshold in place of lungmask's U-Net (prepare.lungs_source =
+                     'lungmask' has it), in-plane aspect kept, clipped after resampling, no lost
+                     row, column and slice (METHOD.md section 1).
+      who trains     evaluation subjects are in no training set, and healthy (15 %) and COVID (10 %)
+                     subjects are held out, for the learning curves alone.
+      masks          brought back to the study's own grid, inside the lungs alone; an output above 1
+                     is scaled so that the study's maximum is 1, which moves no mask.
+      biases         of the TransUNet's convolutions start at 0, not at PyTorch's random values.
+      ties           what METHOD.md leaves open: the discriminator's loss is the mean of that on
+                     real and on generated scans, and 2D slices without lung are not trained on.
+      safety         a step whose loss is not finite is skipped.
+    """
     config.gan.recipe = 'published'
     config.gan.filters = (8, 16, 32, 64)
     config.gan.bottleneck_filters = 128
+    config.gan.noise_channels = 10
     config.gan.patch = 1
     config.gan.use_norm = False
     config.gan.head = 'relu'
@@ -304,32 +355,60 @@ def _publish(config: ml_collections.ConfigDict) -> None:
     config.gan.schedule = 'constant'
     config.gan.warmup_steps = 0
     config.gan.clip_norm = 0.0
+    config.gan.ema_decay = 0.0
     config.gan.compute_dtype = 'float32'
     config.synthesize.difference = 'published'
+    config.synthesize.share_of_max = 0.2
+    config.synthesize.smoothing_mm = 0.0
+    config.synthesize.erosion_mm = 0.0
     config.synthesize.min_component_ml = 0.0
-    config.train.mode = 'combined'
+    config.synthesize.num_noise = 1
+    config.network.name = 'transunet'
+    config.network.dropout_rate = 0.1
+    config.network.published_attention = True
+    config.network.initial_logit = 0.0
+    config.train.mode = 'published'
+    config.train.num_epochs = 100
+    config.train.epoch_steps = 3
+    config.train.contrastive_steps = 2
+    config.train.num_steps = 1300
+    config.train.batch_size = 8
     config.train.rounds = ('targets',)
     config.train.round_shares = (1.0,)
+    config.train.targets = 'pseudo'
+    config.train.labels = 'quartiles'
     config.train.use_healthy = False
     config.train.synthetic_share = 0.0
     config.train.binary_targets = False
+    config.train.clip_targets = False
     config.train.doubtful = ()
-    config.train.schedule = 'constant'
     config.train.learning_rate = 5e-5
+    config.train.schedule = 'constant'
     config.train.warmup_steps = 0
     config.train.clip_norm = 0.0
-    config.train.batch_size = 8
+    config.train.ema_decay = 0.0
     config.train.contrastive = 1.0
+    config.train.mse = 1.0
+    config.train.sensitivity = 1.0
+    config.train.beta = 2.0
     config.train.temperature = 1.0
+    config.train.positive_weight = 1.5
+    config.train.contrastive_features = 'logits'
+    config.train.contrastive_labels = 'one'
+    config.train.include_self = True
     config.train.mse_on = 'logits'
     config.train.augment = False
     config.train.compute_dtype = 'float32'
+    config.predict.output = 'linear'
+    config.predict.share_of_max = 0.2
+    config.predict.flip = False
     config.predict.smoothing_slices = 0.0
+    config.predict.min_component_ml = 0.0
 
 
 def _shrink_published_to_phantom(config: ml_collections.ConfigDict) -> None:
-    # Where the public code takes 10,000 steps of 5e-5, minutes must do: larger steps, and the rates
-    # that train the phantom variant's TransUNet.
+    # Narrow networks, and minutes in place of 10,000 iterations: larger rates. The schedule of the
+    # TransUNet is the published one, step for step.
     config.gan.patch = 4
     config.gan.filters = (8, 16, 32, 48)
     config.gan.bottleneck_filters = 48
@@ -338,6 +417,3 @@ def _shrink_published_to_phantom(config: ml_collections.ConfigDict) -> None:
     config.gan.num_steps = 300
     config.gan.learning_rate = 1e-3
     config.train.learning_rate = 1e-3
-    config.train.schedule = 'cosine'
-    config.train.warmup_steps = 40
-    config.train.clip_norm = 1.0

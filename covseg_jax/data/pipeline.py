@@ -16,7 +16,7 @@ from covseg_jax.errors import InputError
 
 # The keys of a batch.
 IMAGE = 'image'  # (B, H, W, 1) or (B, D, H, W, 1) float32 in [0, 1]
-TARGET = 'target'  # (B, H, W, 1) float32 in [0, 1]: soft lesion
+TARGET = 'target'  # (B, H, W, 1) float32: soft lesion in [0, 1], or as published a difference
 LABEL = 'label'  # (B,) int32: 1 high, 0 low infection
 LUNGS = 'lungs'  # as IMAGE: 1 inside the lungs
 HEALTHY = 'healthy'  # (B,) float32: 1 for slices of scans that are known to be without lesions
@@ -34,7 +34,8 @@ _UNRANKED = -1
 class Slices:
     """Axial slices of some cases with their targets: a random-access source.
 
-    `targets` holds one (D, H, W) array in [0, 1] for each case, or None for cases without lesions.
+    `targets` holds one (D, H, W) array for each case (see TARGET), or None for cases without
+    lesions.
     `index` is (N, 2): case number and slice number. `labels` is (N,) int32.
     """
 

@@ -15,7 +15,6 @@ from covseg_jax.imaging import study_files
 from covseg_jax.imaging.studies import Study
 from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
 
-PSEUDO_MASK_CUT = 0.5  # synthesize.py puts its threshold there
 MAX_VIEWS = 50  # cases that the report lets be looked at, the worst
 _VIEWS_BYTES = 20_000_000  # of all of them in the report
 _VIEW_BYTES = 500_000  # of one at most
@@ -49,6 +48,7 @@ def evaluate_cohort(
     folder: pathlib.Path,
     run: dict,
     *,
+    pseudo_masks: MaskSettings,
     lesion_labels: Sequence[int],
     hparams: Mapping[str, bool | int | float | str],
     learning_curves: Sequence[pathlib.Path] = (),
@@ -64,6 +64,7 @@ def evaluate_cohort(
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html,
         tensorboard/, and summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
+      pseudo_masks: from a pseudo-mask to a mask.
       lesion_labels: values of a true mask that are lesion.
       hparams: the run's settings, for TensorBoard.
       learning_curves: pictures that the report ends with.
@@ -84,8 +85,8 @@ def evaluate_cohort(
         masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings))}
         if read_pseudo_mask is not None:
             pseudo = np.asarray(read_pseudo_mask(case), np.float32)
-            cut = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=settings.min_component_ml)
-            masks['pseudo'] = (pseudo, mask_on_study_grid(pseudo, lungs, case.geometry, cut))
+            cut = mask_on_study_grid(pseudo, lungs, case.geometry, pseudo_masks)
+            masks['pseudo'] = (pseudo, cut)
         return masks
 
     view_bytes = min(_VIEW_BYTES, _VIEWS_BYTES // min(max(len(cases), 1), MAX_VIEWS))

@@ -66,3 +66,16 @@ def calibrate_mask(
     allowed = np.flatnonzero(~(mean_ml > max_healthy_ml))
     best = int(allowed[np.argmax(dice[allowed])]) if allowed.size else len(candidates) - 1
     return candidates[best], float(mean_ml[best])
+
+
+def marked_ml(
+    probability: Probability, healthy: Sequence[Case], settings: MaskSettings
+) -> float | None:
+    """What the settings mark in a held-out healthy scan on average, in ml; None without such scans.
+    For cuts that are given and not found, as `calibrate_mask` finds them."""
+    marked = []
+    for case in healthy:
+        found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
+        voxel_ml = case.geometry.voxel_ml
+        marked.append(mask_on_model_grid(found, voxel_ml, settings).sum() * voxel_ml)
+    return float(np.mean(marked)) if marked else None

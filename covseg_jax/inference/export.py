@@ -3,11 +3,13 @@
     export/
       model.json            what it is, how studies become volumes and probabilities masks
       weights.safetensors   its variables by name
-      function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B;
+      function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B,
+                            or what model.json's volumes.output says;
       function_tpu.bin      a function a platform, each in the forms that are quick there
       function_cuda.bin
       network.onnx          where asked for, for other runtimes: float32, weights included,
-                            'image' (B, H, W, 1) -> 'probability'; nothing here reads it
+                            'image' (B, H, W, 1) -> 'probability' (or 'logit'); nothing here
+                            reads it
       SHA256SUMS            of the files above; `sha256sum -c` reads it
 
 Nothing in it is a pickle or code: the functions are StableHLO.
@@ -39,7 +41,7 @@ from covseg_jax.manifest import fingerprint
 from covseg_jax.training.steps import make_predict
 from covseg_jax.training.volumes import VolumeSettings, predict_volumes
 
-FORMAT, VERSION = 'covseg_jax export', 1
+FORMAT, VERSION = 'covseg_jax export', 2  # 2: volumes.output, masks.share_of_max
 INTENDED_USE = (
     'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
 )
@@ -106,19 +108,21 @@ def write_export(
     }
     with atomic.new_folder(folder) as temporary:
         for platform, form in PLATFORMS.items():
-            predict = make_predict(_in_form(network, form))
+            predict = make_predict(_in_form(network, form), contents.volumes.output)
             function = export.export(predict, platforms=(platform,))(shapes, slices)
             (temporary / _function_name(platform)).write_bytes(function.serialize())
         if to_onnx:
             # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
-            predict = make_predict(_in_form(network, 'folded').clone(dtype=jnp.float32))
+            predict = make_predict(
+                _in_form(network, 'folded').clone(dtype=jnp.float32), contents.volumes.output
+            )
             to_onnx(
                 functools.partial(predict, variables),
                 [('B', *slices.shape[1:])],
                 return_mode='file',
                 output_path=str(temporary / 'network.onnx'),
                 input_names=['image'],
-                output_names=['probability'],
+                output_names=['logit' if contents.volumes.output == 'linear' else 'probability'],
             )
         flat = traverse_util.flatten_dict(variables, sep='/')
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}

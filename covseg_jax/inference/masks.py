@@ -18,11 +18,15 @@ class MaskSettings:
       seed_threshold: the least probability that some voxel of a lesion must have; at `threshold` or
         below, every lesion has one.
       min_component_ml: smaller lesions are dropped.
+      share_of_max: above 0 it stands in place of both thresholds, and a lesion is what *exceeds*
+        this share of the study's highest probability on the model's grid; published 0.2 (METHOD.md
+        section 5).
     """
 
     threshold: float = 0.5
     seed_threshold: float = 0.0
     min_component_ml: float = 0.1
+    share_of_max: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,16 @@ class StudyMask:
 
     mask: np.ndarray  # bool
     lungs: np.ndarray  # bool
+
+
+def find_thresholds(probability: np.ndarray, settings: MaskSettings) -> MaskSettings:
+    """The settings for one study, (D, H, W) probability: a share of its maximum as a threshold."""
+    if not settings.share_of_max:
+        return settings
+    share = np.float32(settings.share_of_max * float(probability.max(initial=0)))
+    # More than the share, not as much: where all is 0 there is no lesion.
+    least = max(np.nextafter(share, np.float32(1)), np.finfo(np.float32).tiny)
+    return MaskSettings(float(least), min_component_ml=settings.min_component_ml)
 
 
 def drop_unsure_lesions(probability: np.ndarray, settings: MaskSettings) -> np.ndarray:
@@ -49,6 +63,7 @@ def drop_unsure_lesions(probability: np.ndarray, settings: MaskSettings) -> np.n
 
 
 def mask_on_model_grid(probability: np.ndarray, voxel_ml: float, settings: MaskSettings):
+    settings = find_thresholds(probability, settings)
     sure = drop_unsure_lesions(probability, settings)
     return drop_small_components(sure >= settings.threshold, settings.min_component_ml / voxel_ml)
 
@@ -58,6 +73,7 @@ def mask_on_study_grid(
 ) -> StudyMask:
     """Brings (D, H, W) lesion probability and lungs back onto the study's own voxels, cuts, and
     drops small components."""
+    settings = find_thresholds(probability, settings)
     native_lungs = geometries.to_study_grid(lungs, geometry) >= 0.5
     # Before resampling, which lowers peaks: there the seed threshold was found.
     sure = drop_unsure_lesions(probability, settings)

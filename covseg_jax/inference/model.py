@@ -144,6 +144,12 @@ def average_models(models: Sequence[Model]) -> Model:
                 f'({first.preparation} and {other.preparation}); average those of one kind'
             )
 
+    if len({model.masks.share_of_max for model in models}) > 1:
+        raise InputError(
+            'the models of an ensemble cut their masks by different rules (at a threshold, or at a '
+            'share of the maximum); average those of one kind'
+        )
+
     def average(number: int) -> Probability:
         members = [model.probabilities[number] for model in models]
 

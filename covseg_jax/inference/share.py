@@ -54,7 +54,7 @@ def write_pseudo_masks(
       cases: prepared cases.
       read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
       folder: gets the files; it is made where it is not there.
-      settings: how a pseudo-mask is cut; its own cut is 0.5.
+      settings: how a pseudo-mask is cut.
 
     Raises:
       InputError: from `read_pseudo_mask`, where a case has none; another file, which this program

@@ -3,6 +3,8 @@
 score = smooth(relu(scan − healthy)) inside the slightly eroded lungs; the threshold is a percentile
 of the score in held-out *healthy* lungs; the pseudo-mask is score / (2 · threshold) clipped to
 [0, 1], so that 0.5 is the threshold; components of the binary mask under a least volume are zeroed.
+Published is none of this: the pseudo-mask is the raw signed difference of the two volumes, each
+scaled to [0, 1] by its own extremes (METHOD.md section 2).
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from covseg_jax import atomic, hosts
 from covseg_jax.data.cases import Case
 from covseg_jax.errors import InputError
-from covseg_jax.inference.masks import drop_small_components
+from covseg_jax.inference.masks import MaskSettings, drop_small_components, mask_on_model_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +30,18 @@ class PseudoMaskSettings:
       difference: 'opacity', relu(scan − healthy) inside the lungs; or 'published', the signed
         difference of the two volumes after each is scaled to [0, 1] by its own extremes, anywhere
         and as it is: the next two are not used.
+      share_of_max: 0, or above 0 no threshold is found and the pseudo-mask is the difference
+        itself, in [-1, 1]; where a mask is wanted, it is what exceeds this share of the study's
+        maximum.
       smoothing_mm: standard deviation of the in-plane Gaussian.
       erosion_mm: how far from the lungs' edge, in plane, a score counts.
       percentile: of the score in healthy lungs, in (0, 100): the threshold.
-      min_component_ml: smaller components are dropped.
+      min_component_ml: smaller components are dropped, of a difference itself from its mask alone.
       num_noise: how many noise inputs the healthy version is averaged over.
     """
 
     difference: str = 'opacity'
+    share_of_max: float = 0.0
     smoothing_mm: float = 2.0
     erosion_mm: float = 2.0
     percentile: float = 99.5
@@ -47,6 +53,14 @@ class PseudoMaskSettings:
             raise InputError(
                 f"synthesize.difference={self.difference!r} is not one of 'opacity', 'published'"
             )
+
+    def masks(self) -> MaskSettings:
+        """How a pseudo-mask is cut."""
+        return MaskSettings(
+            0.5,  # where `soft_mask` puts the threshold
+            min_component_ml=self.min_component_ml,
+            share_of_max=self.share_of_max,
+        )
 
 
 def score_difference(
@@ -106,17 +120,19 @@ def synthesize(
       heal: ((D, H, W) float32 scan, study id) -> healthy version; the id seeds its noise.
       calibration: held-out healthy cases.
       covid: the cases to mark.
-      folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1].
+      folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1], or a signed difference as it is.
       settings: how.
 
     Returns:
-      What summary.json holds: the threshold, healthy false positives and each study's infection %.
+      What summary.json holds: the threshold (None where masks are cut at a share of the maximum,
+      which stands beside it then), healthy false positives and each study's infection %.
 
     Raises:
       InputError: no calibration case, or the generator changes nothing.
     """
     if not calibration:
         raise InputError('no healthy scan is held out; raise data.calibration_fraction')
+    cuts = settings.masks()
 
     def score(case: Case) -> tuple[np.ndarray, np.ndarray]:
         image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
@@ -127,26 +143,29 @@ def synthesize(
     healthy_scores = {
         case.study_id: score(case) for case in tqdm(calibration, desc='calibrate', disable=None)
     }
-    in_lungs = np.concatenate([s[lungs > 0] for s, lungs in healthy_scores.values()])
-    threshold = float(np.percentile(in_lungs, settings.percentile))
-    if threshold <= 0:
-        raise InputError(
-            'the generator changes nothing in healthy scans, so no threshold can be found; '
-            'train the GAN longer (gan.num_steps)'
-        )
+    threshold = None if settings.share_of_max else _find_threshold(healthy_scores, settings)
+
+    def mark(case_score: np.ndarray, lungs: np.ndarray, voxel_ml: float):
+        """The pseudo-mask, and how many voxels of the lungs it marks."""
+        if threshold is None:
+            mask = case_score.astype(np.float16)
+        else:
+            mask = soft_mask(case_score, threshold, voxel_ml, settings)
+        marked = mask_on_model_grid(mask.astype(np.float32), voxel_ml, cuts)
+        return mask, int((marked & (lungs > 0)).sum())
+
     false_positive_ml = []
     for case in calibration:
         voxel_ml = case.geometry.voxel_ml
-        mask = soft_mask(healthy_scores[case.study_id][0], threshold, voxel_ml, settings)
-        false_positive_ml.append(float((mask >= 0.5).sum() * voxel_ml))
+        _, marked = mark(*healthy_scores[case.study_id], voxel_ml)
+        false_positive_ml.append(float(marked * voxel_ml))
     infection = []
     for case in tqdm(hosts.share(covid), desc='synthesize', unit='study', disable=None):
         case_score, lungs = score(case)
-        voxel_ml = case.geometry.voxel_ml
-        mask = soft_mask(case_score, threshold, voxel_ml, settings)
+        mask, marked = mark(case_score, lungs, case.geometry.voxel_ml)
         with atomic.new_file(folder / f'{case.study_id}.npy') as temporary:
             np.save(temporary, mask)
-        infection.append(float(100 * (mask >= 0.5).sum() / max((lungs > 0).sum(), 1)))
+        infection.append(float(100 * marked / max((lungs > 0).sum(), 1)))
     infection = hosts.gather(infection, len(covid))
     summary = {
         'threshold': threshold,
@@ -159,9 +178,25 @@ def synthesize(
             case.study_id: percent for case, percent in zip(covid, infection, strict=True)
         },
     }
+    if threshold is None:
+        summary['share_of_max'] = settings.share_of_max
     if hosts.is_first():
         atomic.write_text(folder / 'summary.json', json.dumps(summary, indent=2))
     return summary
+
+
+def _find_threshold(
+    healthy_scores: dict[str, tuple[np.ndarray, np.ndarray]], settings: PseudoMaskSettings
+) -> float:
+    """The percentile of the score in healthy lungs."""
+    in_lungs = np.concatenate([s[lungs > 0] for s, lungs in healthy_scores.values()])
+    threshold = float(np.percentile(in_lungs, settings.percentile))
+    if threshold <= 0:
+        raise InputError(
+            'the generator changes nothing in healthy scans, so no threshold can be found; '
+            'train the GAN longer (gan.num_steps)'
+        )
+    return threshold
 
 
 def empty_lungs(scan: np.ndarray, study_id: str) -> np.ndarray:
@@ -170,7 +205,7 @@ def empty_lungs(scan: np.ndarray, study_id: str) -> np.ndarray:
 
 
 def read_pseudo_mask(folder: pathlib.Path, study_id: str) -> np.ndarray:
-    """(D, H, W) float16 in [0, 1], memory-mapped.
+    """(D, H, W) float16 in [0, 1], or a signed difference in [-1, 1]; memory-mapped.
 
     Raises:
       InputError: the study has none.

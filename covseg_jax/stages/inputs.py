@@ -81,6 +81,40 @@ def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
     return lambda case: read_pseudo_mask(folder, case.study_id)
 
 
+def pseudo_mask_cuts(config: Config):
+    """How masks are cut from pseudo-masks."""
+    from covseg_jax.inference.synthesize import PseudoMaskSettings
+
+    cuts = PseudoMaskSettings(**config.synthesize.to_dict()).masks()
+    return dataclasses.replace(cuts, min_component_ml=config.predict.min_component_ml)
+
+
+def pseudo_probability_reader(config: Config, workdir: pathlib.Path):
+    """Pseudo-masks as probabilities: a signed difference without what is below 0."""
+    import numpy as np
+
+    read = pseudo_mask_reader(config, workdir)
+    return lambda case: np.clip(np.asarray(read(case), np.float32), 0, 1)
+
+
+def given_cuts(config: Config):
+    """The share of the maximum at which the config cuts masks; None where thresholds are found."""
+    from covseg_jax.inference.masks import MaskSettings
+
+    if not config.predict.share_of_max:
+        return None
+    return MaskSettings(
+        min_component_ml=config.predict.min_component_ml, share_of_max=config.predict.share_of_max
+    )
+
+
+def describe_cuts(masks) -> dict[str, float | None]:
+    """MaskSettings as calibration.json and summary.json hold them, `load_masks` reads the first."""
+    if masks.share_of_max:
+        return {'threshold': None, 'share_of_max': masks.share_of_max}
+    return {'threshold': masks.threshold, 'seed_threshold': masks.seed_threshold}
+
+
 def load_masks(config: Config, workdir: pathlib.Path):
     """How the trained network's probabilities become masks, as train found it."""
     from covseg_jax.inference.masks import MaskSettings
@@ -91,6 +125,10 @@ def load_masks(config: Config, workdir: pathlib.Path):
             f'{calibration}: no trained network in {workdir}; run the stages up to train first'
         )
     cuts = json.loads(calibration.read_text(encoding='utf-8'))
+    if cuts.get('share_of_max'):
+        return MaskSettings(
+            min_component_ml=config.predict.min_component_ml, share_of_max=cuts['share_of_max']
+        )
     return MaskSettings(
         cuts['threshold'],
         cuts.get('seed_threshold', cuts['threshold']),

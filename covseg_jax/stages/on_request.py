@@ -14,11 +14,14 @@ from covseg_jax.stages.inputs import (
     Config,
     Given,
     data_folder,
+    describe_cuts,
+    given_cuts,
     load_masks,
     load_model,
     num_workers,
     prepare_settings,
-    pseudo_mask_reader,
+    pseudo_mask_cuts,
+    pseudo_probability_reader,
     split_studies,
 )
 from covseg_jax.stages.outcome import show_table, table_of_summary
@@ -120,7 +123,9 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
 
     folder = workdir / 'transunet'
     import_transunet(config, read_tensors(given.input), folder)
-    calibration = {'threshold': 0.5, 'checkpoint_step': 0}
+    cuts = given_cuts(config)
+    calibration = describe_cuts(cuts) if cuts else {'threshold': 0.5}
+    calibration['checkpoint_step'] = 0
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     hosts.first_alone(
         lambda: manifest.begin(workdir, 'train', import_settings(config)), 'the import is recorded'
@@ -231,8 +236,9 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
     if summary_path.exists():
         summary = json.loads(summary_path.read_text(encoding='utf-8'))
-        of_this = [summary['checkpoint_step'], summary['threshold']]
-        if of_this == [step, calibration['threshold']] and config.network.name != 'none':
+        cuts = ('threshold', 'share_of_max')
+        same_cuts = all(summary.get(name) == calibration.get(name) for name in cuts)
+        if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             metrics = {'studies': summary['studies'], 'protocols': summary['protocols']}
     return {
         'config': f'{config.name}:{config.variant}',
@@ -302,9 +308,7 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> Non
     """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')
-    from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT
     from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.inference.masks import MaskSettings
     from covseg_jax.inference.share import (
         refuse_foreign_files,
         write_nnunet_data_set,
@@ -318,9 +322,9 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> Non
     refuse_foreign_files(covid + splits.evaluation, masks, splits, raw)
     write_pseudo_masks(
         covid + splits.evaluation,
-        pseudo_mask_reader(config, workdir),
+        pseudo_probability_reader(config, workdir),
         masks,
-        MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml),
+        pseudo_mask_cuts(config),
     )
     data_set = write_nnunet_data_set(
         splits, {study.study_id: study for study in studies}, masks, raw

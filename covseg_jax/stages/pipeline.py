@@ -11,12 +11,16 @@ from covseg_jax.errors import InputError
 from covseg_jax.stages.inputs import (
     Config,
     data_folder,
+    describe_cuts,
+    given_cuts,
     load_model,
     num_workers,
     prepare_settings,
     prepared_folder,
+    pseudo_mask_cuts,
     pseudo_mask_folder,
     pseudo_mask_reader,
+    pseudo_probability_reader,
     split_studies,
 )
 from covseg_jax.stages.outcome import Done, table_of_summary
@@ -116,16 +120,17 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
         [
             ('studies', len(infection)),
             ('median infection, %', float(np.median(list(infection.values())))),
-            ('threshold', summary['threshold']),
+            *_pick(summary, ('threshold', 'share_of_max')),
             ('in held-out healthy lungs, ml', summary['healthy_false_positive_ml']['mean']),
         ],
     )
 
 
 def run_train(config: Config, workdir: pathlib.Path) -> Done:
-    """Trains the segmentation network, and finds its thresholds on held-out healthy scans."""
+    """Trains the segmentation network, and finds its thresholds on held-out healthy scans where the
+    config gives no share of the maximum."""
     from covseg_jax.data.opacities import paint_scans
-    from covseg_jax.inference.calibrate import calibrate_mask
+    from covseg_jax.inference.calibrate import calibrate_mask, marked_ml
     from covseg_jax.training.gan import opacity_model
     from covseg_jax.training.logging import read_newest
     from covseg_jax.training.segmentation import (
@@ -138,16 +143,20 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
     train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
     network, variables, step = load_variables(config, folder)
     healthy = splits.healthy_calibration
-    settings, false_positive_ml = calibrate_mask(
-        make_probability(config, network, variables),
-        paint_scans(healthy, opacity_model(config)),
-        healthy,
-        max_healthy_ml=config.train.max_healthy_ml,
-        min_component_ml=config.predict.min_component_ml,
-    )
+    probability, settings = make_probability(config, network, variables), given_cuts(config)
+    if settings is None:
+        settings, false_positive_ml = calibrate_mask(
+            probability,
+            paint_scans(healthy, opacity_model(config)),
+            healthy,
+            max_healthy_ml=config.train.max_healthy_ml,
+            min_component_ml=config.predict.min_component_ml,
+        )
+    else:
+        false_positive_ml = marked_ml(probability, healthy, settings)
+    cuts = describe_cuts(settings)
     calibration = {
-        'threshold': settings.threshold,
-        'seed_threshold': settings.seed_threshold,
+        **cuts,
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
         'training_data': {
@@ -167,12 +176,18 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
         [log, folder / 'calibration.json'],
         [
             *_pick(read_newest(log), shown),
-            # Found on held-out healthy scans with painted opacities.
-            ('threshold', settings.threshold),
-            ('threshold once in each lesion', settings.seed_threshold),
+            # Found on held-out healthy scans with painted opacities, or given.
+            *((_CUTS[name], value) for name, value in cuts.items() if value is not None),
             ('in held-out healthy lungs, ml', false_positive_ml),
         ],
     )
+
+
+_CUTS = {
+    'threshold': 'threshold',
+    'seed_threshold': 'threshold once in each lesion',
+    'share_of_max': "cut at this share of a study's maximum",
+}
 
 
 def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
@@ -182,9 +197,8 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
-    from covseg_jax.evaluation.cohort import PSEUDO_MASK_CUT, evaluate_cohort
+    from covseg_jax.evaluation.cohort import evaluate_cohort
     from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.inference.masks import MaskSettings
     from covseg_jax.training.progress import draw_progress
 
     splits = split_studies(config, workdir)
@@ -195,13 +209,12 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         )
     read_pseudo_mask = None
     if pseudo_mask_folder(config, workdir).exists():
-        read_pseudo_mask = pseudo_mask_reader(config, workdir)
+        read_pseudo_mask = pseudo_probability_reader(config, workdir)
     if config.network.name == 'none':
         if read_pseudo_mask is None:
             raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
         predict, read_pseudo_mask = read_pseudo_mask, None
-        settings = MaskSettings(PSEUDO_MASK_CUT, min_component_ml=config.predict.min_component_ml)
-        step = 0
+        settings, step = pseudo_mask_cuts(config), 0
     else:
         model, step = load_model(config, workdir, num_devices=1)
         settings = model.masks
@@ -221,10 +234,10 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         folder,
         {
             'config': f'{config.name}:{config.variant}',
-            'threshold': settings.threshold,
-            'seed_threshold': settings.seed_threshold,
+            **describe_cuts(settings),
             'checkpoint_step': step,
         },
+        pseudo_masks=pseudo_mask_cuts(config),
         lesion_labels=tuple(config.prepare.lesion_labels),
         hparams=_hparams(config),
         learning_curves=[curves] if curves else [],

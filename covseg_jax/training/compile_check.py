@@ -239,7 +239,7 @@ def _segmentation_programs(config: ml_collections.ConfigDict, devices: list) -> 
     programs = {
         name_step(step, *shapes(size)): Program(step, shapes, size, least) for step in steps
     }
-    predict = make_predict(parts.network)
+    predict = make_predict(parts.network, config.predict.output)
     return programs | {'predict': Program(predict, slices, config.predict.batch_size, 1)}
 
 

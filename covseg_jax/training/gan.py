@@ -84,10 +84,13 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
         )
     except ValueError as error:
         raise InputError(f'gan.schedule: {error}') from error
+    epsilon = 1e-7 if published else 1e-8  # Keras's, which the published code leaves as it is
     optimizers = (
-        optim.make_adam(learning_rate, clip_norm=gan.clip_norm),
+        optim.make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
         # A short memory of gradients: the generator that D judges keeps moving.
-        optim.make_adam(gan.discriminator_learning_rate, b1=0.9 if published else 0.5),
+        optim.make_adam(
+            gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
+        ),
     )
     mesh = mesh or sharding.make_mesh()
     _, height, width = config.prepare.grid

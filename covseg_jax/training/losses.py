@@ -59,6 +59,7 @@ def sensitivity_loss(
     *,
     beta: float,
     weights: jax.Array | None = None,
+    clip: bool = True,
 ) -> jax.Array:
     """Sensitivity-enhanced cross entropy: mean of BCE(z, t) · (1 + β (1 − σ(z)) t).
 
@@ -67,16 +68,19 @@ def sensitivity_loss(
 
     Args:
       logits: (B, H, W, 1) z, any floating type.
-      targets: the shape of logits, t, soft or hard; clipped to [0, 1].
+      targets: the shape of logits, t, soft or hard.
       beta: weight of missed lesion pixels, at least 0.
       weights: None or an array that broadcasts to the logits, such as (B, H, W, 1) pixel weights or
         (B, 1, 1, 1) valid rows: the mean becomes a weighted mean (0 where all weights are 0).
+      clip: clip the targets to [0, 1] first. Published is False, on signed differences: below 0
+        they make the cross entropy fall without bound as z does, and only the squared error of the
+        logits, which the published sum holds too, stops it.
 
     Returns:
       Scalar, float32 (float64 for float64 logits).
     """
     logits = _at_least_float32(logits)
-    targets = jnp.clip(targets.astype(logits.dtype), 0, 1)
+    targets = _targets_like(logits, targets, clip)
     cross_entropy = jax.nn.softplus(logits) - logits * targets
     missed = jax.nn.sigmoid(-logits) * targets  # (1 − σ(z)) t
     return _weighted_mean(cross_entropy * (1 + beta * missed), weights)
@@ -88,6 +92,7 @@ def mse_loss(
     *,
     on: str = 'probability',
     weights: jax.Array | None = None,
+    clip: bool = True,
 ) -> jax.Array:
     """Mean squared error between prediction and soft pseudo-mask.
 
@@ -96,9 +101,9 @@ def mse_loss(
 
     Args:
       logits: (B, H, W, 1) z, any floating type.
-      targets: the shape of logits, clipped to [0, 1].
+      targets: the shape of logits.
       on: 'probability' or 'logits'.
-      weights: as for `sensitivity_loss`.
+      weights, clip: as for `sensitivity_loss`.
 
     Returns:
       Scalar, float32 (float64 for float64 logits).
@@ -109,7 +114,7 @@ def mse_loss(
     if on not in ('probability', 'logits'):
         raise ValueError(f"mse_loss: on={on!r}; use 'probability' or 'logits'")
     logits = _at_least_float32(logits)
-    targets = jnp.clip(targets.astype(logits.dtype), 0, 1)
+    targets = _targets_like(logits, targets, clip)
     prediction = jax.nn.sigmoid(logits) if on == 'probability' else logits
     return _weighted_mean(jnp.square(prediction - targets), weights)
 
@@ -193,6 +198,11 @@ def hinge_generator_loss(fake: jax.Array) -> jax.Array:
 def _at_least_float32(array: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _targets_like(logits: jax.Array, targets: jax.Array, clip: bool) -> jax.Array:
+    targets = targets.astype(logits.dtype)
+    return jnp.clip(targets, 0, 1) if clip else targets
 
 
 def _unit_vectors(features: jax.Array) -> jax.Array:

@@ -78,10 +78,15 @@ def restarting_schedule(
 
 
 def make_adam(
-    learning_rate: optax.Schedule | float, *, b1: float = 0.9, clip_norm: float = 0.0
+    learning_rate: optax.Schedule | float,
+    *,
+    b1: float = 0.9,
+    epsilon: float = 1e-8,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam; gradients are scaled down to `clip_norm` in global norm where that is above 0."""
-    adam = optax.adam(learning_rate, b1=b1)
+    """Adam; gradients are scaled down to `clip_norm` in global norm where that is above 0.
+    PyTorch's epsilon is 1e-8, Keras's 1e-7."""
+    adam = optax.adam(learning_rate, b1=b1, eps=epsilon)
     if clip_norm <= 0:
         return adam
     return optax.chain(optax.clip_by_global_norm(clip_norm), adam)

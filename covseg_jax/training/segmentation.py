@@ -195,7 +195,8 @@ def _augmentation(config: ml_collections.ConfigDict):
 
 
 def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
-    """Step number -> compiled step: METHOD.md section 4's two-phase epoch, or one sum."""
+    """Step number -> compiled step: METHOD.md section 4's two-phase epoch, one sum, or the
+    published schedule, `steps.published_terms`."""
     train = config.train
     settings = steps.SegmentationLosses(
         contrastive=train.contrastive,
@@ -204,7 +205,11 @@ def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
         temperature=train.temperature,
         positive_weight=train.positive_weight,
         beta=train.beta,
+        contrastive_features=train.contrastive_features,
+        contrastive_labels=train.contrastive_labels,
+        include_self=train.include_self,
         mse_on=train.mse_on,
+        clip_targets=train.clip_targets,
         binary=train.binary_targets,
         doubtful=tuple(train.doubtful),
     )
@@ -231,7 +236,17 @@ def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
         return lambda step: (
             contrastive if step % train.epoch_steps < train.contrastive_steps else segmentation
         )
-    raise InputError(f"train.mode={train.mode!r} is not one of 'two_phase', 'combined'")
+    if train.mode == 'published':
+        made = {terms: make(terms) for terms in (steps.CONTRASTIVE, steps.MSE, steps.COMBINED)}
+        phases = {
+            'num_epochs': train.num_epochs,
+            'epoch_steps': train.epoch_steps,
+            'contrastive_steps': train.contrastive_steps,
+        }
+        return lambda step: made[steps.published_terms(step, **phases)]
+    raise InputError(
+        f"train.mode={train.mode!r} is not one of 'two_phase', 'combined', 'published'"
+    )
 
 
 def train_segmentation(
@@ -245,7 +260,7 @@ def train_segmentation(
     Args:
       config: the whole config.
       splits: who trains and who validates.
-      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
+      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1], or a signed difference.
       folder: gets checkpoints/, tensorboard/, metrics.jsonl and refined targets/.
 
     Raises:
@@ -303,8 +318,13 @@ def _make_evaluation(
     config: ml_collections.ConfigDict, parts: SegmentationParts, validation: pipeline.Slices
 ):
     """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
-    evaluate_step = steps.make_evaluation_step(parts.network)
-    predict = steps.make_predict(parts.network)
+    evaluate_step = steps.make_evaluation_step(
+        parts.network,
+        output=config.predict.output,
+        share_of_max=config.predict.share_of_max,
+        target_share_of_max=config.synthesize.share_of_max,
+    )
+    predict = steps.make_predict(parts.network, config.predict.output)
     use_plateau = config.train.schedule == 'plateau'
 
     @jax.jit
@@ -357,12 +377,15 @@ def load_variables(
 def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:
     """How the config's `predict` group makes volumes of slices."""
     predict = config.predict
-    return VolumeSettings(predict.batch_size, predict.flip, predict.smoothing_slices)
+    return VolumeSettings(
+        predict.batch_size, predict.flip, predict.smoothing_slices, predict.output
+    )
 
 
 def make_probability(
     config: ml_collections.ConfigDict, network: nn.Module, variables: Any
 ) -> Probability:
     """A network as a function of volumes, where its variables are."""
-    predict = steps.make_predict(network)
-    return predict_volumes(lambda slices: predict(variables, slices), volume_settings(config))
+    settings = volume_settings(config)
+    predict = steps.make_predict(network, settings.output)
+    return predict_volumes(lambda slices: predict(variables, slices), settings)

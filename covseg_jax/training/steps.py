@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
+from covseg_jax.errors import InputError
 from covseg_jax.training import losses
 from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
@@ -18,8 +19,24 @@ from covseg_jax.training.sharding import place_state
 from covseg_jax.training.state import SegmentationState
 
 CONTRASTIVE = ('contrastive',)
+MSE = ('mse',)
 SEGMENTATION = ('mse', 'sensitivity')
 COMBINED = CONTRASTIVE + SEGMENTATION
+
+
+def published_terms(
+    step: int, *, num_epochs: int, epoch_steps: int, contrastive_steps: int
+) -> tuple[str, ...]:
+    """The losses of a step of the published schedule, METHOD.md section 3: `num_epochs` epochs of
+    `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others MSE; from
+    then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE step.
+
+    Args:
+      step: its number, from 0.
+    """
+    if step >= num_epochs * epoch_steps:
+        return COMBINED
+    return CONTRASTIVE if step % epoch_steps < contrastive_steps else MSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +48,13 @@ class SegmentationLosses:
       temperature: of the contrastive loss.
       positive_weight: w of the enhanced contrastive loss.
       beta: extra weight of missed lesion in the BCE.
+      contrastive_features: 'projection' of the encoder's pooled tokens; or, as published, 'logits',
+        the flattened logit map.
+      contrastive_labels: 'infection', high or low; or 'one', the published labels: all are 1, so no
+        pair is negative and the loss is 0 and without gradient.
+      include_self: count a slice's pair with itself among the positives, as published.
       mse_on: 'probability' or, as published, 'logits'.
+      clip_targets: to [0, 1]; not published, where a target is a signed difference.
       binary: cut soft targets at 0.5.
       doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
         have no weight in MSE and BCE; () counts all.
@@ -43,9 +66,21 @@ class SegmentationLosses:
     temperature: float = 0.1
     positive_weight: float = 1.5
     beta: float = 2.0
+    contrastive_features: str = 'projection'
+    contrastive_labels: str = 'infection'
+    include_self: bool = False
     mse_on: str = 'probability'
+    clip_targets: bool = True
     binary: bool = False
     doubtful: tuple[float, float] | tuple[()] = ()
+
+    def __post_init__(self):
+        for name, known in (
+            ('contrastive_features', ('projection', 'logits')),
+            ('contrastive_labels', ('infection', 'one')),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f'train.{name}={getattr(self, name)!r} is not one of {known}')
 
 
 def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
@@ -143,20 +178,26 @@ def make_segmentation_step(
         )
         values = {}
         if 'contrastive' in terms:
-            embedded = projection.apply({'params': params['projection']}, output.features)
+            if settings.contrastive_features == 'logits':
+                features = output.logits.reshape(output.logits.shape[0], -1)
+            else:
+                features = projection.apply({'params': params['projection']}, output.features)
+            labels = batch[LABEL]
             values['contrastive'] = losses.contrastive_loss(
-                embedded,
-                batch[LABEL],
+                features,
+                labels if settings.contrastive_labels == 'infection' else jnp.ones_like(labels),
                 temperature=settings.temperature,
                 sensitivity_weight=settings.positive_weight,
+                include_self=settings.include_self,
             )
+        of_pixels = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
         if 'mse' in terms:
             values['mse'] = losses.mse_loss(
-                output.logits, batch[TARGET], on=settings.mse_on, weights=batch[WEIGHT]
+                output.logits, batch[TARGET], on=settings.mse_on, **of_pixels
             )
         if 'sensitivity' in terms:
             values['sensitivity'] = losses.sensitivity_loss(
-                output.logits, batch[TARGET], beta=settings.beta, weights=batch[WEIGHT]
+                output.logits, batch[TARGET], beta=settings.beta, **of_pixels
             )
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
@@ -217,29 +258,47 @@ def make_segmentation_step(
     return jax.jit(skip_non_finite(step), donate_argnums=0)
 
 
-def make_predict(network: nn.Module) -> Callable[[Any, jax.Array], jax.Array]:
-    """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) probabilities."""
+def make_predict(
+    network: nn.Module, output: str = 'sigmoid'
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) of what the network says of
+    each pixel: with output 'sigmoid' its probability, with 'linear' the logit itself, as
+    published."""
 
     @jax.jit
     def predict(variables: Any, image: jax.Array) -> jax.Array:
-        return jax.nn.sigmoid(network.apply(variables, image).logits)
+        logits = network.apply(variables, image).logits
+        return logits if output == 'linear' else jax.nn.sigmoid(logits)
 
     return predict
 
 
-def make_evaluation_step(network: nn.Module) -> Callable[[Any, dict], dict]:
+def make_evaluation_step(
+    network: nn.Module,
+    *,
+    output: str = 'sigmoid',
+    share_of_max: float = 0.0,
+    target_share_of_max: float = 0.0,
+) -> Callable[[Any, dict], dict]:
     """A jitted (variables, batch) -> (sum, count) pairs, against the batch's pseudo-masks.
 
-    'mse' is of probabilities inside the lungs. 'dice' is that of all slices taken together, both
-    sides cut at 0.5: its sum is 2 TP and its count 2 TP + FP + FN, so that batches merge exactly.
+    'mse' is of the output (see `make_predict`) inside the lungs. 'dice' is that of all slices taken
+    together, output and target each cut at 0.5, or where its share is above 0 at what exceeds that
+    share of its highest value in the batch, which stands for the study here. Its sum is 2 TP and
+    its count 2 TP + FP + FN, so that batches merge exactly.
     """
+    predict = make_predict(network, output)
+
+    def cut(values: jax.Array, inside: jax.Array, share: float) -> jax.Array:
+        marked = values > share * jnp.max(values * inside) if share else values >= 0.5
+        return marked * inside
 
     @jax.jit
     def evaluate(variables: Any, batch: dict) -> dict:
-        probability = jax.nn.sigmoid(network.apply(variables, batch[IMAGE]).logits)
+        probability = predict(variables, batch[IMAGE])
         inside = batch[LUNGS] * batch[VALID][:, None, None, None]
-        truth = (batch[TARGET] >= 0.5) * inside
-        found = (probability >= 0.5) * inside
+        truth = cut(batch[TARGET], inside, target_share_of_max)
+        found = cut(probability, inside, share_of_max)
         squared = jnp.square(probability - batch[TARGET]) * inside
         return {
             'mse': (squared.sum(), inside.sum()),

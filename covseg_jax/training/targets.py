@@ -17,7 +17,8 @@ from covseg_jax import atomic, hosts
 from covseg_jax.data.cases import Case, Splits
 from covseg_jax.errors import InputError
 
-ReadTarget = Callable[[Case], np.ndarray]  # case -> (D, H, W) lesion in [0, 1]
+# case -> (D, H, W) lesion in [0, 1], or the published recipe's signed difference
+ReadTarget = Callable[[Case], np.ndarray]
 
 SOURCES = ('pseudo', 'human', 'human_else_pseudo')
 ROUNDS = ('synthetic', 'targets', 'refined')

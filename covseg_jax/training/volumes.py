@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
+from covseg_jax.errors import InputError
+
 Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
 
 
@@ -18,11 +20,19 @@ class VolumeSettings:
       flip: average with the prediction of the mirrored slices.
       smoothing_slices: standard deviation, in slices of the model's grid, that probabilities are
         smoothed by from slice to slice; 0 leaves them.
+      output: what the network says of a pixel: 'sigmoid', a probability; or 'linear', as published,
+        the raw output z. A volume of it is max(z, 0), divided by its maximum where that is above 1:
+        within [0, 1], and every share of the maximum is where it was.
     """
 
     batch_size: int
     flip: bool
     smoothing_slices: float
+    output: str = 'sigmoid'
+
+    def __post_init__(self):
+        if self.output not in ('sigmoid', 'linear'):
+            raise InputError(f"predict.output={self.output!r} is not one of 'sigmoid', 'linear'")
 
 
 def predict_volumes(
@@ -31,7 +41,8 @@ def predict_volumes(
     """A function of (image, lungs), both (D, H, W), that gives (D, H, W) float32 lesion
     probability, 0 outside the lungs.
 
-    `predict` takes (batch_size, H, W, 1) float32 slices and gives as many probabilities.
+    `predict` takes (batch_size, H, W, 1) float32 slices and gives as many outputs, of the kind that
+    the settings name.
     """
     size = settings.batch_size
 
@@ -50,6 +61,10 @@ def predict_volumes(
             found = ndimage.gaussian_filter1d(
                 found, settings.smoothing_slices, axis=0, mode='nearest'
             )
-        return found * (np.asarray(lungs) > 0)
+        found = found * (np.asarray(lungs) > 0)
+        if settings.output == 'linear':
+            found = np.maximum(found, 0)
+            found /= max(float(found.max(initial=0)), 1.0)
+        return found
 
     return probability

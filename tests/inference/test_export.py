@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,45 @@ def test_loading_leaves_the_environment_and_gives_the_same_bits_where_xla_can(
     expected = covseg_jax.load(folder).probabilities[0](*volume)
     same = np.array_equal(np.load(files[2]), expected)
     assert same == (flag != 'xla_cpu_of_another')
+
+
+def test_export_keeps_the_raw_output_and_its_cut(config, variables, tmp_path):
+    published = config.copy_and_resolve_references().unlock()
+    published.predict.output, published.predict.share_of_max = 'linear', 0.2
+    volumes = segmentation.volume_settings(published)
+    cut = MaskSettings(min_component_ml=0.0, share_of_max=0.2)
+    folder = write(config, variables, tmp_path / 'export', volumes=volumes, masks=cut)
+    model = covseg_jax.load(folder)
+    assert model.masks == cut
+    network = segmentation.make_network(published)
+    expected = segmentation.make_probability(published, network, variables)
+    volume = make_volume()
+    found = model.probabilities[0](*volume)
+    np.testing.assert_array_equal(found, expected(*volume))
+    assert 0 == found.min() < found.max() <= 1
+    # not a sigmoid's: half of the voxels or so are below 0, and no sigmoid is
+    assert (found[volume[1] > 0] == 0).any()
+    other = dataclasses.replace(model, masks=MaskSettings(0.5))
+    with pytest.raises(InputError, match='different rules'):
+        average_models([model, other])
+
+
+def test_export_of_version_1_is_read_as_it_was_meant(config, folder, tmp_path):
+    old = tmp_path / 'export'
+    shutil.copytree(folder, old)
+    description = json.loads((old / 'model.json').read_text()) | {'version': 1}
+    del description['volumes']['output'], description['masks']['share_of_max']
+    (old / 'model.json').write_text(json.dumps(description))
+    sums = subprocess.run(
+        'sha256sum model.json weights.safetensors function_*.bin',
+        cwd=old, shell=True, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (old / 'SHA256SUMS').write_text(sums.stdout)
+    model, volume = covseg_jax.load(old), make_volume()
+    assert model.masks == MaskSettings(0.5, 0.6, 0.1)
+    np.testing.assert_array_equal(
+        model.probabilities[0](*volume), covseg_jax.load(folder).probabilities[0](*volume)
+    )
 
 
 def test_export_has_a_function_for_each_platform_and_says_what_it_is(folder):

@@ -36,6 +36,29 @@ def test_mask_on_study_grid_keeps_to_the_lungs_and_drops_specks():
     assert found.mask[4, 12, 20]
 
 
+def test_a_share_of_the_maximum_marks_what_exceeds_it():
+    settings = MaskSettings(0.5, 0.9, 0.0, share_of_max=0.2)
+    probability = np.zeros((4, 4, 4), np.float32)
+    probability[0, 0, :4] = 0.03, 0.01, 0.02, 0.1  # the share is 0.02, which 0.02 is not above
+    found = masks.mask_on_model_grid(probability, 1.0, settings)
+    assert np.argwhere(found).tolist() == [[0, 0, 0], [0, 0, 3]]
+    # where nothing is above 0 there is no lesion
+    for empty in (np.zeros_like(probability), np.full_like(probability, -0.5)):
+        assert not masks.mask_on_model_grid(empty, 1.0, settings).any()
+
+
+def test_a_share_of_the_maximum_is_that_of_the_models_grid():
+    probability = np.zeros((16, 32, 32), np.float32)
+    probability[4:8, 10:20, 10:20] = 0.1
+    probability[10, 4, 4] = 0.16  # a single voxel, blurred to less on the study's grid
+    settings = MaskSettings(min_component_ml=0.0, share_of_max=0.5)
+    lungs = np.ones_like(probability)
+    found = masks.mask_on_study_grid(probability, lungs, GEOMETRY, settings)
+    expected = masks.mask_on_study_grid(probability, lungs, GEOMETRY, MaskSettings(0.08, 0, 0))
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    assert found.mask[5, 30, 30]
+
+
 def test_a_lesion_keeps_its_faint_slices_and_what_is_faint_throughout_is_dropped():
     probability = np.zeros((6, 16, 16), np.float32)
     probability[0:3, 2:6, 2:6] = 0.4  # three slices of one lesion,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from covseg_jax import written
+from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.prepare import PrepareSettings
@@ -18,7 +19,6 @@ from covseg_jax.imaging.study_files import read_image, source_crc32
 from covseg_jax.inference.masks import MaskSettings
 from covseg_jax.inference.model import Model
 from covseg_jax.inference.predict import Wanted, predict_studies
-from covseg_jax.main import _describe_files
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
 from tests.imaging.test_dicom import write_series
 
@@ -226,13 +226,13 @@ def test_predictions_among_the_scans_are_neither_scans_nor_human_masks(tmp_path,
     assert len(list((tmp_path / 'scans').glob('*_mask.nii.gz'))) == len(before)
     assert find_studies(tmp_path / 'scans') == before
     checksums = [source_crc32(study, 'image') for study in before]
-    files = _describe_files(tmp_path / 'scans')
+    files = describe_data_set(tmp_path / 'scans', tmp_path / 'known.json')
     rows, faults = predict_again()
     assert ([row['study_id'] for row in rows], faults) == ([s.study_id for s in before], [])
     for path in written_by_this_program(tmp_path / 'scans'):
         path.unlink()
     assert [source_crc32(study, 'image') for study in before] == checksums
-    assert _describe_files(tmp_path / 'scans') == files
+    assert describe_data_set(tmp_path / 'scans', tmp_path / 'known.json') == files
 
 
 def written_by_this_program(folder):

@@ -99,6 +99,34 @@ def test_synthesize_marks_the_difference_that_healthy_scans_do_not_have(cases, t
     assert summary == json.loads((folder / 'summary.json').read_text())
 
 
+def test_synthesize_published_keeps_the_raw_signed_difference(cases, tmp_path):
+    settings = synthesize.PseudoMaskSettings('published', share_of_max=0.2, min_component_ml=0.0)
+
+    def heal_half(scan, study_id):
+        """0.5 in one voxel of the box, 0.25 in another, 0 elsewhere: extremes 0 and 0.5."""
+        healthy = np.zeros_like(scan)
+        healthy[8, 16, 16], healthy[8, 16, 17] = 0.5, 0.25
+        return healthy
+
+    summary = synthesize.synthesize(
+        heal_half, [cases['h1']], [cases['c1']], tmp_path / 'masks', settings
+    )
+    mask = synthesize.read_pseudo_mask(tmp_path / 'masks', 'c1')
+    image = np.asarray(cases['c1'].image(), np.float32)
+    expected = image / image.max()  # its least value is 0
+    expected[8, 16, 16] -= 1
+    expected[8, 16, 17] -= 0.5
+    assert mask.dtype == np.float16
+    np.testing.assert_allclose(mask, expected, atol=1e-3)
+    assert mask.min() < -0.1
+    assert (summary['threshold'], summary['share_of_max']) == (None, 0.2)
+    lungs = np.asarray(cases['c1'].lungs()) > 0
+    marked = np.asarray(mask, np.float32) > 0.2 * float(mask.max())
+    assert summary['infection_percent']['c1'] == pytest.approx(
+        100 * (marked & lungs).sum() / lungs.sum()
+    )
+
+
 def test_synthesize_refuses_a_generator_that_changes_nothing(cases, tmp_path):
     with pytest.raises(InputError, match='changes nothing'):
         synthesize.synthesize(lambda scan, _: scan, [cases['h1']], [], tmp_path / 'm', PLAIN)

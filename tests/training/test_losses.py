@@ -88,6 +88,19 @@ def test_pixel_losses_ignore_the_order_of_the_batch(order):
         )
 
 
+def test_pixel_losses_of_a_signed_target_by_hand():
+    logits, targets = jnp.array([[0.25]]), jnp.array([[-0.5]])
+    np.testing.assert_allclose(mse_loss(logits, targets, on='logits'), 0.25**2)
+    np.testing.assert_allclose(losses.mse_loss(logits, targets, on='logits', clip=False), 0.75**2)
+    # BCE log(1 + e^z) - z t = 0.825939 + 0.125, times 1 + 2 (1 - σ(z)) t = 1 - 0.437823
+    np.testing.assert_allclose(
+        losses.sensitivity_loss(logits, targets, beta=2.0, clip=False),
+        (0.825939 + 0.125) * (1 - 0.437823),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(sensitivity_loss(logits, targets, beta=2.0), 0.825939, rtol=1e-5)
+
+
 EDGES = {
     'one class': (np.ones((4, 3)) + np.eye(4, 3), [1, 1, 1, 1]),
     'batch of one': (np.ones((1, 3)), [0]),

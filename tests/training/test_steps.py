@@ -1,5 +1,8 @@
 """Compiled steps on tiny networks: they learn, and devices do not change the result."""
 
+from collections import Counter
+
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -8,7 +11,16 @@ from jax.sharding import AxisType, Mesh
 from configs import transunet
 from covseg_jax.data import pipeline
 from covseg_jax.data.perlin import PerlinModel
-from covseg_jax.training import gan, gan_steps, published_gan, segmentation, sharding, steps
+from covseg_jax.models.transunet import Segmentation
+from covseg_jax.training import (
+    gan,
+    gan_steps,
+    losses,
+    published_gan,
+    segmentation,
+    sharding,
+    steps,
+)
 
 
 @pytest.fixture(scope='module')
@@ -111,6 +123,97 @@ def test_sharpen_targets_gives_doubtful_pixels_no_weight():
 
     assert sharpened(binary=True, doubtful=(0.2, 0.5)) == ([0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1])
     assert sharpened() == (target.ravel().tolist(), [1] * 6)
+
+
+def test_published_schedule_is_a_hundred_small_epochs_and_then_the_sum():
+    published = transunet.get_config('published').train
+    phases = {name: published[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
+    terms = [steps.published_terms(step, **phases) for step in range(published.num_steps)]
+    contrastive, mse, combined = ('contrastive',), ('mse',), ('contrastive', 'mse', 'sensitivity')
+    assert terms[:7] == [contrastive, contrastive, mse] * 2 + [contrastive]
+    assert terms[297:302] == [contrastive, contrastive, mse, combined, combined]
+    assert Counter(terms) == {contrastive: 200, mse: 100, combined: 1000}
+
+
+class Pixelwise(nn.Module):
+    """Logits from each pixel alone: compiles at once."""
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        normal = nn.BatchNorm(use_running_average=not train)(image)
+        return Segmentation(nn.Dense(1)(nn.relu(nn.Dense(4)(normal))), normal.mean((1, 2)))
+
+
+def published_step(config, monkeypatch, **changes):
+    """The first step of the published training, and the state before and after it."""
+    monkeypatch.setattr(segmentation, 'make_network', lambda config: Pixelwise())
+    config = config.copy_and_resolve_references().unlock()
+    config.train.update(transunet.get_config('published').train.to_dict() | changes)
+    parts = segmentation.build_segmentation(config)
+    step = segmentation.choose_step(config, parts)(0)
+    state = parts.make_state()
+    before = jax.device_get(state)
+    state, metrics = step(state, slice_batch())
+    return parts, before, jax.device_get(state), float(metrics['loss/contrastive'][0])
+
+
+def test_published_contrastive_step_is_of_flattened_logits_with_self_pairs(config, monkeypatch):
+    parts, before, after, found = published_step(
+        config, monkeypatch, contrastive_labels='infection'
+    )
+    batch = slice_batch()
+    variables = {'params': before.params['network'], 'batch_stats': before.batch_stats}
+
+    @jax.jit
+    def loss(image, labels):
+        output, _ = parts.network.apply(variables, image, train=True, mutable=['batch_stats'])
+        return losses.contrastive_loss(
+            output.logits.reshape(8, -1),
+            labels,
+            temperature=1.0,
+            sensitivity_weight=1.5,
+            include_self=True,
+        )
+
+    expected = loss(batch[pipeline.IMAGE], batch[pipeline.LABEL])
+    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert 0.05 < found < 1  # log(1 + N / 1.5 P)
+    # no average: what evaluation uses is the weights themselves
+    jax.tree.map(np.testing.assert_array_equal, after.ema['params'], after.params['network'])
+    jax.tree.map(np.testing.assert_array_equal, after.ema['batch_stats'], after.batch_stats)
+
+
+def test_published_contrastive_labels_are_all_one_and_teach_nothing(config, monkeypatch):
+    _, before, after, found = published_step(config, monkeypatch)
+    assert found == 0
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
+class Echo(nn.Module):
+    """A network whose logits are its image."""
+
+    @nn.compact
+    def __call__(self, image):
+        return Segmentation(image, image.mean((1, 2)))
+
+
+def test_evaluation_step_cuts_raw_output_and_difference_at_a_share_of_their_maximum():
+    def row(*values):
+        return np.array(values, np.float32).reshape(1, 1, -1, 1)
+
+    batch = {
+        pipeline.IMAGE: row(-1.0, 0.05, 0.12, 0.5, 9.0),  # above 0.1 inside the lungs: two
+        pipeline.TARGET: row(-0.3, 0.03, 0.01, 0.1, 0.9),  # above 0.02: two, one of them the same
+        pipeline.LUNGS: row(1, 1, 1, 1, 0),
+        pipeline.VALID: np.ones(1, np.float32),
+    }
+    evaluate = steps.make_evaluation_step(
+        Echo(), output='linear', share_of_max=0.2, target_share_of_max=0.2
+    )
+    found = evaluate({}, batch)
+    assert [float(value) for value in found['dice']] == [2, 4]
+    squared = 0.7**2 + 0.02**2 + 0.11**2 + 0.4**2
+    assert [float(value) for value in found['mse']] == pytest.approx([squared, 4])
 
 
 def test_contrastive_step_leaves_the_decoder_without_gradient(config):

@@ -1,0 +1,55 @@
+"""What the stage train leaves beside a network, with the training itself left out."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from configs import transunet
+from covseg_jax.data.cases import Splits
+from covseg_jax.inference import calibrate
+from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.stages import inputs, pipeline
+from covseg_jax.training import segmentation
+
+
+def make_case(outputs):
+    """A scan of 2 ml voxels whose image is the network's answer."""
+    return types.SimpleNamespace(
+        image=lambda: np.reshape(outputs, (1, 1, -1)).astype(np.float32),
+        lungs=lambda: np.ones((1, 1, len(outputs)), np.uint8),
+        geometry=types.SimpleNamespace(voxel_ml=2.0),
+        description={'data_set': 'made'},
+    )
+
+
+@pytest.fixture
+def without_training(monkeypatch, tmp_path):
+    healthy = (make_case([0.1, 0.5, 0.11, 0.0]), make_case([0.0, 0.0, 0.0, 0.3]))
+    splits = Splits(healthy, healthy, healthy[:1], (), ())
+    monkeypatch.setattr(pipeline, 'split_studies', lambda *_: splits)
+    monkeypatch.setattr(segmentation, 'train_segmentation', lambda *_: None)
+    monkeypatch.setattr(segmentation, 'load_variables', lambda *_: (None, None, 1300))
+    monkeypatch.setattr(segmentation, 'make_probability', lambda *_: lambda image, lungs: image)
+    (tmp_path / 'transunet').mkdir()
+    (tmp_path / 'transunet' / 'metrics.jsonl').write_text('{"step": 1300}\n')
+    return tmp_path
+
+
+def test_published_train_searches_no_threshold_and_says_how_masks_are_cut(
+    without_training, monkeypatch
+):
+    def refuse(*_, **__):
+        raise AssertionError('a threshold was searched')
+
+    monkeypatch.setattr(calibrate, 'calibrate_mask', refuse)
+    config = transunet.get_config('published')
+    pipeline.run_train(config, without_training)
+    written = json.loads((without_training / 'transunet' / 'calibration.json').read_text())
+    assert (written['threshold'], written['share_of_max']) == (None, 0.2)
+    # 0.11 and 0.5 exceed 0.1 in the first, 0.3 itself in the second: 4 and 2 ml
+    assert written['healthy_false_positive_ml'] == 3.0
+    assert inputs.load_masks(config, without_training) == MaskSettings(
+        min_component_ml=0.0, share_of_max=0.2
+    )
