@@ -102,15 +102,22 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
         )
 
 
-def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> None:
-    """Scores the masks in --input against those in --reference, whatever made them."""
+def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+    """Scores the masks in --input against those in --reference, whatever made them; or an export,
+    --model, on a data set."""
+    if given.model:
+        from covseg_jax.stages.evaluate_export import run_evaluate_export
+
+        run_evaluate_export(config, workdir, given)
+        return
     from covseg_jax.evaluation.folders import pair_masks, score_folder
 
     if not given.reference:
         raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
     pairs, alone = pair_masks(given.input, given.reference)
     folder = given.output or workdir / 'evaluation_of_folder'
-    show_table(*table_of_summary(score_folder(pairs, folder)))
+    summary = score_folder(pairs, folder, config.data.subject_pattern)
+    show_table(*table_of_summary(summary))
     if alone:
         print(f'evaluate: note: in one folder alone, not scored: {", ".join(alone)}')
     print(f'evaluate: {len(pairs)} studies; {folder}')
@@ -128,12 +135,15 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
     show_table(
         [
             (
-                each.metric, each.n, each.first, each.second, each.difference,
+                each.metric, each.n, each.subjects, each.first, each.second, each.difference,
                 '[{:+.3f}, {:+.3f}]'.format(*each.ci95), each.wilcoxon_p,
             )
             for each in differences
         ],
-        ('metric', 'n', 'first', 'second', 'difference', '95 % interval', "Wilcoxon's p"),
+        (
+            'metric', 'n', 'subjects', 'first', 'second', 'difference', '95 % interval',
+            "Wilcoxon's p",
+        ),
     )  # fmt: skip
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
@@ -193,7 +203,8 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         summary = json.loads(summary_path.read_text(encoding='utf-8'))
         of_this = [summary['checkpoint_step'], summary['threshold']]
         if of_this == [step, calibration['threshold']] and config.network.name != 'none':
-            metrics = {'studies': summary['studies'], 'protocols': summary['protocols']}
+            names = ('data_sets', 'studies', 'subjects', 'protocols')
+            metrics = {name: summary.get(name) for name in names}
     return {
         'config': f'{config.name}:{config.variant}',
         'network': config.network.to_dict(),
@@ -302,5 +313,5 @@ AFTER: dict[str, Callable] = {
     'compare': run_compare,
     'status': run_status,
 }
-# What a stage of the pipeline does with --input instead.
-ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_folder}
+# What a stage of the pipeline does with --input or --model instead.
+ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_given}
