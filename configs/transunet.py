@@ -53,6 +53,8 @@ def _mosmed() -> ml_collections.ConfigDict:
     data.num_workers = 0  # processes that prepare, verify, predict; 0 means one a core
     data.on_bad_study = 'skip'  # or 'stop'
     data.subject_pattern = '(.*)'  # regex on a study id; its first group is the subject
+    # Regex: studies whose whole id it matches are healthy, beside those of category CT-0.
+    data.healthy_pattern = ''
     data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation
     data.calibration_fraction = 0.15  # of the healthy subjects: thresholds are found on them
     data.validation_fraction = 0.1  # of the other COVID subjects

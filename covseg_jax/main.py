@@ -23,13 +23,16 @@ _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's
 _INPUT = flags.DEFINE_string(
     'input',
     None,
-    'predict, verify: scans; evaluate: masks; compare: RUN,RUN; import_weights: a weights file',
+    'predict, verify: scans; evaluate: masks, or with --model a data set; compare: RUN,RUN; '
+    'import_weights: a weights file',
 )
 _REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for --input's masks")
 _OUTPUT = flags.DEFINE_string(
-    'output', None, 'predict, verify, pseudo_masks: the folder for what they write'
+    'output', None, 'predict, verify, pseudo_masks, evaluate: the folder for what they write'
 )
-_MODEL = flags.DEFINE_string('model', None, 'predict: EXPORT[,EXPORT], in place of a config')
+_MODEL = flags.DEFINE_string(
+    'model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'
+)
 _RESUME = flags.DEFINE_bool('resume', False, 'predict: keep the studies that are done')
 _PREVIEW = flags.DEFINE_bool('preview', False, 'predict: a PNG a study, lesions outlined')
 _PER_LUNG = flags.DEFINE_bool('per_lung', False, 'predict: volumes of either lung too')
@@ -44,7 +47,9 @@ def run_stages(
 ) -> None:
     """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
     for name in names:
-        on_request = stages.BEFORE | stages.AFTER | (stages.ON_INPUT if given.input else {})
+        on_request = (
+            stages.BEFORE | stages.AFTER | (stages.ON_INPUT if given.input or given.model else {})
+        )
         if name in on_request:
             if name in stages.AFTER and not given.model:
                 hold = functools.partial(stages.refuse_other_settings, config, workdir, name)
@@ -125,8 +130,8 @@ def _run(arguments: list[str]) -> None:
         names = _check_stages(_STAGES.value or ('predict' if _MODEL.value else config.stages))
     except OSError as error:  # config_flags tells of a missing file at the first use only
         raise InputError(f'--config: {_one_line(error)}') from error
-    if _MODEL.value and names != ['predict']:
-        raise InputError('--model is for --stages=predict alone')
+    if _MODEL.value and names not in (['predict'], ['evaluate']):
+        raise InputError('--model is for --stages=predict or --stages=evaluate alone')
     if config is None:
         workdir, cache = pathlib.Path(), pathlib.Path.home() / '.cache' / 'covseg_jax'
     else:
@@ -150,12 +155,13 @@ def _run(arguments: list[str]) -> None:
             stack.enter_context(
                 contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w')))
             )
-        if any(name in stages.PIPELINE for name in names):
+        in_workdir = not given.model and any(name in stages.PIPELINE for name in names)
+        if in_workdir:
             atomic.remove_leftovers(workdir)  # each host its own
         try:
             run_stages(config, workdir, names, given)
         except Stopped as stop:
-            if hosts.is_first() and any(name in stages.PIPELINE for name in names):
+            if hosts.is_first() and in_workdir:
                 atomic.write_text(workdir / stages.STOPPED, f'{stop}\n')
             raise
 

@@ -54,7 +54,7 @@ def reference() -> pathlib.Path:
 
 
 def write_case(
-    folder: pathlib.Path, study_id: str, category: str, *, shape=(16, 32, 32), masked=False
+    folder: pathlib.Path, study_id: str, category: str | None, *, shape=(16, 32, 32), masked=False
 ) -> None:
     """A prepared case: noise, seeded by its name, in a box of lungs."""
     case = folder / study_id

@@ -102,6 +102,27 @@ def test_retry_gives_up_on_a_run_that_fails_on_a_vm_that_is_there(cloud):
     assert 'create' not in verbs(cloud)
 
 
+def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp_path):
+    launch_folder = tmp_path / 'launch'
+    launch_folder.mkdir()
+    (launch_folder / 'ablation.sh').write_bytes((LAUNCH / 'ablation.sh').read_bytes())
+    (launch_folder / 'local.sh').write_text(f'echo "$@" >> {tmp_path}/rows\n')
+    for program in (launch_folder / 'local.sh', tmp_path / 'bin' / 'python'):
+        program.parent.mkdir(exist_ok=True)
+        program.touch()
+        program.chmod(0o755)
+    done = subprocess.run(
+        ['bash', launch_folder / 'ablation.sh', tmp_path / 'runs'],
+        env=os.environ | {'VENV': str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in (tmp_path / 'rows').read_text().splitlines()]
+    assert len(rows) > 10
+    for row in rows:
+        assert [flag for flag in row if 'phantom.seed' in flag] == ['--config.phantom.seed=2026']
+
+
 SCRIPTS = (
     'create_tpu_vm.sh',
     'setup_tpu_vm.sh',

@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import threading
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
@@ -58,35 +59,44 @@ def _open(path: pathlib.Path) -> np.ndarray:
         return np.load(path, mmap_mode='r')
 
 
-def find_cases(prepared: str | pathlib.Path, *, subject_pattern: str = '(.*)') -> tuple[Case, ...]:
+def find_cases(
+    prepared: str | pathlib.Path,
+    *,
+    subject_pattern: str = '(.*)',
+    healthy_pattern: str = '',
+    only: Container[str] | None = None,
+) -> tuple[Case, ...]:
     """All prepared cases of a folder, sorted by study id.
 
     Args:
       prepared: the folder that the stage `prepare` filled.
-      subject_pattern: regular expression whose first group, matched at the start of a study id,
-        names the subject; the default makes every study a subject of its own.
+      subject_pattern: as `name_subject` takes it; the default makes every study a subject of its
+        own.
+      healthy_pattern: regular expression; a study whose whole id it matches is healthy, whatever
+        its data set says of it or does not say. '' leaves all as their data set has them.
+      only: the study ids to look at, where the folder holds cases of other data sets too.
 
     Raises:
-      InputError: the folder is missing or holds no case, or the pattern fits no study.
+      InputError: the folder is missing or holds no such case, or a pattern is no regular expression
+        or names no subject in a study's id.
     """
     prepared = pathlib.Path(prepared)
+    healthy = _compile('data.healthy_pattern', healthy_pattern)
     cases = []
     for description_file in sorted(prepared.glob('[!.]*/geometry.json')):
         description = json.loads(description_file.read_text(encoding='utf-8'))
         study_id = description['study_id']
-        match = re.match(subject_pattern, study_id)
-        if match is None or not match.groups():
-            raise InputError(
-                f'data.subject_pattern {subject_pattern!r} does not match study {study_id}; '
-                'give a regular expression with one group that names the subject'
-            )
+        if only is not None and study_id not in only:
+            continue
+        is_named_healthy = bool(healthy_pattern and healthy.fullmatch(study_id))
         folder = description_file.parent
         cases.append(
             Case(
                 study_id=study_id,
-                subject=match.group(1),
+                subject=name_subject(study_id, subject_pattern),
                 folder=folder,
-                category=description['category'],
+                # Not when it is prepared: another pattern holds at once, and no array changes.
+                category=HEALTHY if is_named_healthy else description['category'],
                 has_lesion_mask=(folder / 'lesion.npy').exists(),
                 description=description,
             )
@@ -94,6 +104,33 @@ def find_cases(prepared: str | pathlib.Path, *, subject_pattern: str = '(.*)') -
     if not cases:
         raise InputError(f'{prepared}: no prepared cases; run --stages=prepare first')
     return tuple(cases)
+
+
+def name_subject(study_id: str, subject_pattern: str) -> str:
+    """The subject of a study.
+
+    Args:
+      study_id: the study's.
+      subject_pattern: regular expression whose first group, matched at the start of a study id,
+        names the subject.
+
+    Raises:
+      InputError: it is no regular expression, or names no subject in this id.
+    """
+    match = _compile('data.subject_pattern', subject_pattern).match(study_id)
+    if match is None or not match.groups() or not match.group(1):
+        raise InputError(
+            f'data.subject_pattern {subject_pattern!r} does not match study {study_id}; '
+            'give a regular expression with one group that names the subject'
+        )
+    return match.group(1)
+
+
+def _compile(setting: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f'{setting} {pattern!r}: {error}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +145,44 @@ class Splits:
     evaluation: tuple[Case, ...]  # subjects with a human mask: never trained on
 
 
-def _by_hash(subjects: set[str], seed: int) -> list[str]:
-    # A subject's place depends on its name and the seed alone: studies that come later do not
-    # move the others to another side.
-    return sorted(subjects, key=lambda s: hashlib.sha256(f'{seed}:{s}'.encode()).hexdigest())
+def evaluation_cases(cases: tuple[Case, ...], evaluation_pattern: str = '.*') -> tuple[Case, ...]:
+    """The cases that are scored: those with a lesion mask whose subject is kept for evaluation.
+    Neither healthy scans nor any other cases are needed.
+
+    Args:
+      cases: all prepared cases.
+      evaluation_pattern: as in `split_cases`.
+
+    Raises:
+      InputError: the pattern is no regular expression; or a scan stands among the other cases too,
+        under another name.
+    """
+    subjects = _evaluation_subjects(cases, evaluation_pattern)
+    kept = tuple(c for c in cases if c.subject in subjects)
+    others = tuple(c for c in cases if c.subject not in subjects)
+    _refuse_leakage({'evaluation': kept, 'training': others})
+    return tuple(case for case in kept if case.has_lesion_mask)
+
+
+def _evaluation_subjects(cases: tuple[Case, ...], evaluation_pattern: str) -> set[str]:
+    kept = _compile('data.evaluation_pattern', evaluation_pattern)
+    return {c.subject for c in cases if c.has_lesion_mask and kept.fullmatch(c.subject)}
 
 
 def _held_out(subjects: set[str], fraction: float, seed: int) -> set[str]:
+    """The subjects whose hash lies in the lowest `fraction` of all hashes: the side of each depends
+    on its name and the seed alone, whoever else is there.
+
+    At least one subject is held out and one is not. Only where the hashes alone would put all on
+    one side, the lowest or the highest of them goes to the other, and a subject that comes later
+    may take its place.
+    """
     if len(subjects) < 2 or fraction <= 0:
         return set()
-    number = min(max(1, round(len(subjects) * fraction)), len(subjects) - 1)
-    return set(_by_hash(subjects, seed)[:number])
+    hashes = {s: hashlib.sha256(f'{seed}:{s}'.encode()).digest() for s in subjects}
+    lowest, *_, highest = sorted(subjects, key=hashes.__getitem__)
+    low = {s for s in subjects if int.from_bytes(hashes[s]) < fraction * 2**256}
+    return (low | {lowest}) - {highest}
 
 
 def split_cases(
@@ -134,29 +198,31 @@ def split_cases(
     Args:
       cases: all prepared cases.
       seed: changes who is held out.
-      calibration_fraction: share of the healthy subjects held out, in [0, 1).
-      validation_fraction: share of the other COVID subjects held out, in [0, 1).
+      calibration_fraction: chance of a healthy subject to be held out, in [0, 1).
+      validation_fraction: the same of the other COVID subjects, in [0, 1).
       evaluation_pattern: regular expression that the whole name of a subject must match to be kept
         for evaluation; other subjects with a lesion mask may be trained on.
 
     Raises:
-      InputError: no healthy or no COVID subject is left: there is nothing to learn from; the
-        pattern is no regular expression; or one scan stands in two splits under two names.
+      InputError: fewer than two healthy or COVID subjects are left: there is nothing to learn from;
+        the pattern is no regular expression; or one scan stands in two splits under two names.
     """
-    try:
-        kept = re.compile(evaluation_pattern)
-    except re.error as error:
-        raise InputError(f'data.evaluation_pattern {evaluation_pattern!r}: {error}') from error
-    evaluation = {c.subject for c in cases if c.has_lesion_mask and kept.fullmatch(c.subject)}
+    evaluation = _evaluation_subjects(cases, evaluation_pattern)
     learnable = [c for c in cases if c.subject not in evaluation]
     # A subject with a healthy and a diseased study counts as diseased.
     covid = {c.subject for c in learnable if not c.is_healthy}
     healthy = {c.subject for c in learnable} - covid
-    if len(healthy) < 2 or len(covid) < 2:
+    if len(healthy) < 2:
         raise InputError(
-            f'prepared cases: {len(healthy)} healthy ({HEALTHY}) and {len(covid)} COVID subjects '
-            'to learn from; the method needs at least two of each (subjects with a lesion mask are '
-            'kept for evaluation where data.evaluation_pattern matches them)'
+            f'prepared cases: {len(healthy)} healthy subjects to learn from, and training needs at '
+            'least two; name the healthy studies with --config.data.healthy_pattern, a regular '
+            f'expression on the study id (without it those of category {HEALTHY} are healthy)'
+        )
+    if len(covid) < 2:
+        raise InputError(
+            f'prepared cases: {len(covid)} COVID subjects to learn from, and training needs at '
+            'least two; subjects with a lesion mask are kept for evaluation where '
+            '--config.data.evaluation_pattern matches them'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)
     validation = _held_out(covid, validation_fraction, seed)
@@ -171,19 +237,21 @@ def split_cases(
         validation=pick(validation),
         evaluation=pick(evaluation),
     )
-    _refuse_leakage(splits)
+    _refuse_leakage(
+        {field.name: getattr(splits, field.name) for field in dataclasses.fields(splits)}
+    )
     return splits
 
 
-def _refuse_leakage(splits: Splits) -> None:
+def _refuse_leakage(sides: Mapping[str, Sequence[Case]]) -> None:
     seen: dict[int, tuple[str, Case]] = {}
-    for field in dataclasses.fields(splits):
-        for case in getattr(splits, field.name):
+    for name, cases in sides.items():
+        for case in cases:
             crc32 = case.description.get('voxel_crc32')
-            role, other = seen.setdefault(crc32, (field.name, case))
-            if crc32 is not None and role != field.name:
+            role, other = seen.setdefault(crc32, (name, case))
+            if crc32 is not None and role != name:
                 raise InputError(
                     f'{case.study_id}: the same scan as {other.study_id}, and they would stand in '
-                    f'{field.name} and {role}; remove one of them from {case.folder.parent}, or '
+                    f'{name} and {role}; remove one of them from {case.folder.parent}, or '
                     'give both one subject with data.subject_pattern'
                 )

@@ -18,6 +18,7 @@ import numpy as np
 
 from covseg_jax.data.cases import Case
 from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
+from covseg_jax.data.streams import stream_key
 
 # How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
@@ -205,14 +206,15 @@ class PaintedScan:
     voxel_ml: float
 
 
-def paint_scans(cases: Sequence[Case], model: OpacityModel) -> Iterator[PaintedScan]:
-    """Healthy scans, each painted once and always the same way: truth without a human mask."""
+def paint_scans(cases: Sequence[Case], model: OpacityModel, seed: int) -> Iterator[PaintedScan]:
+    """Healthy scans, each painted once and, by its study id and the seed, always the same way:
+    truth without a human mask."""
     always = dataclasses.replace(model, clean_fraction=0.0)
     paint = jax.jit(functools.partial(add_opacities, model=always))
-    for number, case in enumerate(cases):
+    for case in cases:
         image = np.asarray(case.image(), np.float32)[None, ..., None]
         lungs = np.asarray(case.lungs(), np.float32)[None, ..., None]
-        painted, mask = paint(jax.random.key(number), image, lungs)
+        painted, mask = paint(stream_key(seed, 'paint', case.study_id), image, lungs)
         yield PaintedScan(
             np.asarray(painted)[0, ..., 0],
             np.asarray(case.lungs()),

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from covseg_jax.data.cases import Case
+from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 
 # The keys of a batch.
@@ -190,8 +191,8 @@ def balanced_feed(
             '(is the pseudo-mask threshold right?)'
         )
     shuffled = [
-        grain.MapDataset.source(group).seed(seed + number).shuffle().repeat()
-        for number, group in enumerate(groups)
+        grain.MapDataset.source(group).seed(stream_seed(seed, name)).shuffle().repeat()
+        for name, group in zip(('high', 'low'), groups, strict=True)
     ]
     # Pairs of both groups go to a host together: each host's share is balanced too.
     pairs = grain.experimental.ZipMapDataset(shuffled)
@@ -255,11 +256,11 @@ def paired_volume_feed(
     """
     sides = [
         grain.MapDataset.source(Volumes(tuple(cases)))
-        .seed(seed + number)
+        .seed(stream_seed(seed, name))
         .shuffle()
         .repeat()
         .random_map(_CropDepth(depth))
-        for number, cases in enumerate((healthy, covid))
+        for name, cases in (('healthy', healthy), ('covid', covid))
     ]
     pairs = grain.experimental.ZipMapDataset(sides).map(
         lambda pair: {

@@ -35,6 +35,7 @@ def _score(
             truth_model=np.asarray(case.lesion()) > 0,
             probability_model=np.asarray(probability, np.float32),
             lungs_model=np.asarray(case.lungs()) > 0,
+            subject=case.subject,
         )
     )
 
@@ -123,6 +124,7 @@ def evaluate_cohort(
         'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
         'strata': evaluate.stratify(case_rows),
         'studies': len(cases),
+        'subjects': len({case.subject for case in cases}),
         **run,
     }
 

@@ -1,4 +1,7 @@
-"""Two runs on the same studies: whether one is better, and by how much."""
+"""Two runs on the same studies: whether one is better, and by how much.
+
+Studies are paired; intervals and tests are over their subjects.
+"""
 
 import dataclasses
 import math
@@ -10,6 +13,8 @@ from scipy import stats
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import evaluate, metrics
 
+_ROUNDING = 1e-12  # a mean of differences that cancel out is seldom exactly 0
+
 METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd', 'lesion_f1')
 
 
@@ -20,15 +25,17 @@ class Difference:
     Attributes:
       metric: its name in cases.csv.
       n: the studies.
+      subjects: whose they are.
       first, second: the runs' means over them.
       difference: second − first.
       ci95: percentile bootstrap interval of the difference, over subjects; NaN of fewer than two.
-      wilcoxon_p: two-sided p of Wilcoxon's signed-rank test (Wilcoxon 1945; zero differences are
-        left out); NaN where all differences are zero.
+      wilcoxon_p: two-sided p of Wilcoxon's signed-rank test (Wilcoxon 1945) of each subject's mean
+        difference; differences of zero are left out; NaN where all are zero.
     """
 
     metric: str
     n: int
+    subjects: int
     first: float
     second: float
     difference: float
@@ -46,17 +53,25 @@ def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Differ
       The differences, and the studies that only one of them has.
 
     Raises:
-      InputError: a run has no cases.csv, or the two share no study.
+      InputError: a run has no cases.csv, or one without subjects; the two share no study, or give
+        one to different subjects.
     """
     rows = [_read_cases(folder) for folder in (first, second)]
     shared = sorted(rows[0].keys() & rows[1].keys())
     if not shared:
         raise InputError(f'{first} and {second} have no study in common; evaluate both on the same')
+    of_first, subjects = ([each[name]['subject'] for name in shared] for each in rows)
+    for name, one, other in zip(shared, of_first, subjects, strict=True):
+        if one != other:
+            raise InputError(
+                f'{name}: a study of {one} in {first} and of {other} in {second}; evaluate both '
+                'with the same data.subject_pattern'
+            )
     found = []
     for metric in METRICS:
         a, b = (np.array([each[name][metric] for name in shared], np.float64) for each in rows)
         both = ~np.isnan(a) & ~np.isnan(b)
-        found.append(_difference(metric, a[both], b[both]))
+        found.append(_difference(metric, a[both], b[both], np.array(subjects)[both]))
     return found, sorted(rows[0].keys() ^ rows[1].keys())
 
 
@@ -66,15 +81,21 @@ def _read_cases(folder: pathlib.Path) -> dict[str, dict]:
     return {row['study_id']: row for row in case_rows}
 
 
-def _difference(metric: str, first: np.ndarray, second: np.ndarray) -> Difference:
+def _difference(
+    metric: str, first: np.ndarray, second: np.ndarray, subjects: np.ndarray
+) -> Difference:
     change = second - first
-    moved = change[change != 0]
+    # Studies of one subject resemble each other: the test's independent figures are the subjects'.
+    names = np.unique(subjects)
+    of_subject = np.array([change[subjects == name].mean() for name in names])
+    moved = of_subject[np.abs(of_subject) > _ROUNDING]
     return Difference(
         metric,
         n=len(change),
+        subjects=len(names),
         first=float(first.mean()) if len(change) else math.nan,
         second=float(second.mean()) if len(change) else math.nan,
         difference=float(change.mean()) if len(change) else math.nan,
-        ci95=metrics.bootstrap_interval(change),
+        ci95=metrics.bootstrap_interval(change, subjects=subjects),
         wilcoxon_p=float(stats.wilcoxon(moved).pvalue) if len(moved) else math.nan,
     )

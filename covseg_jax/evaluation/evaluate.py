@@ -55,6 +55,7 @@ LESION_STRATA = (
 )
 CASE_COLUMNS = (
     'study_id',
+    'subject',
     'category',
     'dice',
     'iou',
@@ -82,6 +83,7 @@ CASE_COLUMNS = (
 )
 SLICE_COLUMNS = (
     'study_id',
+    'subject',
     'protocol',
     'slice',
     'dice',
@@ -90,7 +92,7 @@ SLICE_COLUMNS = (
     'specificity_image',
     'infection_percent',
 )
-_TEXT_COLUMNS = ('study_id', 'category', 'protocol')
+_TEXT_COLUMNS = ('study_id', 'subject', 'category', 'protocol')
 _COUNT_COLUMNS = ('slice', *(name for name in CASE_COLUMNS if name.startswith('lesions_')))
 
 NSD_TOLERANCE_MM = 2.0
@@ -103,12 +105,13 @@ class CaseArrays:
     """What is scored of one study.
 
     Attributes:
-      study_id: its name; the unit over which confidence intervals are drawn.
+      study_id: its name.
       category: 'CT-0' … 'CT-4', or None.
       truth, prediction, lungs: (Z, Y, X) boolean, native grid.
       spacing_mm: native voxel size along z, y, x.
       truth_model, lungs_model: (D, H, W) boolean, model grid.
       probability_model: (D, H, W) float in [0, 1], the network's output on the model grid.
+      subject: whose study it is: what confidence intervals draw. '' is a subject of its own.
 
     Raises:
       InputError: arrays of one grid differ in shape, or the probability is not in [0, 1].
@@ -123,8 +126,10 @@ class CaseArrays:
     truth_model: np.ndarray
     probability_model: np.ndarray
     lungs_model: np.ndarray
+    subject: str = ''
 
     def __post_init__(self):
+        object.__setattr__(self, 'subject', self.subject or self.study_id)
         for grid in (
             ('truth', 'prediction', 'lungs'),
             ('truth_model', 'probability_model', 'lungs_model'),
@@ -164,7 +169,7 @@ def _score_overlap(truth: np.ndarray, prediction: np.ndarray, lungs: np.ndarray)
 
 
 def _score_slices(
-    study_id: str,
+    arrays: CaseArrays,
     protocol: str,
     truth: np.ndarray,
     prediction: np.ndarray,
@@ -174,7 +179,12 @@ def _score_slices(
     rows = []
     for z in slices:
         scores = _score_overlap(truth[z], prediction[z], lungs[z])
-        row = {'study_id': study_id, 'protocol': protocol, 'slice': int(z)} | scores
+        row = scores | {
+            'study_id': arrays.study_id,
+            'subject': arrays.subject,
+            'protocol': protocol,
+            'slice': int(z),
+        }
         rows.append({column: row[column] for column in SLICE_COLUMNS})
     return rows
 
@@ -186,6 +196,7 @@ def _score_volume(arrays: CaseArrays) -> dict:
     surfaces = metrics.surface_distances(truth, prediction, arrays.spacing_mm)
     row = _score_overlap(truth, prediction, lungs) | {
         'study_id': arrays.study_id,
+        'subject': arrays.subject,
         'category': arrays.category,
         'hd95_mm': surfaces.hd95_mm,
         'nsd': surfaces.nsd(NSD_TOLERANCE_MM),
@@ -247,7 +258,7 @@ def score_case(arrays: CaseArrays) -> tuple[dict, list[dict]]:
     """
     with_lesion = np.flatnonzero(arrays.truth.any(axis=(1, 2)))
     slice_rows = _score_slices(
-        arrays.study_id, 'slice_all', arrays.truth, arrays.prediction, arrays.lungs, with_lesion
+        arrays, 'slice_all', arrays.truth, arrays.prediction, arrays.lungs, with_lesion
     )
     probability = arrays.probability_model
     truth, lungs = arrays.truth_model, arrays.lungs_model
@@ -258,7 +269,7 @@ def score_case(arrays: CaseArrays) -> tuple[dict, list[dict]]:
         if _percent_of_lungs(truth[z], lungs[z]) > ORIGINAL_MIN_INFECTION_PERCENT
     ]
     slice_rows += _score_slices(
-        arrays.study_id, 'slice_infection_over_1pct', truth, above_share, lungs, infected
+        arrays, 'slice_infection_over_1pct', truth, above_share, lungs, infected
     )
     return _score_volume(arrays), slice_rows
 
@@ -272,7 +283,7 @@ def _summarise_metric(rows: list[dict], metric: str) -> dict:
     measured = [row for row in rows if metric in row]
     values = np.array([row[metric] for row in measured], np.float64)
     defined = values[~np.isnan(values)]
-    interval = metrics.bootstrap_interval(values, subjects=[row['study_id'] for row in measured])
+    interval = metrics.bootstrap_interval(values, subjects=[row['subject'] for row in measured])
     return {
         'mean': float(defined.mean()) if defined.size else None,
         'std': float(defined.std(ddof=1)) if defined.size > 1 else None,
@@ -288,9 +299,9 @@ def summarise(case_rows: list[dict], slice_rows: list[dict]) -> dict:
 
     Each metric has `mean`, `std` (of the sample, n − 1), `median`, `ci95` [low, high], `n` defined
     values and how many are `undefined`, which are in no other figure. `ci95` is the percentile
-    bootstrap over subjects, who in slice protocols are drawn with all their slices; one study is
-    one subject. A figure that cannot be computed is None; what is measured in `volume` only, such
-    as the surface metrics (`hd95_mm`, `nsd`), has n = 0 elsewhere.
+    bootstrap over subjects, each of whom is drawn with all of its studies, and in slice protocols
+    with all of their slices. A figure that cannot be computed is None; what is measured in `volume`
+    only, such as the surface metrics (`hd95_mm`, `nsd`), has n = 0 elsewhere.
     """
     rows_of = {'volume': case_rows}
     for protocol in PROTOCOLS[1:]:

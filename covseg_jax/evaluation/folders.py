@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts, written
+from covseg_jax.data.cases import name_subject
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import evaluate
 from covseg_jax.imaging import geometry as geometries
@@ -68,20 +69,24 @@ def _masks_by_study(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
 
 
 def score_folder(
-    pairs: Sequence[tuple[str, pathlib.Path, pathlib.Path]], folder: pathlib.Path
+    pairs: Sequence[tuple[str, pathlib.Path, pathlib.Path]],
+    folder: pathlib.Path,
+    subject_pattern: str = '(.*)',
 ) -> dict:
     """Scores the pairs in the protocols that need no probabilities, and writes cases.csv,
     slices.csv and summary.json into `folder` (FILES). Any voxel above 0 is lesion. Lungs are those
     of `<study id>_lungs.nii.gz` beside the true mask; where there are none, what refers to them is
-    undefined.
+    undefined. `subject_pattern` says whose study each is, as `cases.name_subject` takes it.
 
     Returns:
       The content of summary.json.
 
     Raises:
       FileFault: a mask cannot be read, or the two of a study lie on different grids.
-      InputError: another such file, which this program did not write, is in `folder`.
+      InputError: another such file, which this program did not write, is in `folder`; or the
+        pattern names no subject in a study's id.
     """
+    subjects = {study_id: name_subject(study_id, subject_pattern) for study_id, _, _ in pairs}
     case_rows, slice_rows = [], []
     for study_id, predicted_path, true_path in tqdm(
         pairs, desc='evaluate', unit='study', disable=None
@@ -108,6 +113,7 @@ def score_folder(
                 truth_model=nothing,
                 probability_model=nothing.astype(np.float32),
                 lungs_model=nothing,
+                subject=subjects[study_id],
             )
         )
         case_rows.append(row)
@@ -116,6 +122,7 @@ def score_folder(
         'protocols': evaluate.summarise(case_rows, slice_rows),
         'strata': evaluate.stratify(case_rows),
         'studies': len(case_rows),
+        'subjects': len(set(subjects.values())),
     }
     if hosts.is_first():
         with written.new_files(folder) as temporary:

@@ -117,7 +117,7 @@ def synthesize(
     """Writes a pseudo-mask for each COVID case, and summary.json last.
 
     Args:
-      heal: ((D, H, W) float32 scan, study id) -> healthy version; the id seeds its noise.
+      heal: ((D, H, W) float32 scan, study id) -> healthy version; the id chooses its noise.
       calibration: held-out healthy cases.
       covid: the cases to mark.
       folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1], or a signed difference as it is.

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Container
 
 import ml_collections
 
@@ -55,12 +57,26 @@ def num_workers(config: Config | None) -> int:
     return (config and config.data.num_workers) or cpu.count_cores()
 
 
-def split_studies(config: Config, workdir: pathlib.Path):
-    from covseg_jax.data.cases import find_cases, split_cases
+def prepared_cases(config: Config, workdir: pathlib.Path, only: Container[str] | None = None):
+    from covseg_jax.data.cases import find_cases
 
-    cases = find_cases(
-        prepared_folder(config, workdir), subject_pattern=config.data.subject_pattern
+    return find_cases(
+        prepared_folder(config, workdir),
+        subject_pattern=config.data.subject_pattern,
+        healthy_pattern=config.data.healthy_pattern,
+        only=only,
     )
+
+
+def split_studies(config: Config, workdir: pathlib.Path):
+    from covseg_jax.data.cases import split_cases
+
+    cases, pattern = prepared_cases(config, workdir), config.data.healthy_pattern
+    if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
+        raise InputError(
+            f'data.healthy_pattern {pattern!r} matches no prepared study; it must match a whole '
+            f'study id, such as {cases[0].study_id}'
+        )
     return split_cases(
         cases,
         seed=config.seed,

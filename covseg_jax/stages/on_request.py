@@ -138,8 +138,14 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
         )
 
 
-def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> None:
-    """Scores the masks in --input against those in --reference, whatever made them."""
+def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+    """Scores the masks in --input against those in --reference, whatever made them; or an export,
+    --model, on a data set."""
+    if given.model:
+        from covseg_jax.stages.evaluate_export import run_evaluate_export
+
+        run_evaluate_export(config, workdir, given)
+        return
     from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 
     if not given.reference:
@@ -147,7 +153,8 @@ def run_evaluate_folder(config: Config, workdir: pathlib.Path, given: Given) -> 
     pairs, alone = pair_masks(given.input, given.reference)
     folder = given.output or workdir / 'evaluation_of_folder'
     _claim_outputs(given, [folder / name for name in FILES])
-    show_table(*table_of_summary(score_folder(pairs, folder)))
+    summary = score_folder(pairs, folder, config.data.subject_pattern)
+    show_table(*table_of_summary(summary))
     if alone:
         print(f'evaluate: note: in one folder alone, not scored: {", ".join(alone)}')
     print(f'evaluate: {len(pairs)} studies; {folder}')
@@ -167,12 +174,15 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
     show_table(
         [
             (
-                each.metric, each.n, each.first, each.second, each.difference,
+                each.metric, each.n, each.subjects, each.first, each.second, each.difference,
                 '[{:+.3f}, {:+.3f}]'.format(*each.ci95), each.wilcoxon_p,
             )
             for each in differences
         ],
-        ('metric', 'n', 'first', 'second', 'difference', '95 % interval', "Wilcoxon's p"),
+        (
+            'metric', 'n', 'subjects', 'first', 'second', 'difference', '95 % interval',
+            "Wilcoxon's p",
+        ),
     )  # fmt: skip
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
@@ -239,7 +249,8 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         cuts = ('threshold', 'share_of_max')
         same_cuts = all(summary.get(name) == calibration.get(name) for name in cuts)
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
-            metrics = {'studies': summary['studies'], 'protocols': summary['protocols']}
+            names = ('data_sets', 'studies', 'subjects', 'protocols')
+            metrics = {name: summary.get(name) for name in names}
     return {
         'config': f'{config.name}:{config.variant}',
         'network': config.network.to_dict(),
@@ -351,5 +362,5 @@ AFTER: dict[str, Callable] = {
     'compare': run_compare,
     'status': run_status,
 }
-# What a stage of the pipeline does with --input instead.
-ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_folder}
+# What a stage of the pipeline does with --input or --model instead.
+ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_given}

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from covseg_jax.stages.inputs import (
     load_model,
     num_workers,
     prepare_settings,
+    prepared_cases,
     prepared_folder,
     pseudo_mask_cuts,
     pseudo_mask_folder,
@@ -25,10 +27,14 @@ from covseg_jax.stages.inputs import (
 )
 from covseg_jax.stages.outcome import Done, table_of_summary
 
+if TYPE_CHECKING:
+    from covseg_jax.imaging.prepare import PrepareReport, PrepareSettings
+    from covseg_jax.imaging.studies import Study
+
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    from covseg_jax.imaging.prepare import prepare_studies, take_shard
+    from covseg_jax.imaging.prepare import take_shard
     from covseg_jax.imaging.studies import find_studies
 
     folder = data_folder(config, workdir)
@@ -54,13 +60,35 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
         hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = prepared_folder(config, workdir)
     studies = take_shard(find_studies(folder, config.data.layout), config.prepare.shard)
-    own = hosts.share(studies)
-    report = prepare_studies(
-        own,
+    good, report = prepare_shared(
+        studies,
         prepared,
         prepare_settings(config),
         num_workers=num_workers(config),
         on_bad_study=config.data.on_bad_study,
+    )
+    if not good:
+        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
+    outputs = [prepared / study.study_id / 'geometry.json' for study in good]
+    counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
+    return Done(outputs, [(name, len(named)) for name, named in counts.items()])
+
+
+def prepare_shared(
+    studies: 'Sequence[Study]',
+    folder: pathlib.Path,
+    settings: 'PrepareSettings',
+    *,
+    num_workers: int,
+    on_bad_study: str,
+) -> 'tuple[list[Study], PrepareReport]':
+    """Prepares this host's share of the studies and prints what there is to say of them. Returns
+    those of all hosts that can be used, and the report of this one."""
+    from covseg_jax.imaging.prepare import prepare_studies
+
+    own = hosts.share(studies)
+    report = prepare_studies(
+        own, folder, settings, num_workers=num_workers, on_bad_study=on_bad_study
     )
     for study_id, notes in report.notes.items():
         for note in notes:
@@ -69,15 +97,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
         print(f'prepare: set aside: {study_id}: {message}')
     # One host's share may hold none that can be used.
     good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
-    if not any(good):
-        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
-    outputs = [
-        prepared / study.study_id / 'geometry.json'
-        for study, is_good in zip(studies, good, strict=True)
-        if is_good
-    ]
-    counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
-    return Done(outputs, [(name, len(named)) for name, named in counts.items()])
+    return [study for study, is_good in zip(studies, good, strict=True) if is_good], report
 
 
 _SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')
@@ -147,7 +167,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
     if settings is None:
         settings, false_positive_ml = calibrate_mask(
             probability,
-            paint_scans(healthy, opacity_model(config)),
+            paint_scans(healthy, opacity_model(config), config.seed),
             healthy,
             max_healthy_ml=config.train.max_healthy_ml,
             min_component_ml=config.predict.min_component_ml,
@@ -197,18 +217,25 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
+    from covseg_jax.data.cases import evaluation_cases
     from covseg_jax.evaluation.cohort import evaluate_cohort
     from covseg_jax.imaging.studies import find_studies
     from covseg_jax.training.progress import draw_progress
 
-    splits = split_studies(config, workdir)
-    if not splits.evaluation:
+    studies = find_studies(data_folder(config, workdir), config.data.layout)
+    known = {study.study_id: study for study in studies}
+    # The folder may hold cases of another data set, that the network learned from.
+    prepared = prepared_cases(config, workdir, only=known)
+    cases = evaluation_cases(prepared, config.data.evaluation_pattern)
+    if not cases:
         raise InputError(
-            f'{data_folder(config, workdir)}: no study has a lesion mask, so there is nothing to '
-            'evaluate against; leave evaluate out of --stages'
+            f'{data_folder(config, workdir)}: no prepared study has a lesion mask and is kept for '
+            'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
+            'evaluate out of --stages'
         )
-    read_pseudo_mask = None
-    if pseudo_mask_folder(config, workdir).exists():
+    read_pseudo_mask, pseudo_masks = None, pseudo_mask_folder(config, workdir)
+    # A data set that the run was not made from has none.
+    if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
         read_pseudo_mask = pseudo_probability_reader(config, workdir)
     if config.network.name == 'none':
         if read_pseudo_mask is None:
@@ -224,10 +251,9 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
 
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
-    studies = find_studies(data_folder(config, workdir), config.data.layout)
     summary = evaluate_cohort(
-        splits.evaluation,
-        {study.study_id: study for study in studies},
+        cases,
+        known,
         predict,
         read_pseudo_mask,
         settings,
@@ -236,6 +262,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
             'config': f'{config.name}:{config.variant}',
             **describe_cuts(settings),
             'checkpoint_step': step,
+            'data_sets': sorted({case.description['data_set'] for case in cases}),
         },
         pseudo_masks=pseudo_mask_cuts(config),
         lesion_labels=tuple(config.prepare.lesion_labels),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from covseg_jax.data import pipeline
 from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import OpacityModel
 from covseg_jax.data.perlin import PerlinModel
+from covseg_jax.data.streams import stream_key, stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.training import gan_steps, loop, optim, published_gan, sharding
@@ -171,7 +171,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         splits.train,
         batch_size=gan.batch_size,
         depth=gan.depth,
-        seed=config.seed,
+        seed=stream_seed(config.seed, 'gan'),
         host=hosts.index(),
         num_hosts=hosts.count(),
     )
@@ -183,7 +183,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
         feed=feed,
         step_at=choose_step(config, parts),
         shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
-        evaluate=_make_evaluation(parts, splits),
+        evaluate=_make_evaluation(parts, splits, config.seed),
         schedule=loop.Schedule(
             gan.num_steps,
             gan.log_every,
@@ -196,7 +196,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
     )
 
 
-def _make_evaluation(parts: GANParts, splits: Splits):
+def _make_evaluation(parts: GANParts, splits: Splits, seed: int):
     """Evaluation on held-out healthy scans with fixed synthetic opacities, and pictures."""
     evaluate_step = gan_steps.make_gan_evaluation(parts.generator, parts.opacities)
     heal = gan_steps.make_heal(parts.generator)
@@ -205,13 +205,14 @@ def _make_evaluation(parts: GANParts, splits: Splits):
 
     def evaluate(state: GANState):
         collected = []
-        for number in range(len(healthy)):
+        for number, case in enumerate(healthy.cases):
             batch = {k: np.asarray(v)[None] for k, v in healthy[number].items()}
-            metrics, (corrupted, restored) = evaluate_step(state.ema, batch, jax.random.key(number))
+            key = stream_key(seed, 'validation', case.study_id)
+            metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
             collected.append(metrics)
         values = loop.mean_metrics(collected)
         scan = covid[0][pipeline.IMAGE][None]
-        healed = np.asarray(heal(state.ema, scan, jax.random.key(0)))
+        healed = np.asarray(heal(state.ema, scan, stream_key(seed, 'picture')))
         pictures = {
             'pictures/synthetic_corrupted_restored_difference': _strip(corrupted, restored),
             'pictures/covid_scan_healthy_difference': _strip(scan, healed),
@@ -237,7 +238,7 @@ def load_generator(
     config: ml_collections.ConfigDict, folder: pathlib.Path
 ) -> Callable[[np.ndarray, str], np.ndarray]:
     """The trained generator of a run as ((D, H, W) scan, study id) -> (D, H, W) healthy version,
-    averaged over `synthesize.num_noise` noise inputs that the study id seeds.
+    averaged over `synthesize.num_noise` noise inputs that the run's seed and the study id give.
 
     Raises:
       InputError: there is no checkpoint that fits.
@@ -247,7 +248,7 @@ def load_generator(
     heal_step = gan_steps.make_heal(parts.generator)
 
     def heal(scan: np.ndarray, study_id: str) -> np.ndarray:
-        key = jax.random.key(zlib.crc32(study_id.encode()))
+        key = stream_key(config.seed, 'noise', study_id)
         keys = jax.random.split(key, config.synthesize.num_noise)
         volume = np.asarray(scan, np.float32)[None, ..., None]
         healthy = [np.asarray(heal_step(state.ema, volume, k))[0, ..., 0] for k in keys]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from covseg_jax.data.augment import add_dependent_density
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.pipeline import COVID, COVID_LUNGS, IMAGE, LUNGS
+from covseg_jax.data.streams import stream_key
 from covseg_jax.training import losses
 from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
@@ -102,7 +103,7 @@ def init_gan(
     """How to make a fresh state, and its shapes and shardings. `volume_size` is (D, H, W)."""
 
     def init() -> GANState:
-        g_key, d_key, steps_key = jax.random.split(jax.random.key(seed), 3)
+        g_key, d_key, steps_key = jax.random.split(stream_key(seed, 'gan'), 3)
         volume = jnp.zeros((1, *volume_size, 1))
         noise = jnp.zeros(generator.noise_shape(volume.shape))
         params = generator.init(g_key, volume, noise)['params']

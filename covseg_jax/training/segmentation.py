@@ -16,6 +16,7 @@ from covseg_jax.data import pipeline
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
 from covseg_jax.data.cases import Splits
 from covseg_jax.data.opacities import paint_slices
+from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead, TransUNet
 from covseg_jax.models.unet import UNet
@@ -294,7 +295,7 @@ def train_segmentation(
             feed=pipeline.balanced_feed(
                 _training_slices(config, splits, read_target, each.kind),
                 batch_size=train.batch_size,
-                seed=config.seed + number,
+                seed=stream_seed(config.seed, 'train', number),
                 host=hosts.index(),
                 num_hosts=hosts.count(),
             ),

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from covseg_jax.data.pipeline import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
+from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
 from covseg_jax.training import losses
 from covseg_jax.training.finite import skip_non_finite
@@ -122,7 +123,7 @@ def init_segmentation(
     """
 
     def init() -> SegmentationState:
-        key = jax.random.key(seed)
+        key = stream_key(seed, 'segmentation')
         network_key, projection_key, steps_key = jax.random.split(key, 3)
         image = jnp.zeros((1, *image_size, 1))
         variables = network.init(network_key, image)

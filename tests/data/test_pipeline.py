@@ -1,5 +1,7 @@
 """Feeds: balanced, in one global order, and resumable."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,32 @@ def test_paired_volume_feed_crops_both_sides(prepared):
         assert batch[key].shape == (2, 8, 32, 32, 1)
     # Image and lungs of one row are cropped at the same place: the image is 0 where no lungs are.
     assert np.all(batch[pipeline.IMAGE][batch[pipeline.LUNGS] == 0] == 0)
+
+
+def test_feeds_of_two_seeds_and_of_both_sides_share_no_order(prepared):
+    cases = find_cases(prepared)
+
+    def orders(seed):
+        """The order of the cases on either side, of three passes."""
+        feed = pipeline.paired_volume_feed(cases, cases, batch_size=1, depth=8, seed=seed)
+        batches = [feed.batches[step] for step in range(3 * len(cases))]
+        for key in (pipeline.CASE, pipeline.COVID_CASE):
+            numbers = np.array([batch[key][0] for batch in batches])
+            yield from (tuple(each) for each in np.split(numbers, 3))
+
+    def slice_orders(seed):
+        half = dataclasses.replace(both, labels=np.arange(len(both)) % 2)
+        feed = pipeline.balanced_feed(half, batch_size=2, seed=seed)
+        rows = [feed.batches[step][pipeline.CASE] for step in range(len(both))]
+        for numbers in np.array(rows).T:  # high, low
+            yield from (tuple(each) for each in np.split(numbers, 2))
+
+    # Both groups hold the same slices, so that a stream in common would show.
+    both = pipeline.all_slices(cases[:3], [None] * 3)
+    both = dataclasses.replace(both, index=np.repeat(both.index, 2, axis=0))
+    for found in (orders, slice_orders):
+        everything = [order for seed in range(4) for order in found(seed)]
+        assert len(set(everything)) == len(everything) > 10
 
 
 def test_evaluation_batches_mark_the_rows_that_fill_up(slices):

@@ -12,9 +12,12 @@ DICE = {'study_0255': 0.5, 'study_0256': 0.125, 'study_0257': 0.875, 'study_0258
 
 @pytest.fixture
 def case_rows():
-    numbers = [column for column in evaluate.CASE_COLUMNS if column not in ('study_id', 'category')]
+    text = ('study_id', 'subject', 'category')
+    numbers = [column for column in evaluate.CASE_COLUMNS if column not in text]
     base = dict.fromkeys(numbers, 0.25) | {'category': 'CT-1'}
-    return [base | {'study_id': name, 'dice': value} for name, value in DICE.items()]
+    return [
+        base | {'study_id': name, 'subject': name, 'dice': value} for name, value in DICE.items()
+    ]
 
 
 def slice_rows(num, **values):

@@ -34,6 +34,7 @@ def case():
         truth_model=mark(model, (0, 0, 0), (1, 0, 0), (1, 0, 1)),
         probability_model=probability,
         lungs_model=mark(model, np.s_[:, :5]),
+        subject='patient_7',
     )
 
 
@@ -59,7 +60,8 @@ def test_volume_row_equals_hand_counts(case):
         'nsd': 5 / 6,
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
-    assert (row['study_id'], row['category']) == ('study_0255', 'CT-1')
+    assert (row['study_id'], row['subject']) == ('study_0255', 'patient_7')
+    assert row['category'] == 'CT-1'
     assert tuple(row) == evaluate.CASE_COLUMNS
 
 
@@ -69,6 +71,7 @@ def test_slice_all_scores_lesion_slices_of_the_native_grid(case):
     assert [row['slice'] for row in rows] == [1]
     assert rows[0] == {
         'study_id': 'study_0255',
+        'subject': 'patient_7',
         'protocol': 'slice_all',
         'slice': 1,
         'dice': pytest.approx(2 / 5),
@@ -133,6 +136,7 @@ def random_rows(num_studies=12):
         arrays = evaluate.CaseArrays(
             *(name, category, truth, prediction, lungs, (8.0, 0.7, 0.7)),
             *(truth, probability, lungs),
+            subject=f'subject_{index // 2}',
         )
         row, rows = evaluate.score_case(arrays)
         case_rows.append(row)
@@ -143,7 +147,7 @@ def random_rows(num_studies=12):
 def test_summary_figures_equal_hand_computed_ones():
     row = random_rows(1)[0][0]
     case_rows = [
-        row | {'study_id': name, 'dice': dice}
+        row | {'study_id': name, 'subject': name, 'dice': dice}
         for name, dice in [('a', 0.2), ('b', math.nan), ('c', 0.6)]
     ]
     found = evaluate.summarise(case_rows, [])['volume']['dice']
@@ -158,11 +162,25 @@ def test_summary_figures_equal_hand_computed_ones():
     }
 
 
+def test_summary_interval_draws_a_subject_with_both_of_its_studies():
+    row = random_rows(1)[0][0]
+    case_rows = [
+        row | {'study_id': study, 'subject': subject, 'dice': dice}
+        for study, subject, dice in [('p_1', 'p', 0.2), ('p_2', 'p', 0.4), ('q_1', 'q', 0.9)]
+    ]
+    found = evaluate.summarise(case_rows, [])['volume']['dice']
+    # Two draws of p and q: both p, (0.2 + 0.4 + 0.2 + 0.4) / 4 = 0.3; one each, 1.5 / 3 = 0.5; both
+    # q, 0.9; with chances of 1/4, 1/2 and 1/4. Were studies drawn, the lowest of 27 would be 0.2.
+    assert (found['mean'], found['n']) == (pytest.approx(0.5), 3)
+    assert found['ci95'] == pytest.approx([0.3, 0.9])
+
+
 def test_summary_interval_of_slices_draws_subjects():
-    # 60 slices of two subjects, all 0 and all 1: the interval is that of two subjects.
+    # 60 slices of two subjects, one with two studies, all 0 and all 1: the interval is that of two
+    # subjects.
     base = dict.fromkeys(evaluate.SLICE_COLUMNS, 0.0) | {'protocol': 'slice_all'}
     rows = [
-        base | {'study_id': name, 'slice': z, 'dice': dice}
+        base | {'study_id': f'{name}_{z % 2}', 'subject': name, 'slice': z, 'dice': dice}
         for name, dice in [('a', 0.0), ('b', 1.0)]
         for z in range(30)
     ]
@@ -215,10 +233,17 @@ def cut_last_line(text):
     return text[: text.rindex(',')]
 
 
+def without_subjects(text):
+    return ''.join(
+        ','.join(line.split(',')[:1] + line.split(',')[2:]) for line in text.splitlines(True)
+    )
+
+
 @pytest.mark.parametrize(
     ('damage', 'complaint'),
     [
         (lambda text: text.replace('dice', 'dise'), 'no column dice'),
+        (without_subjects, 'no column subject; run evaluate again'),  # of an earlier version
         (lambda text: text.replace('CT-1,', 'CT-1,x', 1), 'damaged'),
         (cut_last_line, 'cut short'),
     ],

@@ -5,6 +5,7 @@ import pytest
 
 from covseg_jax import written
 from covseg_jax.errors import FileFault, InputError
+from covseg_jax.evaluation.evaluate import read_tables
 from covseg_jax.evaluation.folders import pair_masks, score_folder
 from covseg_jax.imaging.nifti import write_volume
 
@@ -49,6 +50,22 @@ def test_what_this_program_wrote_is_scored_and_never_the_truth(tmp_path):
     assert ([name for name, _, _ in pairs], alone) == (['a'], ['b'])
     pairs, _ = pair_masks(tmp_path / 'masks', tmp_path / 'other')
     assert [name for name, _, _ in pairs] == ['a', 'b']
+
+
+def test_masks_of_a_folder_are_scored_over_the_subjects_that_a_pattern_names(tmp_path):
+    for name, place in (('p1_a', (0, 0, 0)), ('p1_b', (1, 0, 0)), ('p2_a', (0, 0, 0))):
+        write(tmp_path / 'a' / f'{name}.nii.gz', (0, 0, 0))
+        write(tmp_path / 'b' / f'{name}.nii.gz', place)
+    pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
+    summary = score_folder(pairs, tmp_path / 'scores', '(p.)_')
+    assert (summary['studies'], summary['subjects']) == (3, 2)
+    # Two draws of p1 (Dice 1 and 0) and p2 (1): the mean is 1/2, 2/3 or 1.
+    assert summary['protocols']['volume']['dice']['ci95'] == pytest.approx([0.5, 1])
+    case_rows, slice_rows = read_tables(tmp_path / 'scores')
+    assert [row['subject'] for row in case_rows] == ['p1', 'p1', 'p2']
+    assert {row['subject'] for row in slice_rows} == {'p1', 'p2'}
+    with pytest.raises(InputError, match='subject_pattern'):
+        score_folder(pairs, tmp_path / 'scores', 'p1_')
 
 
 def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):

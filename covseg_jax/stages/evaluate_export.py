@@ -1,0 +1,160 @@
+"""An exported network, scored on any data set with lesion masks."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from covseg_jax import atomic
+from covseg_jax.errors import InputError
+from covseg_jax.stages.inputs import Config, Given, data_folder, num_workers
+from covseg_jax.stages.outcome import show_table, table_of_summary
+from covseg_jax.stages.pipeline import prepare_shared
+
+if TYPE_CHECKING:
+    from covseg_jax.data.cases import Case
+    from covseg_jax.imaging.prepare import PrepareSettings
+    from covseg_jax.imaging.studies import Study
+    from covseg_jax.inference.model import Model
+
+_PREPARED = 'prepared'
+_TABLES = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
+_NAMES = {_PREPARED, *_TABLES, 'figures', 'tensorboard'}  # all that an evaluation leaves
+
+
+def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+    """Scores --model on the masked studies of --input or of the config's data set, as `evaluate`
+    does a run. They are prepared into `prepared/` of --output as the export says, and kept there.
+
+    Raises:
+      InputError: a flag is missing, the data set has no lesion mask that can be used, --output
+        holds something else, or the exports cannot be loaded.
+    """
+    if not given.output or not (given.input or config):
+        raise InputError(
+            '--stages=evaluate with --model needs --output=FOLDER, and --input=DATASET_FOLDER or a '
+            '--config that names the data set'
+        )
+    if given.reference:
+        raise InputError(
+            '--reference is for --input=PREDICTIONS; with --model the true masks are those of the '
+            'data set'
+        )
+    from covseg_jax.evaluation.cohort import evaluate_cohort
+    from covseg_jax.imaging.studies import find_inputs
+    from covseg_jax.inference.export import load
+
+    folder = (given.input or data_folder(config, workdir)).absolute()
+    output = given.output
+    _refuse_other_contents(output)
+    atomic.remove_leftovers(output)
+    studies = find_inputs(folder, config.data.layout if config else 'auto')
+    model = load(*given.model.split(','))
+    labels = tuple(config.prepare.lesion_labels) if config else (1,)
+    settings = dataclasses.replace(model.preparation, lesion_labels=labels)
+    cases, num_bad = _prepare_masked(studies, folder, output / _PREPARED, settings, config, given)
+
+    def predict(case) -> np.ndarray:
+        return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
+
+    run = _describe(model, given, folder, cases, num_bad)
+    summary = evaluate_cohort(
+        cases,
+        {study.study_id: study for study in studies},
+        predict,
+        None,
+        model.masks,
+        output,
+        run,
+        lesion_labels=labels,
+        hparams={'model': given.model} | _hparams(model.description),
+    )
+    show_table(*table_of_summary(summary))
+    print(f'evaluate: {len(cases)} studies with a mask, {num_bad} set aside; {output}')
+
+
+def _refuse_other_contents(output: pathlib.Path) -> None:
+    """What an evaluation writes replaces what is there: it may be another evaluation or nothing."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise InputError(f'{output}: is not a folder; name one that is new')
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    names = {name for name in names if not name.startswith('.tmp-')}  # of a killed evaluation
+    if names and (_PREPARED not in names or not names <= _NAMES):
+        raise InputError(
+            f'{output}: holds what is not the evaluation of an export '
+            f'({min(names - _NAMES, default=min(names))}); name a new folder, such as one in it'
+        )
+
+
+def _prepare_masked(
+    studies: 'Sequence[Study]',
+    folder: pathlib.Path,
+    prepared: pathlib.Path,
+    settings: 'PrepareSettings',
+    config: Config | None,
+    given: Given,
+) -> 'tuple[tuple[Case, ...], int]':
+    """The prepared cases to score, and how many of the masked studies cannot be used."""
+    from covseg_jax.data.cases import evaluation_cases, find_cases
+
+    masked = [study for study in studies if study.lesion_mask is not None]
+    if not masked:
+        raise InputError(
+            f'{folder}: none of its {len(studies)} studies has a lesion mask, so there is nothing '
+            'to evaluate against; the README says where each layout has them'
+        )
+    good, _ = prepare_shared(
+        masked,
+        prepared,
+        settings,
+        num_workers=given.num_workers or num_workers(config),
+        on_bad_study=config.data.on_bad_study if config else 'skip',
+    )
+    if not good:
+        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
+    patterns = (
+        {
+            'subject_pattern': config.data.subject_pattern,
+            'healthy_pattern': config.data.healthy_pattern,
+        }
+        if config
+        else {}
+    )
+    # An earlier call may have left cases of another data set here.
+    cases = find_cases(prepared, only={study.study_id for study in good}, **patterns)
+    cases = evaluation_cases(cases, config.data.evaluation_pattern if config else '.*')
+    if not cases:
+        raise InputError(
+            f'{folder}: data.evaluation_pattern {config.data.evaluation_pattern!r} matches no '
+            'subject with a lesion mask'
+        )
+    return cases, len(masked) - len(good)
+
+
+def _describe(
+    model: 'Model', given: Given, folder: pathlib.Path, cases: 'Sequence[Case]', num_bad: int
+) -> dict:
+    """What summary.json and the report say beside the scores."""
+    members = model.description.get('ensemble', [model.description])
+    return {
+        'config': ', '.join(str(each.get('config', 'not stated')) for each in members),
+        'model': given.model,
+        'threshold': model.masks.threshold,
+        'seed_threshold': model.masks.seed_threshold,
+        'checkpoint_step': max(each.get('checkpoint_step') or 0 for each in members),
+        'data': str(folder),
+        'data_sets': sorted({case.description['data_set'] for case in cases}),
+        'studies_set_aside': num_bad,
+    }
+
+
+def _hparams(description: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The settings of an export, one level deep, as TensorBoard takes them; none of several."""
+    found: dict[str, bool | int | float | str] = {}
+    for group in ('network', 'preparation', 'volumes', 'masks'):
+        for name, value in description.get(group, {}).items():
+            is_plain = isinstance(value, bool | int | float | str)
+            found[f'{group}.{name}'] = value if is_plain else str(value)
+    return found
