@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from covseg_jax import atomic
+from covseg_jax import atomic, written
 from covseg_jax.errors import InputError
 from covseg_jax.stages.inputs import Config, Given, data_folder, num_workers
 from covseg_jax.stages.outcome import show_table, table_of_summary
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _PREPARED = 'prepared'
 _TABLES = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
-_NAMES = {_PREPARED, *_TABLES, 'figures', 'tensorboard'}  # all that an evaluation leaves
+_FOLDERS = ('figures', 'tensorboard')
+_NAMES = {_PREPARED, *_TABLES, *_FOLDERS}  # all that an evaluation leaves
 
 
 def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
@@ -60,32 +61,40 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Giv
         return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
 
     run = _describe(model, given, folder, cases, num_bad)
-    summary = evaluate_cohort(
-        cases,
-        {study.study_id: study for study in studies},
-        predict,
-        None,
-        model.masks,
-        output,
-        run,
-        lesion_labels=labels,
-        hparams={'model': given.model} | _hparams(model.description),
-    )
+    with written.new_files(output) as temporary:
+        summary = evaluate_cohort(
+            cases,
+            {study.study_id: study for study in studies},
+            predict,
+            None,
+            model.masks,
+            temporary,
+            run,
+            lesion_labels=labels,
+            hparams={'model': given.model} | _hparams(model.description),
+        )
+        # Its name is another each time.
+        written.remove((output / 'tensorboard').glob('events.out.tfevents.*'))
     show_table(*table_of_summary(summary))
     print(f'evaluate: {len(cases)} studies with a mask, {num_bad} set aside; {output}')
 
 
 def _refuse_other_contents(output: pathlib.Path) -> None:
-    """What an evaluation writes replaces what is there: it may be another evaluation or nothing."""
+    """What an evaluation writes replaces what is there: it may be another evaluation, as this
+    program wrote it, or nothing."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise InputError(f'{output}: is not a folder; name one that is new')
     names = {path.name for path in output.iterdir()} if output.exists() else set()
-    names = {name for name in names if not name.startswith('.tmp-')}  # of a killed evaluation
+    names = {name for name in names if not name.startswith('.')}
     if names and (_PREPARED not in names or not names <= _NAMES):
         raise InputError(
             f'{output}: holds what is not the evaluation of an export '
             f'({min(names - _NAMES, default=min(names))}); name a new folder, such as one in it'
         )
+    files = [output / name for name in _TABLES]
+    for name in _FOLDERS:
+        files += [path for path in (output / name).glob('[!.]*') if not path.is_dir()]
+    written.refuse_foreign(files)
 
 
 def _prepare_masked(

@@ -9,6 +9,7 @@ import pytest
 
 import covseg_jax
 from configs import transunet
+from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import cohort
 from covseg_jax.imaging import nifti
@@ -78,13 +79,20 @@ def read_rows(folder, name='cases.csv'):
 def test_evaluation_of_an_export_has_all_that_a_runs_has(export, tmp_path):
     data, output = write_data_set(tmp_path / 'data', 'plain'), tmp_path / 'scores'
     evaluate(model=str(export), input=data, output=output)
-    assert {path.name for path in output.iterdir()} == {
+    assert {path.name for path in output.iterdir() if path.name != written.RECORD} == {
         'prepared', 'cases.csv', 'slices.csv', 'summary.json', 'report.html', 'figures',
         'tensorboard',
     }  # fmt: skip
     report = (output / 'report.html').read_text()
     assert 'p2_a' in report
     assert str(export) in report
+    # Again, which replaces it; but not what somebody changed in it since.
+    evaluate(model=str(export), input=data, output=output)
+    assert len(list((output / 'tensorboard').glob('events*'))) == 1
+    (output / 'cases.csv').write_text('mine')
+    with pytest.raises(InputError, match=r'cases\.csv: is in the way'):
+        evaluate(model=str(export), input=data, output=output)
+    assert (output / 'cases.csv').read_text() == 'mine'
 
 
 @pytest.mark.usefixtures('undrawn')
