@@ -133,7 +133,8 @@ def remove(paths: Iterable[str | os.PathLike]) -> None:
 def claim(path: str | os.PathLike, head: bytes) -> None:
     """Notes a file that will grow, before it is there: it is this program's for as long as it
     begins with `head`, or is empty."""
-    _append(pathlib.Path(path), None, len(head), isal_zlib.crc32(head), grows=True)
+    if not is_ours(path):
+        _append(pathlib.Path(path), None, len(head), isal_zlib.crc32(head), grows=True)
 
 
 def adopt(paths: Iterable[str | os.PathLike]) -> None:

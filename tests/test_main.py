@@ -157,7 +157,7 @@ def test_main_exports_a_model_that_predicts_without_a_config(finished, tmp_path)
     assert len(names) == 2 * len(list(scans.iterdir()))
     for name in names:
         assert (by_run / name).read_bytes() == (by_export / name).read_bytes()
-    before = {path: path.stat().st_mtime_ns for path in by_export.glob('*_*.*')}
+    before = {path: path.stat().st_mtime_ns for path in by_export.glob('study_*')}
     again = run(*flags, '--preview', '--per_lung', '--resume')
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
