@@ -64,7 +64,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     phantom.num_healthy = 20
     phantom.num_covid = 40
     phantom.num_masked = 12  # of the COVID studies: these are for evaluation
-    phantom.severe_shares = (125 / 856, 45 / 856, 2 / 856)  # CT-2, -3, -4 of them, as in MosMedData
     phantom.shape = (192, 192, 40)  # voxels, x y z
     phantom.spacing_mm = (1.75, 1.75, 8.0)
     phantom.seed = 0

@@ -75,10 +75,12 @@ def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool
     is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
     if not is_done:
         stages.refuse_other_settings(config, workdir, name)
+        stages.refuse_foreign_workdir(workdir)
     (workdir / stages.STOPPED).unlink(missing_ok=True)
     if is_done:
         return False
-    written = {
+    manifest.begin(workdir, name, settings)  # first: from here on the folder is a run's
+    texts = {
         'config.json': config.to_json_best_effort(indent=2),
         'environment.json': json.dumps(describe_environment(), indent=2),
     }
@@ -89,9 +91,8 @@ def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool
         if not (stages.newest_step(workdir, name) and (folder / 'config.json').exists()):
             folders.append(folder)
     for folder in folders:
-        for file, text in written.items():
+        for file, text in texts.items():
             atomic.write_text(folder / file, text)
-    manifest.begin(workdir, name, settings)
     return True
 
 

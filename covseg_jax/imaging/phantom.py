@@ -279,10 +279,11 @@ def write_phantom_data_set(
         'num_covid': num_covid,
         'num_masked': num_masked,
         'seed': seed,
-        'severe_shares': list(severe_shares),
         'shape': list(shape),
         'spacing_mm': list(spacing_mm),
     }
+    if tuple(severe_shares) != _SEVERE_SHARES:  # without a word of it in older folders
+        settings['severe_shares'] = list(severe_shares)
     _claim_folder(folder, settings)
     missing = [order for order in orders if not (folder / order.image).is_file()]
     with tqdm.tqdm(total=len(missing), desc='phantoms', unit='study', disable=None) as bar:

@@ -26,6 +26,7 @@ from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 
 GEOMETRY_FILE = 'geometry.json'
+_CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings would give another result: old cases are made anew.
 _VERSION = 2
 
@@ -181,8 +182,8 @@ def prepare_studies(
         on_bad_study: 'skip' goes on and reports it, 'stop' stops at the first.
 
     Raises:
-        InputError: on_bad_study is 'stop' and a study is bad, a worker was killed, or the disk is
-            too small.
+        InputError: on_bad_study is 'stop' and a study is bad, a worker was killed, the disk is too
+            small, or a folder of a study's name holds something else than its prepared case.
         ValueError: another on_bad_study.
     """
     if on_bad_study not in ('skip', 'stop'):
@@ -190,6 +191,7 @@ def prepare_studies(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(folder)
+    _refuse_other_folders(studies, folder)
     _check_space(studies, folder, settings)
     prepare = functools.partial(_prepare_case, folder=folder, settings=settings)
     outcomes: dict[str, _Outcome] = {}
@@ -256,6 +258,21 @@ class _Outcome:
     fault: str = ''
     voxel_crc32: int | None = None
     notes: tuple[str, ...] = ()
+
+
+def _refuse_other_folders(studies: Sequence[Study], folder: pathlib.Path) -> None:
+    """A case replaces the folder of its name, which may be a person's, such as a DICOM series."""
+    for study in studies:
+        case_folder = folder / study.study_id
+        if not case_folder.is_dir() or case_folder.is_symlink():
+            names = {case_folder.name} if os.path.lexists(case_folder) else set()
+        else:
+            names = {path.name for path in case_folder.iterdir()}
+        if names and (GEOMETRY_FILE not in names or not names <= _CASE_FILES):
+            raise InputError(
+                f'{case_folder}: is in the way: it is not a case that was prepared; name another '
+                'folder in data.prepared, or move it elsewhere'
+            )
 
 
 def _check_space(studies: Sequence[Study], folder: pathlib.Path, settings: PrepareSettings) -> None:

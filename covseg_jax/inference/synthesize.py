@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 from scipy import ndimage
@@ -113,6 +114,7 @@ def synthesize(
     covid: Sequence[Case],
     folder: pathlib.Path,
     settings: PseudoMaskSettings,
+    new_file: Callable[[pathlib.Path], AbstractContextManager[pathlib.Path]] = atomic.new_file,
 ) -> dict:
     """Writes a pseudo-mask for each COVID case, and summary.json last.
 
@@ -122,6 +124,7 @@ def synthesize(
       covid: the cases to mark.
       folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1], or a signed difference as it is.
       settings: how.
+      new_file: how a file is made; `written.new_file` in a folder that a person named.
 
     Returns:
       What summary.json holds: the threshold (None where masks are cut at a share of the maximum,
@@ -163,7 +166,7 @@ def synthesize(
     for case in tqdm(hosts.share(covid), desc='synthesize', unit='study', disable=None):
         case_score, lungs = score(case)
         mask, marked = mark(case_score, lungs, case.geometry.voxel_ml)
-        with atomic.new_file(folder / f'{case.study_id}.npy') as temporary:
+        with new_file(folder / f'{case.study_id}.npy') as temporary:
             np.save(temporary, mask)
         infection.append(float(100 * marked / max((lungs > 0).sum(), 1)))
     infection = hosts.gather(infection, len(covid))
@@ -181,7 +184,8 @@ def synthesize(
     if threshold is None:
         summary['share_of_max'] = settings.share_of_max
     if hosts.is_first():
-        atomic.write_text(folder / 'summary.json', json.dumps(summary, indent=2))
+        with new_file(folder / 'summary.json') as temporary:
+            temporary.write_text(json.dumps(summary, indent=2), encoding='utf-8')
     return summary
 
 

@@ -8,7 +8,12 @@ from covseg_jax.stages.inputs import Given
 from covseg_jax.stages.on_request import AFTER, BEFORE, ON_INPUT, STOPPED
 from covseg_jax.stages.outcome import show_table
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
-from covseg_jax.stages.settings import newest_step, refuse_other_settings, stage_settings
+from covseg_jax.stages.settings import (
+    newest_step,
+    refuse_foreign_workdir,
+    refuse_other_settings,
+    stage_settings,
+)
 
 __all__ = [
     'AFTER',
@@ -19,6 +24,7 @@ __all__ = [
     'TRAINED',
     'Given',
     'newest_step',
+    'refuse_foreign_workdir',
     'refuse_other_settings',
     'show_table',
     'stage_settings',

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from covseg_jax import atomic, hosts
+from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
 from covseg_jax.stages.inputs import (
     Config,
@@ -48,7 +48,6 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
                     num_healthy=config.phantom.num_healthy,
                     num_covid=config.phantom.num_covid,
                     num_masked=config.phantom.num_masked,
-                    severe_shares=tuple(config.phantom.severe_shares),
                     seed=config.phantom.seed,
                     shape=tuple(config.phantom.shape),
                     spacing_mm=tuple(config.phantom.spacing_mm),
@@ -126,13 +125,19 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
     recipe = config.gan.recipe
     heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
     splits = split_studies(config, workdir)
-    folder = pseudo_mask_folder(config, workdir)
+    folder, new_file = pseudo_mask_folder(config, workdir), atomic.new_file
+    covid = splits.train + splits.validation + splits.evaluation
+    if config.data.pseudo_masks:  # a person's folder
+        files = [*(folder / f'{case.study_id}.npy' for case in covid), folder / 'summary.json']
+        hosts.first_alone(lambda: written.refuse_foreign(files), 'pseudo-masks may be written')
+        new_file = written.new_file
     summary = synthesize(
         heal,
         splits.healthy_calibration,
-        splits.train + splits.validation + splits.evaluation,
+        covid,
         folder,
         PseudoMaskSettings(**config.synthesize.to_dict()),
+        new_file,
     )
     infection = summary['infection_percent']
     return Done(

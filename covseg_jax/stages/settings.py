@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from covseg_jax import manifest
 from covseg_jax.checksums import describe_data_set
+from covseg_jax.errors import InputError
 from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
 from covseg_jax.stages.inputs import Config, data_folder
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
@@ -94,6 +95,29 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
             else f'use those, or run --stages={earlier} again'
         )
         manifest.refuse_other_settings(workdir, earlier, held, remedy)
+
+
+def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
+    """A folder in which no run was begun must hold nothing that a run would replace.
+
+    Raises:
+      InputError: it does; names the file or folder.
+    """
+    begun = [manifest.read_begun(workdir, stage) for stage in PIPELINE]
+    if any(begun) or any(newest_step(workdir, stage) is not None for stage in TRAINED):
+        return
+    for name in (
+        'config.json',
+        'environment.json',
+        'progress.png',
+        *TRAINED.values(),
+        'evaluation',
+    ):
+        if (workdir / name).exists():
+            raise InputError(
+                f'{workdir / name}: is in the way, for no run was begun in this folder; name '
+                'another --workdir'
+            )
 
 
 def newest_step(workdir: pathlib.Path, stage: str) -> int | None:

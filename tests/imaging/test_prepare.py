@@ -293,6 +293,19 @@ def test_case_of_a_study_that_was_spoilt_since_is_gone(data_set):
     assert [path.name for path in (data_set.parent / 'prepared').iterdir()] == ['b']
 
 
+@pytest.mark.parametrize('name', ['slice_01.dcm', 'notes.txt'])
+def test_folder_that_is_no_prepared_case_is_left_and_named(data_set, name):
+    if name == 'notes.txt':  # in a case's own folder
+        _prepare(data_set)
+    folder = data_set.parent / 'prepared' / 'a'
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('mine')
+    (data_set / 'a.nii.gz').write_bytes(b'spoilt')
+    with pytest.raises(InputError, match='a: is in the way.*data.prepared'):
+        _prepare(data_set)
+    assert (folder / name).read_text() == 'mine'
+
+
 @pytest.mark.skipif(not pathlib.Path('/proc/self/stat').exists(), reason='reads /proc')
 def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     for number in range(22):

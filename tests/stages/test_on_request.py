@@ -24,7 +24,7 @@ def evaluate_folder(folder, output):
     write(folder / 'masks' / 'a.nii.gz', (0, 0, 0))
     config = transunet.get_config('tiny')
     given = Given(folder / 'masks', output, folder / 'masks')
-    on_request.run_evaluate_folder(config, folder / 'w', given)
+    on_request.run_evaluate_given(config, folder / 'w', given)
 
 
 def compare(folder, output):
