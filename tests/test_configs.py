@@ -40,6 +40,11 @@ def with_changes(variant, changes):
     return config
 
 
+def name_case(value):
+    # A set's order is another one in each process.
+    return ' '.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else ''
+
+
 @pytest.mark.parametrize('variant', transunet.VARIANTS)
 def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
     alone, whole = gan3d.get_config(variant).to_dict(), transunet.get_config(variant).to_dict()
@@ -109,7 +114,7 @@ def test_default_generator_of_every_patch_is_built(patch):
         ({'gan.conv_impl': 'native'}, {ADVERSARIAL}),
         ({'gan.schedule': 'constant', 'gan.clip_norm': 0.0}, {ADVERSARIAL}),
     ],
-    ids=str,
+    ids=name_case,
 )
 def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
     assert set(trace(with_changes('tiny', changes), 'gan')) == {*steps, 'heal'}
@@ -131,7 +136,7 @@ def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
         ({'network.conv_impl': 'lanes'}, TWO_PHASES),
         ({'network.conv_impl': 'native'}, TWO_PHASES),
     ],
-    ids=str,
+    ids=name_case,
 )
 def test_flags_that_change_the_network_are_built_and_stepped(changes, steps):
     two_phases = {'train.mode': 'two_phase', 'train.epoch_steps': 4, 'train.contrastive_steps': 2}

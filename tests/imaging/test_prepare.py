@@ -301,7 +301,7 @@ def test_folder_that_is_no_prepared_case_is_left_and_named(data_set, name):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text('mine')
     (data_set / 'a.nii.gz').write_bytes(b'spoilt')
-    with pytest.raises(InputError, match='a: is in the way.*data.prepared'):
+    with pytest.raises(InputError, match=r'a: is in the way.*data.prepared'):
         _prepare(data_set)
     assert (folder / name).read_text() == 'mine'
 
