@@ -49,9 +49,9 @@ def evaluate_cohort(
     folder: pathlib.Path,
     run: dict,
     *,
-    pseudo_masks: MaskSettings | None = None,
     lesion_labels: Sequence[int],
     hparams: Mapping[str, bool | int | float | str],
+    pseudo_masks: MaskSettings | None = None,
     learning_curves: Sequence[pathlib.Path] = (),
 ) -> dict:
     """Scores all cases in the three protocols and writes the tables, figures, report and summary.
@@ -65,9 +65,9 @@ def evaluate_cohort(
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html,
         tensorboard/, and summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
-      pseudo_masks: from a pseudo-mask to a mask, where there are such.
       lesion_labels: values of a true mask that are lesion.
       hparams: the run's settings, for TensorBoard.
+      pseudo_masks: from a pseudo-mask to a mask, where there are such.
       learning_curves: pictures that the report ends with.
 
     Returns:

@@ -9,7 +9,7 @@ import numpy as np
 
 from covseg_jax import atomic, written
 from covseg_jax.errors import InputError
-from covseg_jax.stages.inputs import Config, Given, data_folder, num_workers
+from covseg_jax.stages.inputs import Config, Given, data_folder, describe_cuts, num_workers
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import prepare_shared
 
@@ -150,8 +150,7 @@ def _describe(
     return {
         'config': ', '.join(str(each.get('config', 'not stated')) for each in members),
         'model': given.model,
-        'threshold': model.masks.threshold,
-        'seed_threshold': model.masks.seed_threshold,
+        **describe_cuts(model.masks),
         'checkpoint_step': max(each.get('checkpoint_step') or 0 for each in members),
         'data': str(folder),
         'data_sets': sorted({case.description['data_set'] for case in cases}),
