@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
@@ -150,6 +151,7 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
     group = config.gan if stage == 'gan' else config.train
     found = {}
     for name, program in list_programs(_for_tpu(config), devices, stage).items():
+        print(f'compile_check: {stage}: compiling {name}', file=sys.stderr, flush=True)
         compiled = _compile(program, program.batch_size)
         found[name] = {
             'topology': topology,
