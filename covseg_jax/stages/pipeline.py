@@ -28,6 +28,7 @@ from covseg_jax.stages.inputs import (
 from covseg_jax.stages.outcome import Done, table_of_summary
 
 if TYPE_CHECKING:
+    from covseg_jax.data.cases import Case
     from covseg_jax.imaging.prepare import PrepareReport, PrepareSettings
     from covseg_jax.imaging.studies import Study
 
@@ -192,6 +193,10 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
             'healthy_studies': len(splits.healthy_train) + len(healthy),
             'human_masks': config.train.targets != 'pseudo',
         },
+        _TRAINED_ON: sorted(
+            {case.subject for side in (splits.train, splits.validation) for case in side}
+            | {case.subject for side in (splits.healthy_train, healthy) for case in side}
+        ),
     }
     if hosts.is_first():
         atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
@@ -213,6 +218,24 @@ _CUTS = {
     'seed_threshold': 'threshold once in each lesion',
     'share_of_max': "cut at this share of a study's maximum",
 }
+
+
+_TRAINED_ON = 'subjects'  # of calibration.json; it stays in the work directory, no export has it
+
+
+def _refuse_trained_subjects(cases: 'Sequence[Case]', workdir: pathlib.Path) -> None:
+    """Masks may have come since the training, of subjects that it learned from."""
+    calibration = workdir / 'transunet' / 'calibration.json'
+    if not calibration.exists():
+        return
+    trained = set(json.loads(calibration.read_text(encoding='utf-8')).get(_TRAINED_ON, ()))
+    both = sorted({case.subject for case in cases} & trained)
+    if both:
+        raise InputError(
+            f'{both[0]}: the network learned from this subject, which has a lesion mask now '
+            f'({len(both)} such subjects); train again in another --workdir, where it is kept for '
+            'evaluation'
+        )
 
 
 def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
@@ -248,6 +271,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         predict, read_pseudo_mask = read_pseudo_mask, None
         settings, step = pseudo_mask_cuts(config), 0
     else:
+        _refuse_trained_subjects(cases, workdir)
         model, step = load_model(config, workdir, num_devices=1)
         settings = model.masks
 

@@ -103,8 +103,8 @@ def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
     Raises:
       InputError: it does; names the file or folder.
     """
-    begun = [manifest.read_begun(workdir, stage) for stage in PIPELINE]
-    if any(begun) or any(newest_step(workdir, stage) is not None for stage in TRAINED):
+    is_begun = any(manifest.read_begun(workdir, stage) is not None for stage in PIPELINE)
+    if is_begun or any(newest_step(workdir, stage) is not None for stage in TRAINED):
         return
     for name in (
         'config.json',
