@@ -10,7 +10,7 @@ from tests.program import run
 
 # A short training on small phantoms, whose figures depend on the seed and on rounding alone.
 SHORT = (
-    '--config=configs/transunet.py:phantom',
+    '--config=configs/transunet.py:tiny',
     '--stages=prepare,synthesize,train,evaluate',
     '--config.gan.recipe=none',  # pseudo-masks are there, and this training does not use them
     '--config.phantom.num_healthy=6',
@@ -24,6 +24,7 @@ SHORT = (
     '--config.train.num_steps=60',
     '--config.train.warmup_steps=10',
     '--config.train.evaluate_every=0',
+    '--config.train.log_every=10',
 )
 
 

@@ -21,6 +21,7 @@ def make_case(outputs):
         lungs=lambda: np.ones((1, 1, len(outputs)), np.uint8),
         geometry=types.SimpleNamespace(voxel_ml=2.0),
         description={'data_set': 'made'},
+        subject='made',
     )
 
 
