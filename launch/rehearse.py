@@ -37,7 +37,7 @@ STEPS = (
     '--config.train.contrastive_steps=2',
     '--config.train.log_every=1',
 )
-_PAUSE_SECONDS = 0.5  # between two looks at a step's memory
+_PAUSE_SECONDS = 2  # between two looks at a step's memory
 
 
 def list_steps(folder: pathlib.Path) -> dict[str, list[str]]:

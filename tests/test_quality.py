@@ -13,6 +13,9 @@ SHORT = (
     '--config=configs/transunet.py:tiny',
     '--stages=prepare,synthesize,train,evaluate',
     '--config.gan.recipe=none',  # pseudo-masks are there, and this training does not use them
+    '--config.network.width=16',
+    '--config.network.num_heads=4',
+    '--config.network.initial_logit=-3.0',
     '--config.phantom.num_healthy=6',
     '--config.phantom.num_covid=5',
     '--config.phantom.num_masked=3',
@@ -41,9 +44,12 @@ def test_short_training_learns_as_much_as_it_did(tmp_path):
     done = run(*SHORT, f'--workdir={tmp_path}')
     assert done.returncode == 0, done.stderr[-2000:]
     loss = [row['loss/total'] for row in read_log(tmp_path, 'transunet') if 'loss/total' in row]
-    volume = read_summary(tmp_path)['protocols']['volume']
-    print(loss, volume['average_precision'], volume['dice'])
-    assert np.mean(loss[-2:]) < 0.5
+    found = read_summary(tmp_path)['protocols']['volume']['average_precision']['mean']
+    # Seeds 0 and 1: 0.123 and 0.126 at the end of 60 steps, from 0.21 and 0.18; average precision
+    # 0.199 and 0.196, where a network that learned nothing has the lesions' share, about 0.03.
+    assert loss[0] > 0.17
+    assert 0.09 < np.mean(loss[-2:]) < 0.155
+    assert 0.17 < found < 0.26
 
 
 @pytest.mark.slow
