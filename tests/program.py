@@ -18,14 +18,14 @@ def environment():
     return os.environ | flags
 
 
-def run(*flags, cwd=ROOT):
+def run(*flags, cwd=ROOT, timeout=300):
     return subprocess.run(
         command(*flags),
         cwd=cwd,
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
 
