@@ -4,6 +4,7 @@ A network's weights fit many settings that make another function of them: what i
 decides, and another value is refused.
 """
 
+import json
 import pathlib
 from collections.abc import Mapping
 
@@ -104,7 +105,8 @@ def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
       InputError: it does; names the file or folder.
     """
     is_begun = any(manifest.read_begun(workdir, stage) is not None for stage in PIPELINE)
-    if is_begun or any(newest_step(workdir, stage) is not None for stage in TRAINED):
+    is_trained = any(newest_step(workdir, stage) is not None for stage in TRAINED)
+    if is_begun or is_trained or _is_config(workdir / 'config.json'):
         return
     for name in (
         'config.json',
@@ -118,6 +120,15 @@ def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
                 f'{workdir / name}: is in the way, for no run was begun in this folder; name '
                 'another --workdir'
             )
+
+
+def _is_config(path: pathlib.Path) -> bool:
+    """Whether a file is the config of a run, whose manifests somebody may have removed."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {'variant', 'stages', *TRAINED}
 
 
 def newest_step(workdir: pathlib.Path, stage: str) -> int | None:
