@@ -98,15 +98,28 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
         manifest.refuse_other_settings(workdir, earlier, held, remedy)
 
 
+def is_work_directory(folder: pathlib.Path) -> bool:
+    """Whether a run was begun in a folder: its manifests, checkpoints or config are there."""
+    is_begun = any(manifest.read_begun(folder, stage) is not None for stage in PIPELINE)
+    is_trained = any(newest_step(folder, stage) is not None for stage in TRAINED)
+    return is_begun or is_trained or _is_config(folder / 'config.json')
+
+
+def _is_config(path: pathlib.Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {'variant', 'stages', *TRAINED}
+
+
 def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
     """A folder in which no run was begun must hold nothing that a run would replace.
 
     Raises:
       InputError: it does; names the file or folder.
     """
-    is_begun = any(manifest.read_begun(workdir, stage) is not None for stage in PIPELINE)
-    is_trained = any(newest_step(workdir, stage) is not None for stage in TRAINED)
-    if is_begun or is_trained or _is_config(workdir / 'config.json'):
+    if is_work_directory(workdir):
         return
     for name in (
         'config.json',
@@ -120,15 +133,6 @@ def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
                 f'{workdir / name}: is in the way, for no run was begun in this folder; name '
                 'another --workdir'
             )
-
-
-def _is_config(path: pathlib.Path) -> bool:
-    """Whether a file is the config of a run, whose manifests somebody may have removed."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {'variant', 'stages', *TRAINED}
 
 
 def newest_step(workdir: pathlib.Path, stage: str) -> int | None:
