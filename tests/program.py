@@ -18,7 +18,7 @@ def environment():
     return os.environ | flags
 
 
-def run(*flags, cwd=ROOT, timeout=300):
+def run(*flags, cwd=ROOT, timeout=900):
     return subprocess.run(
         command(*flags),
         cwd=cwd,

@@ -53,7 +53,7 @@ def launch(cloud, script, *flags):
         env=os.environ | {'PATH': f'{cloud / "bin"}:{os.environ["PATH"]}', 'FAKE': str(cloud)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -113,7 +113,7 @@ def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp
         program.chmod(0o755)
     done = subprocess.run(
         ['bash', launch_folder / 'ablation.sh', tmp_path / 'runs'],
-        env=os.environ | {'VENV': str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        env=os.environ | {'VENV': str(tmp_path)}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

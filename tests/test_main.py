@@ -356,13 +356,13 @@ def test_main_stopped_by_ctrl_c_goes_on(finished, tmp_path):
         command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
     )
     log = tmp_path / 'gan' / 'metrics.jsonl'
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (log.exists() and log.read_text().count('\n') >= 3):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert 'run the same command again' in process.stderr.read()
     stopped_at = max(int(p.name) for p in (tmp_path / 'gan' / 'checkpoints').iterdir())
     assert 0 < stopped_at < 200
@@ -390,7 +390,7 @@ def test_main_predict_stopped_by_ctrl_c_says_how_to_go_on_and_does(finished, tmp
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=300) == 130
     assert 'run it again with --resume' in process.stderr.read()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'masks').glob('*_mask.nii.gz')}
     assert 0 < len(before) < 60
@@ -457,7 +457,7 @@ def test_python_of_the_readme_runs(place):
     code = code.replace('study_0001', sorted((place / 'scans').iterdir())[0].name.split('.')[0])
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=place, env=environment(), capture_output=True, text=True,
-        timeout=120, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert 'CT-' in done.stdout
@@ -471,7 +471,7 @@ def test_first_command_of_the_readme_runs_in_an_environment_that_is_there(place)
     workdir = f'--workdir={place / "runs" / "transunet-tiny"}'
     done = subprocess.run(
         [ROOT / 'launch' / 'local.sh', 'run', '--config=configs/transunet.py:tiny', workdir],
-        env=environment() | {'VENV': str(venv)}, capture_output=True, text=True, timeout=120,
+        env=environment() | {'VENV': str(venv)}, capture_output=True, text=True, timeout=600,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
