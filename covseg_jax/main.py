@@ -71,11 +71,11 @@ def run_stages(
 
 def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
     """False for a stage that is done; a refused one leaves the work directory as it was."""
+    stages.refuse_foreign_workdir(workdir)
     settings = stages.stage_settings(config, workdir)[name]
     is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
     if not is_done:
         stages.refuse_other_settings(config, workdir, name)
-        stages.refuse_foreign_workdir(workdir)
     (workdir / stages.STOPPED).unlink(missing_ok=True)
     if is_done:
         return False
