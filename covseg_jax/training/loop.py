@@ -209,10 +209,10 @@ def run(
     batches = feed.start(max(start - first_step, 0))
     timer, progress_picture = _Timer(), _ProgressPicture(folder.parent)
     with (
+        _stop_signals() as stop_asked,  # before the log: who sees it may ask
         contextlib.closing(checkpoints),
         contextlib.closing(open_log(folder, start_step=start)) as log,
         contextlib.closing(_Profiler(folder / 'profile', schedule.profile)) as profiler,
-        _stop_signals() as stop_asked,
         tqdm(total=schedule.num_steps, initial=start, desc=name, unit='step', disable=None) as bar,
     ):
         for step in range(start, schedule.num_steps + 1):
