@@ -188,7 +188,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # A misspelt field, a value of the wrong type, a variant that is not there.
-        print(f'error: {_one_line(error)}', file=sys.stderr)
+        text = _one_line(error)
+        what = 'the config has no field ' if text.startswith("'") else ''  # its bare name
+        print(f'error: {what}{text}', file=sys.stderr)
         sys.exit(2)
 
 

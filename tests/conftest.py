@@ -7,12 +7,14 @@ import shutil
 import tempfile
 import zlib
 
+from tests.program import COMPILED_QUICKLY
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '')
     + ' --xla_force_host_platform_device_count=8'
     + ' --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'  # as `cpu` does
-    + ' --xla_backend_optimization_level=1'  # tests compile more than they compute
+    + f' {COMPILED_QUICKLY}'
 ).strip()
 # Tests, and the commands that they start, compile the same programs again and again. All of
 # pytest's processes share what was compiled.

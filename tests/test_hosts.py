@@ -12,6 +12,7 @@ import time
 import pytest
 
 import covseg_jax
+from tests.program import COMPILED_QUICKLY
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ print(json.dumps([hosts.gather(found, 5), hosts.is_any(number == 1), hosts.is_an
 
 def environment(num_devices):
     flags = f'--xla_force_host_platform_device_count={num_devices}'
-    return os.environ | {'XLA_FLAGS': f'{flags} --xla_backend_optimization_level=1'}
+    return os.environ | {'XLA_FLAGS': f'{flags} {COMPILED_QUICKLY}'}
 
 
 def free_port():

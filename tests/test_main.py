@@ -324,7 +324,8 @@ def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_pa
     [
         (['--config=configs/transunet.py:huge'], ['huge', 'tiny']),
         (['--config=configs/nothing.py'], ['nothing.py']),
-        (['--config=configs/transunet.py:tiny', '--config.train.batchsize=3'], ['batchsize']),
+        (['--config=configs/transunet.py:tiny', '--config.train.batchsize=3'], ['no field', 'batchsize']),
+        (['--config=configs/transunet.py:tiny', '--config.workdir=w'], ['no field', 'workdir']),
         (['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'], ['x']),
         (['--config=configs/transunet.py:tiny', '--stages=trian'], ['trian', 'train']),
         ([], ['--config']),

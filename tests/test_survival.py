@@ -14,6 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.program import COMPILED_QUICKLY
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Log, evaluation and saves fall on different steps; dropout, augmentation, averaged weights and a
 # plateau that cuts are on.
@@ -34,7 +36,7 @@ SETTINGS = {
         'network.dropout_rate': 0.1,
     },
 }
-ENVIRONMENT = os.environ | {'XLA_FLAGS': '--xla_backend_optimization_level=1'}  # one device
+ENVIRONMENT = os.environ | {'XLA_FLAGS': COMPILED_QUICKLY}  # one device
 FOLDERS = {'gan': 'gan', 'train': 'transunet'}
 
 
