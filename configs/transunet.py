@@ -87,7 +87,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.input_scale = 6.0
     gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
     gan.discriminator_filters = (16, 32, 64)  # channels of its levels
-    # Or 'published', see training/published_gan.py; or 'none' (leave out the stage gan): the
+    # Or 'published', see gan/published_step.py; or 'none' (leave out the stage gan): the
     # pseudo-masks are then a threshold on the density.
     gan.recipe = 'default'
     gan.depth = 32  # slices of a training crop, a multiple of 16
@@ -129,7 +129,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.profile_steps = ()  # or (first, last): those steps are traced into gan/profile
 
     config.synthesize = synthesize = ml_collections.ConfigDict()
-    synthesize.difference = 'opacity'  # or 'published', see inference/synthesize.py
+    synthesize.difference = 'opacity'  # or 'published', see gan/synthesize.py
     # Published 0.2: the pseudo-mask is the difference as it is, and its mask what exceeds this
     # share of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile.
     synthesize.share_of_max = 0.0
@@ -163,7 +163,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     train.batch_size = 32  # half high-, half low-infection slices
     train.micro_batches = 1  # parts of a batch, one after the other where memory is short
     train.num_steps = 20_000
-    train.rounds = ('synthetic', 'refined')  # and 'targets', see training/targets.py
+    train.rounds = ('synthetic', 'refined')  # and 'targets', see segmentation/targets.py
     train.round_shares = (0.7, 0.3)  # of num_steps
     train.targets = 'pseudo'  # or 'human', or 'human_else_pseudo'
     train.labels = 'quartiles'  # high- and low-infection slices; or 'infection'
@@ -215,7 +215,7 @@ def _mosmed() -> ml_collections.ConfigDict:
 
     config.predict = predict = ml_collections.ConfigDict()
     predict.batch_size = 32  # slices
-    predict.output = 'sigmoid'  # or 'linear', the raw output, see training/volumes.py
+    predict.output = 'sigmoid'  # or 'linear', the raw output, see segmentation/volumes.py
     # Published 0.2: a mask is what exceeds this share of the output's maximum over the study; 0:
     # the thresholds that train finds.
     predict.share_of_max = 0.0

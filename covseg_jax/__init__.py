@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from covseg_jax.inference.model import Model
+    from covseg_jax.predict.model import Model
 
 
 def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
@@ -24,6 +24,6 @@ def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
       covseg_jax.errors.InputError: an export is damaged, or does not fit this machine.
     """
     # Here and not above: processes that prepare studies import this package too, without JAX.
-    from covseg_jax.inference.export import load
+    from covseg_jax.predict.export import load
 
     return load(path, *others)

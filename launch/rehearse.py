@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 from configs import transunet
 from covseg_jax import atomic
-from covseg_jax.imaging.phantom import write_phantom_data_set
+from covseg_jax.phantom.studies import write_phantom_data_set
 from tests.reference_weights import make_torch_state
 
 NUM_STUDIES, NUM_HEALTHY, NUM_MASKED = 12, 4, 3

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import pytest
 
 from configs import gan3d, transunet
-from covseg_jax.data import pipeline
-from covseg_jax.training import compile_check, gan, gan_steps, segmentation
-from covseg_jax.training.steps import make_evaluation_step
+from covseg_jax.data import feeds
+from covseg_jax.gan import steps as gan_steps
+from covseg_jax.gan import train as gan
+from covseg_jax.segmentation import train as segmentation
+from covseg_jax.segmentation.steps import make_evaluation_step
+from covseg_jax.stages import compile_check
 
 RECONSTRUCTION = 'reconstruction'
 ADVERSARIAL = 'adversarial + discriminator + identity + reconstruction'
@@ -81,7 +84,7 @@ def test_network_of_every_variant_is_built_and_stepped(variant):
     assert_state_keeps_its_shapes(found)
     parts = segmentation.build_segmentation(config)
     batch = segmentation.batch_shapes(config, size)
-    batch |= {pipeline.VALID: jax.ShapeDtypeStruct((size,), jnp.float32)}
+    batch |= {feeds.VALID: jax.ShapeDtypeStruct((size,), jnp.float32)}
     metrics = jax.eval_shape(make_evaluation_step(parts.network), parts.abstract_state.ema, batch)
     assert set(metrics) == {'mse', 'dice'}
 

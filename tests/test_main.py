@@ -24,7 +24,7 @@ from covseg_jax import main, stages
 from covseg_jax.errors import InputError
 from covseg_jax.stages import Given
 from tests.program import ROOT, assert_one_line_error, command, environment, run
-from tests.training.test_published_weights import make_variables, to_pytorch
+from tests.segmentation.test_import_weights import make_variables, to_pytorch
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = [text for kind, text in re.findall(r'```(\w*)\n(.*?)```', README, re.S) if not kind]
@@ -324,7 +324,10 @@ def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_pa
     [
         (['--config=configs/transunet.py:huge'], ['huge', 'tiny']),
         (['--config=configs/nothing.py'], ['nothing.py']),
-        (['--config=configs/transunet.py:tiny', '--config.train.batchsize=3'], ['no field', 'batchsize']),
+        (
+            ['--config=configs/transunet.py:tiny', '--config.train.batchsize=3'],
+            ['no field', 'batchsize'],
+        ),
         (['--config=configs/transunet.py:tiny', '--config.workdir=w'], ['no field', 'workdir']),
         (['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'], ['x']),
         (['--config=configs/transunet.py:tiny', '--stages=trian'], ['trian', 'train']),

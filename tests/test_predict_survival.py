@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from configs import transunet
-from covseg_jax.imaging import nifti, phantom
-from covseg_jax.imaging.prepare import PrepareSettings
-from covseg_jax.inference import export
-from covseg_jax.inference.masks import MaskSettings
-from covseg_jax.training import segmentation
+from covseg_jax.imaging import nifti
+from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.phantom import studies as phantom
+from covseg_jax.predict import export
+from covseg_jax.prepare.prepare_studies import PrepareSettings
+from covseg_jax.segmentation import train as segmentation
 
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_STUDIES, BROKEN = 100, (7, 50, 93)

@@ -1,1 +1,1 @@
-"""Prepared cases to batches."""
+"""Prepared cases to batches: fed, painted and augmented."""

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.data.pipeline import IMAGE, LUNGS, TARGET
+from covseg_jax.data.feeds import IMAGE, LUNGS, TARGET
 
 _DEPENDENT_DENSITY = 0.45  # image value; −370 HU in the default window
 

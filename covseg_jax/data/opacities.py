@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from covseg_jax.data.cases import Case
-from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
+from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 from covseg_jax.data.streams import stream_key
+from covseg_jax.prepare.cases import Case
 
 # How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
@@ -60,6 +61,11 @@ class OpacityModel:
     core_share: float = 0.4
     core_hu: tuple[float, float] = (-250.0, 50.0)
     clean_fraction: float = 0.2
+
+
+def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
+    """The synthetic opacities of a config."""
+    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
 
 
 def _smooth_field(key: jax.Array, shape: tuple[int, ...], spacing: tuple[float, ...]) -> jax.Array:

@@ -7,13 +7,13 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts
-from covseg_jax.data.cases import Case
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import board, evaluate, figures, probabilities, report, viewer
 from covseg_jax.imaging import geometry as geometries
-from covseg_jax.imaging import study_files
+from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study
-from covseg_jax.inference.masks import MaskSettings, StudyMask, mask_on_study_grid
+from covseg_jax.prepare import study_files
+from covseg_jax.prepare.cases import Case
 
 MAX_VIEWS = 50  # cases that the report lets be looked at, the worst
 _VIEWS_BYTES = 20_000_000  # of all of them in the report

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from covseg_jax import atomic
 from covseg_jax.evaluation import evaluate
-from covseg_jax.inference.preview import (
+from covseg_jax.predict.preview import (
     LUNG_WINDOW_HU,
     PREDICTION_COLOUR,
     PSEUDO_COLOUR,

@@ -8,12 +8,12 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts, written
-from covseg_jax.data.cases import name_subject
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import evaluate
 from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.volume import Volume
+from covseg_jax.prepare.cases import name_subject
 
 FILES = ('cases.csv', 'slices.csv', 'summary.json')
 # study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study.

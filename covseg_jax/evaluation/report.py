@@ -12,7 +12,7 @@ import jinja2
 from covseg_jax import atomic
 from covseg_jax.evaluation.evaluate import NSD_TOLERANCE_MM
 from covseg_jax.evaluation.figures import METRIC_TITLES, PROTOCOL_TITLES
-from covseg_jax.inference.preview import PREDICTION_COLOUR, PSEUDO_COLOUR, TRUTH_COLOUR
+from covseg_jax.predict.preview import PREDICTION_COLOUR, PSEUDO_COLOUR, TRUTH_COLOUR
 
 _CASE_COLUMN_TITLES = {
     'study_id': 'Study',

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from covseg_jax.evaluation.figures import CaseImages
-from covseg_jax.inference.preview import (
+from covseg_jax.predict.preview import (
     PREDICTION_COLOUR,
     PSEUDO_COLOUR,
     TRUTH_COLOUR,

@@ -1,1 +1,1 @@
-"""CT studies and their geometry: NumPy only, never jax."""
+"""Files and grids: CT studies as they are read and written. NumPy only."""

@@ -14,10 +14,10 @@ from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import prepare_shared
 
 if TYPE_CHECKING:
-    from covseg_jax.data.cases import Case
-    from covseg_jax.imaging.prepare import PrepareSettings
     from covseg_jax.imaging.studies import Study
-    from covseg_jax.inference.model import Model
+    from covseg_jax.predict.model import Model
+    from covseg_jax.prepare.cases import Case
+    from covseg_jax.prepare.prepare_studies import PrepareSettings
 
 _PREPARED = 'prepared'
 _TABLES = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
@@ -45,7 +45,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Giv
         )
     from covseg_jax.evaluation.cohort import evaluate_cohort
     from covseg_jax.imaging.studies import find_inputs
-    from covseg_jax.inference.export import load
+    from covseg_jax.predict.export import load
 
     folder = (given.input or data_folder(config, workdir)).absolute()
     output = given.output
@@ -106,7 +106,7 @@ def _prepare_masked(
     given: Given,
 ) -> 'tuple[tuple[Case, ...], int]':
     """The prepared cases to score, and how many of the masked studies cannot be used."""
-    from covseg_jax.data.cases import evaluation_cases, find_cases
+    from covseg_jax.prepare.cases import evaluation_cases, find_cases
 
     masked = [study for study in studies if study.lesion_mask is not None]
     if not masked:

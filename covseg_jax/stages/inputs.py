@@ -41,7 +41,7 @@ def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def prepare_settings(config: Config):
-    from covseg_jax.imaging.prepare import PrepareSettings
+    from covseg_jax.prepare.prepare_studies import PrepareSettings
 
     return PrepareSettings(
         grid=tuple(config.prepare.grid),
@@ -58,7 +58,7 @@ def num_workers(config: Config | None) -> int:
 
 
 def prepared_cases(config: Config, workdir: pathlib.Path, only: Container[str] | None = None):
-    from covseg_jax.data.cases import find_cases
+    from covseg_jax.prepare.cases import find_cases
 
     return find_cases(
         prepared_folder(config, workdir),
@@ -69,7 +69,7 @@ def prepared_cases(config: Config, workdir: pathlib.Path, only: Container[str] |
 
 
 def split_studies(config: Config, workdir: pathlib.Path):
-    from covseg_jax.data.cases import split_cases
+    from covseg_jax.prepare.cases import split_cases
 
     cases, pattern = prepared_cases(config, workdir), config.data.healthy_pattern
     if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
@@ -91,7 +91,7 @@ def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
-    from covseg_jax.inference.synthesize import read_pseudo_mask
+    from covseg_jax.gan.synthesize import read_pseudo_mask
 
     folder = pseudo_mask_folder(config, workdir)
     return lambda case: read_pseudo_mask(folder, case.study_id)
@@ -99,7 +99,7 @@ def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
 
 def pseudo_mask_cuts(config: Config):
     """How masks are cut from pseudo-masks."""
-    from covseg_jax.inference.synthesize import PseudoMaskSettings
+    from covseg_jax.gan.synthesize import PseudoMaskSettings
 
     cuts = PseudoMaskSettings(**config.synthesize.to_dict()).masks()
     return dataclasses.replace(cuts, min_component_ml=config.predict.min_component_ml)
@@ -115,7 +115,7 @@ def pseudo_probability_reader(config: Config, workdir: pathlib.Path):
 
 def given_cuts(config: Config):
     """The share of the maximum at which the config cuts masks; None where thresholds are found."""
-    from covseg_jax.inference.masks import MaskSettings
+    from covseg_jax.imaging.masks import MaskSettings
 
     if not config.predict.share_of_max:
         return None
@@ -133,7 +133,7 @@ def describe_cuts(masks) -> dict[str, float | None]:
 
 def load_masks(config: Config, workdir: pathlib.Path):
     """How the trained network's probabilities become masks, as train found it."""
-    from covseg_jax.inference.masks import MaskSettings
+    from covseg_jax.imaging.masks import MaskSettings
 
     calibration = workdir / 'transunet' / 'calibration.json'
     if not calibration.exists():
@@ -157,8 +157,8 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
     and its checkpoint's step."""
     import jax
 
-    from covseg_jax.inference.model import Model
-    from covseg_jax.training.segmentation import load_variables, make_probability
+    from covseg_jax.predict.model import Model
+    from covseg_jax.segmentation.train import load_variables, make_probability
 
     masks = load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')

@@ -45,7 +45,7 @@ def _claim_outputs(given: Given, paths: Sequence[pathlib.Path]) -> None:
 def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
     from covseg_jax.imaging.studies import find_inputs, find_studies
-    from covseg_jax.imaging.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+    from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
 
     if given.input:
         studies = find_inputs(given.input, config.data.layout)
@@ -77,7 +77,7 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
 def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """Compiles what the config's stages run for a TPU topology, and writes compile_check.json."""
     del given
-    from covseg_jax.training.compile_check import run_check
+    from covseg_jax.stages.compile_check import run_check
 
     topology = config.compile_check.topology
     found = run_check(config, topology)
@@ -119,7 +119,7 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
     """Published weights -> a checkpoint that train goes on from and evaluate and predict use."""
     if not given.input:
         raise InputError('--stages=import_weights needs --input=FILE (.safetensors, .npz or .pt)')
-    from covseg_jax.training.published_weights import import_transunet, read_tensors
+    from covseg_jax.segmentation.import_weights import import_transunet, read_tensors
 
     folder = workdir / 'transunet'
     import_transunet(config, read_tensors(given.input), folder)
@@ -219,8 +219,8 @@ def _num_steps(workdir: pathlib.Path, stage: str) -> int:
 
 def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
     """The trained network as one folder that predicts without this config."""
-    from covseg_jax.inference.export import Exported, refuse_other_contents, write_export
-    from covseg_jax.training.segmentation import load_variables, volume_settings
+    from covseg_jax.predict.export import Exported, refuse_other_contents, write_export
+    from covseg_jax.segmentation.train import load_variables, volume_settings
 
     folder = given.output or workdir / 'export'
     refuse_other_contents(folder)
@@ -280,8 +280,8 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
     from covseg_jax.imaging.studies import find_inputs
-    from covseg_jax.inference.export import load
-    from covseg_jax.inference.predict import Wanted, predict_studies
+    from covseg_jax.predict.export import load
+    from covseg_jax.predict.studies import Wanted, predict_studies
 
     studies = find_inputs(given.input, config.data.layout if config else 'auto')
     if given.model:
@@ -320,7 +320,7 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> Non
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')
     from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.inference.share import (
+    from covseg_jax.predict.pseudo_masks import (
         refuse_foreign_files,
         write_nnunet_data_set,
         write_pseudo_masks,

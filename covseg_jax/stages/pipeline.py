@@ -28,19 +28,19 @@ from covseg_jax.stages.inputs import (
 from covseg_jax.stages.outcome import Done, table_of_summary
 
 if TYPE_CHECKING:
-    from covseg_jax.data.cases import Case
-    from covseg_jax.imaging.prepare import PrepareReport, PrepareSettings
     from covseg_jax.imaging.studies import Study
+    from covseg_jax.prepare.cases import Case
+    from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings
 
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    from covseg_jax.imaging.prepare import take_shard
     from covseg_jax.imaging.studies import find_studies
+    from covseg_jax.prepare.prepare_studies import take_shard
 
     folder = data_folder(config, workdir)
     if config.phantom.make:
-        from covseg_jax.imaging.phantom import write_phantom_data_set
+        from covseg_jax.phantom.studies import write_phantom_data_set
 
         def make_phantoms() -> None:
             try:
@@ -84,7 +84,7 @@ def prepare_shared(
 ) -> 'tuple[list[Study], PrepareReport]':
     """Prepares this host's share of the studies and prints what there is to say of them. Returns
     those of all hosts that can be used, and the report of this one."""
-    from covseg_jax.imaging.prepare import prepare_studies
+    from covseg_jax.prepare.prepare_studies import prepare_studies
 
     own = hosts.share(studies)
     report = prepare_studies(
@@ -109,7 +109,7 @@ def _pick(values: dict, names: tuple[str, ...]) -> list[tuple[str, float]]:
 
 def run_gan(config: Config, workdir: pathlib.Path) -> Done:
     """Trains the GAN."""
-    from covseg_jax.training.gan import train_gan
+    from covseg_jax.gan.train import train_gan
     from covseg_jax.training.logging import read_newest
 
     train_gan(config, split_studies(config, workdir), workdir / 'gan')
@@ -120,8 +120,8 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Done:
 
 def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
     """GAN -> pseudo-masks of all COVID studies."""
-    from covseg_jax.inference.synthesize import PseudoMaskSettings, empty_lungs, synthesize
-    from covseg_jax.training.gan import load_generator
+    from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
+    from covseg_jax.gan.train import load_generator
 
     recipe = config.gan.recipe
     heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
@@ -155,15 +155,14 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
 def run_train(config: Config, workdir: pathlib.Path) -> Done:
     """Trains the segmentation network, and finds its thresholds on held-out healthy scans where the
     config gives no share of the maximum."""
-    from covseg_jax.data.opacities import paint_scans
-    from covseg_jax.inference.calibrate import calibrate_mask, marked_ml
-    from covseg_jax.training.gan import opacity_model
-    from covseg_jax.training.logging import read_newest
-    from covseg_jax.training.segmentation import (
+    from covseg_jax.data.opacities import opacity_model, paint_scans
+    from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
+    from covseg_jax.segmentation.train import (
         load_variables,
         make_probability,
         train_segmentation,
     )
+    from covseg_jax.training.logging import read_newest
 
     splits, folder = split_studies(config, workdir), workdir / 'transunet'
     train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
@@ -245,9 +244,9 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
-    from covseg_jax.data.cases import evaluation_cases
     from covseg_jax.evaluation.cohort import evaluate_cohort
     from covseg_jax.imaging.studies import find_studies
+    from covseg_jax.prepare.cases import evaluation_cases
     from covseg_jax.training.progress import draw_progress
 
     studies = find_studies(data_folder(config, workdir), config.data.layout)

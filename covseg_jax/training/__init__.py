@@ -1,1 +1,1 @@
-"""Losses, sharded steps, checkpoints and the one training loop."""
+"""What every training runs on: the loop, checkpoints, optimizers, losses and devices."""

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic, hosts
-from covseg_jax.data.pipeline import Feed
+from covseg_jax.data.feeds import Feed
 from covseg_jax.errors import GO_ON, InputError, Stopped
 from covseg_jax.training.checkpoint import Checkpoints
 from covseg_jax.training.finite import SKIPPED

@@ -20,11 +20,13 @@ import numpy as np
 
 from configs import transunet
 from covseg_jax import cpu
-from covseg_jax.imaging import phantom, prepare, studies
+from covseg_jax.imaging import studies
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.nifti import write_volume
-from covseg_jax.inference.masks import MaskSettings
-from covseg_jax.inference.model import Model
-from covseg_jax.inference.predict import Wanted, predict_studies, write_prediction
+from covseg_jax.phantom import studies as phantom
+from covseg_jax.predict.model import Model
+from covseg_jax.predict.studies import Wanted, predict_studies, write_prediction
+from covseg_jax.prepare import prepare_studies
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -37,12 +39,12 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=3)
     options = parser.parse_args()
     # Not above: the other processes read this module too, and need no JAX.
-    from covseg_jax.training import segmentation
+    from covseg_jax.segmentation import train as segmentation
 
     config = transunet.get_config(options.variant)
     parts = segmentation.build_segmentation(config)
     probability = segmentation.make_probability(config, parts.network, parts.make_state().ema)
-    preparation = prepare.PrepareSettings(grid=tuple(config.prepare.grid))
+    preparation = prepare_studies.PrepareSettings(grid=tuple(config.prepare.grid))
     settings = MaskSettings(0.5, 0.6)
     model = Model((probability,), preparation, settings, identity='fresh weights')
     workers = os.cpu_count() or 1
@@ -59,13 +61,13 @@ def main() -> None:
             return (time.perf_counter() - began) / len(found)
 
         seconds: dict[int, list[float]] = {0: [], workers: []}
-        case = prepare.prepare_volume(found[0], preparation)
+        case = prepare_studies.prepare_volume(found[0], preparation)
         probability(case.image, case.lungs)  # compiles
         for _ in range(options.repeats):
             for num_workers, each in seconds.items():
                 each.append(predict(num_workers))
         steps = [time.perf_counter()]
-        case = prepare.prepare_volume(found[0], preparation)
+        case = prepare_studies.prepare_volume(found[0], preparation)
         steps.append(time.perf_counter())
         mask = probability(case.image, case.lungs)
         steps.append(time.perf_counter())

@@ -22,7 +22,9 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from covseg_jax.imaging import geometry, lungs, nifti, phantom, prepare, studies
+from covseg_jax.imaging import geometry, nifti, studies
+from covseg_jax.phantom import studies as phantom
+from covseg_jax.prepare import lungs, prepare_studies
 from tests.benchmarks.turns import take_turns
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
@@ -34,7 +36,7 @@ def measure_peak_gb(image: pathlib.Path) -> float:
         'import pathlib, resource, sys\n'
         'from covseg_jax.imaging import prepare, studies\n'
         'study = studies.find_inputs(pathlib.Path(sys.argv[1]))[0]\n'
-        'prepare.prepare_volume(study, prepare.PrepareSettings())\n'
+        'prepare.prepare_volume(study, prepare_studies.PrepareSettings())\n'
         'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
     )
     done = subprocess.run(
@@ -58,10 +60,10 @@ def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
         num_workers=workers,
     )
     began = time.perf_counter()
-    report = prepare.prepare_studies(
+    report = prepare_studies.prepare_studies(
         studies.find_studies(data),
         folder / 'prepared',
-        prepare.PrepareSettings(),
+        prepare_studies.PrepareSettings(),
         num_workers=workers,
     )
     seconds = time.perf_counter() - began
@@ -89,13 +91,13 @@ def main() -> None:
         canonical = geometry.to_canonical(volume.data, volume.affine)
         spacing = geometry.canonical_spacing(volume.affine)
         found = lungs.find_lungs(canonical, spacing)
-        settings = prepare.PrepareSettings()
+        settings = prepare_studies.PrepareSettings()
         plan = geometry.fit_geometry(
             found, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
         )
         zoom = [n / m for n, m in zip(settings.grid, canonical.shape, strict=True)]
         parts = {
-            'whole_s': lambda: prepare.prepare_volume(study, settings),
+            'whole_s': lambda: prepare_studies.prepare_volume(study, settings),
             'read_s': lambda: nifti.read_volume(image),
             'lungs_s': lambda: lungs.find_lungs(canonical, spacing),
             'resample_s': lambda: geometry.to_model_grid(canonical, plan, weights=found),

@@ -21,8 +21,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax  # noqa: E402
 
 from configs import transunet  # noqa: E402
-from covseg_jax.training import segmentation, sharding  # noqa: E402
-from covseg_jax.training.compile_check import count_collectives  # noqa: E402
+from covseg_jax.segmentation import train as segmentation  # noqa: E402
+from covseg_jax.stages.compile_check import count_collectives  # noqa: E402
+from covseg_jax.training import sharding  # noqa: E402
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from covseg_jax.models.gan3d import Discriminator, Generator
-from covseg_jax.training import compile_check, sharding
+from covseg_jax.stages import compile_check
+from covseg_jax.training import sharding
 
 
 def main() -> None:

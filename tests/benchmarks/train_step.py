@@ -32,9 +32,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs import gan3d, transunet  # noqa: E402
-from covseg_jax.data.pipeline import COVID, IMAGE, LABEL, LUNGS, TARGET  # noqa: E402
+from covseg_jax.data.feeds import COVID, IMAGE, LABEL, LUNGS, TARGET  # noqa: E402
+from covseg_jax.gan import train as gan  # noqa: E402
 from covseg_jax.models.gan3d import Generator  # noqa: E402
-from covseg_jax.training import gan, segmentation, steps  # noqa: E402
+from covseg_jax.segmentation import steps  # noqa: E402
+from covseg_jax.segmentation import train as segmentation  # noqa: E402
 
 Work = tuple[Callable[[], None], float]  # one call, and its FLOPs
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
+from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 from covseg_jax.data.opacities import OpacityModel, add_opacities, paint_slices
-from covseg_jax.data.pipeline import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import cohort
 from covseg_jax.imaging import nifti
-from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.stages import pipeline
 from covseg_jax.stages.inputs import Given
 from covseg_jax.stages.on_request import ON_INPUT
 from tests.imaging.chest import AFFINE, draw_chest
-from tests.inference.test_export import make_variables, write
+from tests.predict.test_export import make_variables, write
 
 # Of a layout's study: its image, its lesion mask.
 LAYOUTS = {

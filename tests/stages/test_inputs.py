@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import transunet
-from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.stages import inputs
 
 

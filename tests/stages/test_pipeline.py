@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from covseg_jax.data.cases import find_cases
 from covseg_jax.errors import InputError
+from covseg_jax.prepare.cases import find_cases
 from covseg_jax.stages.pipeline import _refuse_trained_subjects
 from tests.conftest import write_case
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from configs import transunet
-from covseg_jax.data.cases import Splits
-from covseg_jax.inference import calibrate
-from covseg_jax.inference.masks import MaskSettings
+from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.predict import calibrate
+from covseg_jax.prepare.cases import Splits
+from covseg_jax.segmentation import train as segmentation
 from covseg_jax.stages import inputs, pipeline
-from covseg_jax.training import segmentation
 
 
 def make_case(outputs):

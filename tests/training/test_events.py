@@ -12,7 +12,8 @@ from tensorboard.plugins.pr_curve import metadata as pr_curves
 from tensorboard.util import tensor_util
 
 from configs import transunet
-from covseg_jax.training import gan, segmentation
+from covseg_jax.gan import train as gan
+from covseg_jax.segmentation import train as segmentation
 from covseg_jax.training.events import Events
 from tests.training import test_loop
 

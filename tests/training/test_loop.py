@@ -14,7 +14,7 @@ import pytest
 from flax import struct
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from covseg_jax.data.pipeline import Feed
+from covseg_jax.data.feeds import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.finite import skip_non_finite

@@ -1,0 +1,288 @@
+"""Grain feeds: prepared cases and pseudo-masks to batches of NumPy arrays.
+
+Every feed has one global order that depends on its seed alone, and its n-th batch can be had
+without those before it. Of each batch a host takes its block of rows, so that what all hosts see
+together in a step, row by row, does not depend on how many there are.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from covseg_jax.data.streams import stream_seed
+from covseg_jax.errors import InputError
+from covseg_jax.prepare.cases import Case
+
+# The keys of a batch.
+IMAGE = 'image'  # (B, H, W, 1) or (B, D, H, W, 1) float32 in [0, 1]
+TARGET = 'target'  # (B, H, W, 1) float32: soft lesion in [0, 1], or as published a difference
+LABEL = 'label'  # (B,) int32: 1 high, 0 low infection
+LUNGS = 'lungs'  # as IMAGE: 1 inside the lungs
+HEALTHY = 'healthy'  # (B,) float32: 1 for slices of scans that are known to be without lesions
+WEIGHT = 'weight'  # as TARGET: how much a pixel counts in the losses
+VALID = 'valid'  # (B,) float32: 0 for rows that only fill up a batch
+COVID = 'covid'  # as IMAGE: a COVID scan beside the healthy one (GAN)
+COVID_LUNGS = 'covid_lungs'
+CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
+COVID_CASE = 'covid_case'  # of the COVID scan beside it
+
+_UNRANKED = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Axial slices of some cases with their targets: a random-access source.
+
+    `targets` holds one (D, H, W) array for each case (see TARGET), or None for cases without
+    lesions.
+    `index` is (N, 2): case number and slice number. `labels` is (N,) int32.
+    """
+
+    cases: tuple[Case, ...]
+    targets: tuple[np.ndarray | None, ...]
+    index: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
+        case_number, z = self.index[item]
+        case, target = self.cases[case_number], self.targets[case_number]
+        image = np.asarray(case.image()[z], np.float32)[..., None]
+        lungs = np.asarray(case.lungs()[z], np.float32)[..., None]
+        if target is None:
+            target = np.zeros_like(image)
+        else:
+            target = np.asarray(target[z], np.float32)[..., None]
+        return {
+            IMAGE: image,
+            TARGET: target,
+            LUNGS: lungs,
+            LABEL: self.labels[item],
+            HEALTHY: np.float32(self.targets[case_number] is None),
+            CASE: np.int32(case_number),
+        }
+
+    def are_healthy(self) -> np.ndarray:
+        """(N,) bool: which slices are of healthy cases, those without a target."""
+        return np.array([self.targets[number] is None for number, _ in self.index])
+
+    def select(self, label: int) -> 'Slices':
+        """The slices with one label."""
+        chosen = self.labels == label
+        return dataclasses.replace(self, index=self.index[chosen], labels=self.labels[chosen])
+
+
+def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> Slices:
+    """Every slice that shows lung, in order, with label 0; for evaluation."""
+    index = [
+        (number, z)
+        for number, case in enumerate(cases)
+        for z in np.flatnonzero(np.asarray(case.lungs()).any(axis=(1, 2)))
+    ]
+    return Slices(
+        tuple(cases),
+        tuple(targets),
+        np.array(index, np.int64).reshape(-1, 2),
+        np.zeros(len(index), np.int32),
+    )
+
+
+def rank_slices(
+    slices: Slices, *, by: str = 'quartiles', cut: float | None = None, high_percent: float = 1.0
+) -> Slices:
+    """Labels slices 1 (high infection) and 0 (low); slices of cases without lesions are 0.
+
+    Args:
+      slices: with targets.
+      by: 'quartiles', as the original does (METHOD.md section 2): of the sums of the targets, above
+        the third quartile is high, between the first and the third low, and those below the first
+        are left out. 'infection': high where the lesion fills more than `high_percent` of the
+        slice's lungs; none is left out.
+      cut: count pixels whose target is at least this, instead of summing targets.
+      high_percent: of the lungs.
+
+    Raises:
+      InputError: another rule.
+    """
+    if by not in ('quartiles', 'infection'):
+        raise InputError(f"train.labels={by!r} is not one of 'quartiles', 'infection'")
+    healthy = slices.are_healthy()
+    sums = np.zeros(len(slices))
+    lungs = np.ones(len(slices))
+    for row, (number, z) in enumerate(slices.index):
+        if not healthy[row]:
+            target = np.asarray(slices.targets[number][z], np.float32)
+            sums[row] = (target if cut is None else target >= cut).sum()
+            if by == 'infection':
+                lungs[row] = max(np.asarray(slices.cases[number].lungs()[z]).sum(), 1)
+    if by == 'infection':
+        labels = (100 * sums / lungs > high_percent).astype(np.int32)
+    else:
+        first, third = np.quantile(sums[~healthy], [0.25, 0.75])
+        labels = np.where(sums > third, 1, np.where(sums >= first, 0, _UNRANKED)).astype(np.int32)
+        labels[healthy] = 0
+    kept = labels != _UNRANKED
+    return dataclasses.replace(slices, index=slices.index[kept], labels=labels[kept])
+
+
+def spread_healthy(slices: Slices) -> Slices:
+    """Labels the slices of healthy cases 1 and 0 in turn, so that both groups hold half of them."""
+    healthy = slices.are_healthy()
+    labels = slices.labels.copy()
+    labels[healthy] = np.arange(healthy.sum()) % 2
+    return dataclasses.replace(slices, labels=labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Endless batches of one host. Its place needs no saving: the batch of a step is `batches[n]`.
+
+    `batches` is their random-access dataset; `study_ids` gives for CASE, and for COVID_CASE where
+    batches have it, the study ids that their numbers stand for.
+    """
+
+    batches: grain.MapDataset
+    study_ids: dict[str, tuple[str, ...]]
+
+    def start(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Batches from the given one on; threads read ahead."""
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)
+        return iter(self.batches.slice(slice(number, None)).to_iter_dataset(options))
+
+    def inputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of a batch is for the device."""
+        return {key: array for key, array in batch.items() if key not in self.study_ids}
+
+    def studies(self, batch: dict[str, np.ndarray]) -> list[str]:
+        """The ids of the studies in a batch, in order, each once."""
+        found = {ids[number] for key, ids in self.study_ids.items() for number in batch[key]}
+        return sorted(found)
+
+
+def _share(dataset: grain.MapDataset, size: int, host: int, num_hosts: int) -> grain.MapDataset:
+    """Batches of `size` elements, of each a host's block of them."""
+    if size % num_hosts:
+        raise InputError(
+            f'a batch of {size} volumes or pairs of slices cannot be shared by {num_hosts} hosts; '
+            f'make it a multiple of {num_hosts}'
+        )
+    return dataset.batch(size // num_hosts, drop_remainder=True).slice(slice(host, None, num_hosts))
+
+
+def balanced_feed(
+    slices: Slices, *, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
+) -> Feed:
+    """Endless shuffled batches of high- and low-infection slices in turn.
+
+    Gives dicts IMAGE, TARGET, LUNGS (batch_size / num_hosts, H, W, 1), LABEL, HEALTHY and CASE.
+
+    Raises:
+      InputError: one of the two groups is empty, or the batch size is odd or not shareable.
+    """
+    groups = [slices.select(1), slices.select(0)]
+    if batch_size % 2 or not all(len(group) for group in groups):
+        raise InputError(
+            f'training slices: {len(groups[0])} high- and {len(groups[1])} low-infection, batch '
+            f'size {batch_size}; both groups must be there and the batch size even '
+            '(is the pseudo-mask threshold right?)'
+        )
+    shuffled = [
+        grain.MapDataset.source(group).seed(stream_seed(seed, name)).shuffle().repeat()
+        for name, group in zip(('high', 'low'), groups, strict=True)
+    ]
+    # Pairs of both groups go to a host together: each host's share is balanced too.
+    pairs = grain.experimental.ZipMapDataset(shuffled)
+    batches = _share(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
+    return Feed(batches, {CASE: _study_ids(slices.cases)})
+
+
+def _study_ids(cases: Sequence[Case]) -> tuple[str, ...]:
+    return tuple(case.study_id for case in cases)
+
+
+def _in_turn(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
+    high, low = pair
+    return {key: np.stack([high[key], low[key]], 1).reshape(-1, *low[key].shape[1:]) for key in low}
+
+
+@dataclasses.dataclass(frozen=True)
+class Volumes:
+    """Whole prepared scans: a random-access source."""
+
+    cases: tuple[Case, ...]
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, item: int) -> dict[str, np.ndarray]:
+        case = self.cases[item]
+        return {
+            IMAGE: np.asarray(case.image(), np.float32)[..., None],
+            LUNGS: np.asarray(case.lungs(), np.float32)[..., None],
+            CASE: np.int32(item),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _CropDepth(grain.transforms.RandomMap):
+    """`depth` neighbouring slices of a scan, at a random place."""
+
+    depth: int
+
+    def random_map(self, element: dict, rng: np.random.Generator) -> dict:
+        start = rng.integers(element[IMAGE].shape[0] - self.depth + 1)
+        crop = slice(start, start + self.depth)
+        return {key: array if key == CASE else array[crop] for key, array in element.items()}
+
+
+def paired_volume_feed(
+    healthy: Sequence[Case],
+    covid: Sequence[Case],
+    *,
+    batch_size: int,
+    depth: int,
+    seed: int,
+    host: int = 0,
+    num_hosts: int = 1,
+) -> Feed:
+    """Endless batches of healthy scans, each beside a COVID scan, cropped to `depth` slices.
+
+    Gives dicts IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (batch_size / num_hosts, depth, H, W,
+    1) float32, with CASE and COVID_CASE.
+    """
+    sides = [
+        grain.MapDataset.source(Volumes(tuple(cases)))
+        .seed(stream_seed(seed, name))
+        .shuffle()
+        .repeat()
+        .random_map(_CropDepth(depth))
+        for name, cases in (('healthy', healthy), ('covid', covid))
+    ]
+    pairs = grain.experimental.ZipMapDataset(sides).map(
+        lambda pair: {
+            IMAGE: pair[0][IMAGE],
+            LUNGS: pair[0][LUNGS],
+            COVID: pair[1][IMAGE],
+            COVID_LUNGS: pair[1][LUNGS],
+            CASE: pair[0][CASE],
+            COVID_CASE: pair[1][CASE],
+        }
+    )
+    return Feed(
+        _share(pairs, batch_size, host, num_hosts),
+        {CASE: _study_ids(healthy), COVID_CASE: _study_ids(covid)},
+    )
+
+
+def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """All slices once, in order; the last batch is filled up with rows whose VALID is 0."""
+    for start in range(0, len(slices), batch_size):
+        rows = [slices[i] for i in range(start, min(start + batch_size, len(slices)))]
+        valid = np.zeros(batch_size, np.float32)
+        valid[: len(rows)] = 1
+        rows += [rows[-1]] * (batch_size - len(rows))
+        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {VALID: valid}

@@ -1,0 +1,254 @@
+"""The GAN's run: taken from the config, fed, trained, and given back as a function."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from covseg_jax import hosts
+from covseg_jax.data import feeds
+from covseg_jax.data.opacities import OpacityModel, opacity_model
+from covseg_jax.data.streams import stream_key, stream_seed
+from covseg_jax.errors import InputError
+from covseg_jax.gan.perlin import PerlinModel
+from covseg_jax.gan.published_step import make_published_step
+from covseg_jax.gan.steps import GANLosses, init_gan, make_gan_evaluation, make_gan_step, make_heal
+from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
+from covseg_jax.prepare.cases import Splits
+from covseg_jax.training import loop, optim, sharding
+from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.logging import image_strip
+from covseg_jax.training.state import GANState
+
+
+@dataclasses.dataclass(frozen=True)
+class GANParts:
+    """What a config's `gan` group describes."""
+
+    generator: Generator
+    discriminator: PatchDiscriminator | Discriminator
+    optimizers: tuple[Any, Any]  # of the generator and of the discriminator
+    learning_rate: Callable[[jax.Array], jax.Array]
+    opacities: OpacityModel
+    make_state: Callable[[], GANState]
+    abstract_state: GANState
+    mesh: jax.sharding.Mesh
+
+
+def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> GANParts:
+    """Networks, optimizers and the shape of the state; nothing is computed yet.
+
+    `mesh` is where they live: by default all devices.
+
+    Raises:
+      InputError: gan.recipe or gan.schedule is not one that exists.
+    """
+    gan = config.gan
+    if gan.recipe not in ('default', 'published'):
+        raise InputError(f"gan.recipe={gan.recipe!r} is not one of 'default', 'published'")
+    published = gan.recipe == 'published'
+    dtype = jnp.dtype(gan.compute_dtype)
+    generator = Generator(
+        filters=tuple(gan.filters),
+        bottleneck_filters=gan.bottleneck_filters,
+        # The bottleneck's three branches together are as wide as what they are added to.
+        branch_filters=(gan.patch**2 + sum(gan.filters) + gan.bottleneck_filters) // 3,
+        noise_channels=gan.noise_channels,
+        head=gan.head,
+        input_shift=gan.input_shift,
+        input_scale=gan.input_scale,
+        input_clip=gan.input_clip,
+        patch=gan.patch,
+        use_norm=gan.use_norm,
+        dtype=dtype,
+        conv_impl=gan.conv_impl,
+    )
+    make_discriminator = Discriminator if published else PatchDiscriminator
+    discriminator = make_discriminator(
+        filters=tuple(gan.discriminator_filters), dtype=dtype, conv_impl=gan.conv_impl
+    )
+    try:
+        learning_rate = optim.learning_rate_schedule(
+            peak=gan.learning_rate,
+            schedule=gan.schedule,
+            warmup_steps=gan.warmup_steps,
+            num_steps=gan.num_steps,
+        )
+    except ValueError as error:
+        raise InputError(f'gan.schedule: {error}') from error
+    epsilon = 1e-7 if published else 1e-8  # Keras's, which the published code leaves as it is
+    optimizers = (
+        optim.make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
+        # A short memory of gradients: the generator that D judges keeps moving.
+        optim.make_adam(
+            gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
+        ),
+    )
+    mesh = mesh or sharding.make_mesh()
+    _, height, width = config.prepare.grid
+    make_state, abstract_state = init_gan(
+        generator,
+        discriminator,
+        *optimizers,
+        seed=config.seed,
+        volume_size=(gan.depth, height, width),
+        mesh=mesh,
+    )
+    return GANParts(
+        generator, discriminator, optimizers, learning_rate, opacity_model(config), make_state,
+        abstract_state, mesh,
+    )  # fmt: skip
+
+
+def batch_shapes(
+    config: ml_collections.ConfigDict, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch."""
+    shape = (batch_size, config.gan.depth, *config.prepare.grid[1:], 1)
+    volume = jax.ShapeDtypeStruct(shape, jnp.float32)
+    names = (feeds.IMAGE, feeds.LUNGS, feeds.COVID, feeds.COVID_LUNGS)
+    return dict.fromkeys(names, volume)
+
+
+def choose_step(config: ml_collections.ConfigDict, parts: GANParts):
+    """Step number -> compiled step of the config's recipe."""
+    gan = config.gan
+    if gan.recipe == 'published':
+        step = make_published_step(
+            parts.generator,
+            parts.discriminator,
+            *parts.optimizers,
+            parts.learning_rate,
+            PerlinModel(),
+        )
+        return lambda number: step
+    weights = GANLosses(
+        reconstruction=gan.reconstruction,
+        adversarial=gan.adversarial,
+        identity=gan.identity,
+        aerated_below=gan.aerated_below,
+        error_floor=gan.error_floor,
+        input_shift=gan.input_shift,
+        input_scale=gan.input_scale,
+        dependent_density=gan.dependent_density,
+    )
+    steps = {
+        adversarial: make_gan_step(
+            parts.generator,
+            parts.discriminator,
+            *parts.optimizers,
+            parts.learning_rate,
+            parts.opacities,
+            weights,
+            adversarial=adversarial,
+            ema_decay=gan.ema_decay,
+        )
+        for adversarial in (False, True)
+    }
+    return lambda number: steps[gan.adversarial_every > 0 and number % gan.adversarial_every == 0]
+
+
+def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib.Path) -> None:
+    """Trains the GAN, from the newest checkpoint in `folder` where there is one.
+
+    Raises:
+      InputError: batch size and devices do not fit, or the loss is not finite.
+      Stopped: asked to stop; saved.
+    """
+    gan = config.gan
+    parts = build_gan(config)
+    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
+    feed = feeds.paired_volume_feed(
+        splits.healthy_train,
+        splits.train,
+        batch_size=gan.batch_size,
+        depth=gan.depth,
+        seed=stream_seed(config.seed, 'gan'),
+        host=hosts.index(),
+        num_hosts=hosts.count(),
+    )
+    loop.run(
+        name='gan',
+        folder=folder,
+        state=parts.make_state(),
+        abstract_state=parts.abstract_state,
+        feed=feed,
+        step_at=choose_step(config, parts),
+        shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
+        evaluate=_make_evaluation(parts, splits, config.seed),
+        schedule=loop.Schedule(
+            gan.num_steps,
+            gan.log_every,
+            gan.evaluate_every,
+            gan.save_every,
+            tuple(gan.profile_steps),
+            gan.max_skipped_steps,
+        ),
+        best='validation/removed',
+    )
+
+
+def _make_evaluation(parts: GANParts, splits: Splits, seed: int):
+    """Evaluation on held-out healthy scans with fixed synthetic opacities, and pictures."""
+    evaluate_step = make_gan_evaluation(parts.generator, parts.opacities)
+    heal = make_heal(parts.generator)
+    healthy = feeds.Volumes(splits.healthy_calibration)
+    covid = feeds.Volumes(splits.validation[:1] or splits.train[:1])
+
+    def evaluate(state: GANState):
+        collected = []
+        for number, case in enumerate(healthy.cases):
+            batch = {k: np.asarray(v)[None] for k, v in healthy[number].items()}
+            key = stream_key(seed, 'validation', case.study_id)
+            metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
+            collected.append(metrics)
+        values = loop.mean_metrics(collected)
+        scan = covid[0][feeds.IMAGE][None]
+        healed = np.asarray(heal(state.ema, scan, stream_key(seed, 'picture')))
+        pictures = {
+            'pictures/synthetic_corrupted_restored_difference': _strip(corrupted, restored),
+            'pictures/covid_scan_healthy_difference': _strip(scan, healed),
+        }
+        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+
+    return evaluate
+
+
+def _strip(scan: Any, healthy: Any) -> np.ndarray:
+    """Three slices of (1, D, H, W, 1) arrays: scan | healthy | difference, ×2 and ×4 brighter."""
+    scan, healthy = np.asarray(scan)[0, ..., 0], np.asarray(healthy)[0, ..., 0]
+    depth = scan.shape[0]
+    return image_strip(
+        [
+            [2 * scan[z], 2 * healthy[z], 4 * np.maximum(scan[z] - healthy[z], 0)]
+            for z in (depth // 4, depth // 2, 3 * depth // 4)
+        ]
+    )
+
+
+def load_generator(
+    config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> Callable[[np.ndarray, str], np.ndarray]:
+    """The trained generator of a run as ((D, H, W) scan, study id) -> (D, H, W) healthy version,
+    averaged over `synthesize.num_noise` noise inputs that the run's seed and the study id give.
+
+    Raises:
+      InputError: there is no checkpoint that fits.
+    """
+    parts = build_gan(config, sharding.make_local_mesh())
+    state, _ = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
+    heal_step = make_heal(parts.generator)
+
+    def heal(scan: np.ndarray, study_id: str) -> np.ndarray:
+        key = stream_key(config.seed, 'noise', study_id)
+        keys = jax.random.split(key, config.synthesize.num_noise)
+        volume = np.asarray(scan, np.float32)[None, ..., None]
+        healthy = [np.asarray(heal_step(state.ema, volume, k))[0, ..., 0] for k in keys]
+        return np.mean(healthy, axis=0)
+
+    return heal

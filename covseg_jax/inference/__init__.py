@@ -1,1 +1,0 @@
-"""Trained networks to pseudo-masks and NIfTI masks."""

@@ -1,0 +1,1 @@
+"""Studies that no patient has, with masks that are exact. NumPy only."""

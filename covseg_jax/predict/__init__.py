@@ -1,0 +1,1 @@
+"""Scans to masks: the trained network, its thresholds and its export."""

@@ -1,0 +1,83 @@
+"""The cuts that an operator should use, found without any human mask."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from covseg_jax.data.opacities import PaintedScan
+from covseg_jax.imaging.masks import MaskSettings, mask_on_model_grid
+from covseg_jax.prepare.cases import Case
+from covseg_jax.segmentation.volumes import Probability
+
+# Not lower and no higher: painted opacities can be cut at 0.3 and be asked for a 0.96 somewhere;
+# lesions unlike them then run into the vessels beside them, or are never sure enough. Chosen on the
+# phantoms of phantom.seed 0, their evaluation subjects included: what is reported is measured on
+# phantoms of another seed, as launch/ablation.sh does.
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+SEED_THRESHOLDS = (0.6, 0.7, 0.8, 0.9)
+
+
+def calibrate_mask(
+    probability: Probability,
+    painted: Iterable[PaintedScan],
+    healthy: Sequence[Case],
+    *,
+    max_healthy_ml: float,
+    min_component_ml: float,
+    thresholds: Sequence[float] = THRESHOLDS,
+    seed_thresholds: Sequence[float] = SEED_THRESHOLDS,
+) -> tuple[MaskSettings, float]:
+    """The cuts that an operator should use, found without any human mask: of those that mark at
+    most `max_healthy_ml` in a held-out healthy scan on average, the ones with the best mean Dice on
+    healthy scans with painted opacities. Where none marks so little, the highest.
+
+    Args:
+      probability: the network.
+      painted: held-out healthy scans with painted opacities.
+      healthy: held-out healthy cases.
+      max_healthy_ml: the most that is allowed.
+      min_component_ml: smaller components do not count.
+      thresholds: to choose from, ascending.
+      seed_thresholds: to choose from, ascending; each is tried with the thresholds up to it, and
+        each threshold also alone.
+
+    Returns:
+      The cuts, and the mean false positives in healthy scans at them, in ml (NaN without such
+      scans).
+    """
+    candidates = [
+        MaskSettings(threshold, seed, min_component_ml)
+        for threshold in thresholds
+        for seed in (threshold, *(s for s in seed_thresholds if s > threshold))
+    ]
+    dice = np.zeros(len(candidates))
+    for scan in painted:
+        found = probability(scan.image, scan.lungs)
+        for number, settings in enumerate(candidates):
+            marked = mask_on_model_grid(found, scan.voxel_ml, settings)
+            overlap = (scan.mask & marked).sum()
+            dice[number] += 2 * overlap / max(scan.mask.sum() + marked.sum(), 1)
+    false_ml = np.zeros((len(healthy), len(candidates)))
+    for row, case in enumerate(healthy):
+        found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
+        voxel_ml = case.geometry.voxel_ml
+        for number, settings in enumerate(candidates):
+            marked = mask_on_model_grid(found, voxel_ml, settings)
+            false_ml[row, number] = marked.sum() * voxel_ml
+    mean_ml = false_ml.mean(axis=0) if len(healthy) else np.full(len(candidates), np.nan)
+    allowed = np.flatnonzero(~(mean_ml > max_healthy_ml))
+    best = int(allowed[np.argmax(dice[allowed])]) if allowed.size else len(candidates) - 1
+    return candidates[best], float(mean_ml[best])
+
+
+def marked_ml(
+    probability: Probability, healthy: Sequence[Case], settings: MaskSettings
+) -> float | None:
+    """What the settings mark in a held-out healthy scan on average, in ml; None without such scans.
+    For cuts that are given and not found, as `calibrate_mask` finds them."""
+    marked = []
+    for case in healthy:
+        found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
+        voxel_ml = case.geometry.voxel_ml
+        marked.append(mask_on_model_grid(found, voxel_ml, settings).sum() * voxel_ml)
+    return float(np.mean(marked)) if marked else None

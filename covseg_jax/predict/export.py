@@ -1,0 +1,274 @@
+"""A trained network as one folder that predicts anywhere, without the config it was trained with.
+
+    export/
+      model.json            what it is, how studies become volumes and probabilities masks
+      weights.safetensors   its variables by name
+      function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B,
+                            or what model.json's volumes.output says;
+      function_tpu.bin      a function a platform, each in the forms that are quick there
+      function_cuda.bin
+      network.onnx          where asked for, for other runtimes: float32, weights included,
+                            'image' (B, H, W, 1) -> 'probability' (or 'logit'); nothing here
+                            reads it
+      SHA256SUMS            of the files above; `sha256sum -c` reads it
+
+Nothing in it is a pickle or code: the functions are StableHLO.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+from jax import export
+
+from covseg_jax import atomic, cpu
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.manifest import fingerprint
+from covseg_jax.predict.model import Model, average_models
+from covseg_jax.prepare.prepare_studies import PrepareSettings
+from covseg_jax.segmentation.steps import make_predict
+from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
+
+FORMAT, VERSION = 'covseg_jax export', 2  # 2: volumes.output, masks.share_of_max
+INTENDED_USE = (
+    'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
+)
+PLATFORMS = {'cpu': 'folded', 'tpu': 'lanes', 'cuda': 'native'}  # and the form of convolutions
+_JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
+_SUMS = 'SHA256SUMS'
+_NAMES = {
+    'model.json', 'weights.safetensors', 'network.onnx', _SUMS,
+    *(f'function_{platform}.bin' for platform in PLATFORMS),
+}  # fmt: skip
+_EXPORT_AGAIN = 'copy or export it again'
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What goes into an export beside the network.
+
+    Attributes:
+      preparation, volumes, masks: from a study to its mask.
+      facts: what else model.json says: metrics of the run, its training data, its licence.
+      onnx: write network.onnx too.
+    """
+
+    preparation: PrepareSettings
+    volumes: VolumeSettings
+    masks: MaskSettings
+    facts: Mapping[str, Any]
+    onnx: bool = False
+
+
+def write_export(
+    folder: pathlib.Path,
+    network: nn.Module,
+    variables: Any,
+    contents: Exported,
+) -> None:
+    """Writes the folder, whole or not at all; an export that is there and as it was written is
+    replaced.
+
+    Args:
+      folder: the export.
+      network: with conv_impl 'auto' each platform gets its form of the convolutions.
+      variables: of the network, a nested dict.
+      contents: the rest.
+
+    Raises:
+      InputError: the folder holds something else, or an ONNX file is wanted and jax2onnx is not
+        installed.
+    """
+    refuse_other_contents(folder)
+    to_onnx = _import_to_onnx() if contents.onnx else None
+    variables = jax.device_get(variables)
+    (batch,) = export.symbolic_shape('b')
+    slices = jax.ShapeDtypeStruct((batch, *contents.preparation.grid[1:], 1), jnp.float32)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    description = {
+        'format': FORMAT,
+        'version': VERSION,
+        'intended_use': INTENDED_USE,
+        'preparation': dataclasses.asdict(contents.preparation),
+        'volumes': dataclasses.asdict(contents.volumes),
+        'masks': dataclasses.asdict(contents.masks),
+        **contents.facts,
+    }
+    with atomic.new_folder(folder) as temporary:
+        for platform, form in PLATFORMS.items():
+            predict = make_predict(_in_form(network, form), contents.volumes.output)
+            function = export.export(predict, platforms=(platform,))(shapes, slices)
+            (temporary / _function_name(platform)).write_bytes(function.serialize())
+        if to_onnx:
+            # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
+            predict = make_predict(
+                _in_form(network, 'folded').clone(dtype=jnp.float32), contents.volumes.output
+            )
+            to_onnx(
+                functools.partial(predict, variables),
+                [('B', *slices.shape[1:])],
+                return_mode='file',
+                output_path=str(temporary / 'network.onnx'),
+                input_names=['image'],
+                output_names=['logit' if contents.volumes.output == 'linear' else 'probability'],
+            )
+        flat = traverse_util.flatten_dict(variables, sep='/')
+        tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+        # Not save_file, whose file nobody but its owner may read.
+        (temporary / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
+        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+        (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+        refuse_other_contents(folder)  # it took a while
+
+
+def _in_form(network: nn.Module, form: str) -> nn.Module:
+    return network.clone(conv_impl=form) if network.conv_impl == 'auto' else network
+
+
+def refuse_other_contents(folder: pathlib.Path) -> None:
+    """What is in the folder goes: it may be an export, all of whose files are as its checksums say,
+    or nothing.
+
+    Raises:
+      InputError: it holds a file that was not exported, or that was changed since.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f'{folder}: is not a folder; name one that is new')
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    sums = _read_sums(folder / _SUMS) if _is_export(folder) else {}  # others have checksums too
+    for path in files:
+        is_ours = path.name in _NAMES and path.is_file() and not path.is_symlink() and bool(sums)
+        if not is_ours or (path.name != _SUMS and sums.get(path.name) != _sha256(path)):
+            raise InputError(
+                f'{path}: is in the way: it was not exported, or it was changed since; name a new '
+                'folder, or move it elsewhere'
+            )
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    try:
+        _read_description(folder / 'model.json')
+    except (FileFault, OSError):
+        return False
+    return (folder / _SUMS).is_file()
+
+
+def _import_to_onnx() -> Callable:
+    try:
+        from jax2onnx import to_onnx
+    except ImportError as error:
+        raise InputError(
+            'export.onnx=true needs jax2onnx, which is not among the requirements; '
+            'pip install jax2onnx==0.13.0'
+        ) from error
+    return to_onnx
+
+
+def _function_name(platform: str) -> str:
+    return f'function_{platform}.bin'
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
+    """Loads an export, or several whose probabilities are averaged.
+
+    Args:
+      path, others: folders that `--stages=export` wrote.
+
+    Raises:
+      InputError: a folder is no export, is damaged, was written by a newer version, has no function
+        for this machine's platform, or the exports see studies in different ways.
+    """
+    return average_models([_load_one(pathlib.Path(each)) for each in (path, *others)])
+
+
+def _load_one(folder: pathlib.Path) -> Model:
+    atomic.recover(folder)
+    sums = _check_sums(folder)
+    description = _read_description(folder / 'model.json')
+    platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
+    path = folder / _function_name(platform)
+    if path.name not in sums:
+        raise InputError(
+            f'{folder}: has no function for {platform}; export it again, or run it on '
+            f'{", ".join(PLATFORMS)} (JAX_PLATFORMS=cpu)'
+        )
+    function = export.deserialize(bytearray(path.read_bytes()))
+    tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
+    variables = traverse_util.unflatten_dict(tensors, sep='/')
+    given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
+    (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
+    if given != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), wanted):
+        raise FileFault(folder / 'weights.safetensors', 'does not fit the function', _EXPORT_AGAIN)
+    # On a CPU computed as the program computes, whatever the caller's process has set.
+    options = cpu.compiler_options() if platform == 'cpu' else {}
+    call = jax.jit(function.call, compiler_options=options or None)
+    volumes = VolumeSettings(**description['volumes'])
+    return Model(
+        probabilities=tuple(
+            predict_volumes(functools.partial(call, jax.device_put(variables, device)), volumes)
+            for device in jax.local_devices()
+        ),
+        preparation=PrepareSettings(**description['preparation']),
+        masks=MaskSettings(**description['masks']),
+        identity=fingerprint(sums),
+        description=description,
+    )
+
+
+def _check_sums(folder: pathlib.Path) -> dict[str, str]:
+    """The export's files and their checksums, all of them right."""
+    path = folder / _SUMS
+    if not path.is_file():
+        raise InputError(f'{folder}: not an export (no {_SUMS} in it); --stages=export writes one')
+    sums = _read_sums(path)
+    for name in ('model.json', 'weights.safetensors'):
+        if name not in sums:
+            raise FileFault(path, f'says nothing of {name}', _EXPORT_AGAIN)
+    for name, expected in sums.items():
+        file = folder / name
+        if pathlib.Path(name).name != name or not file.is_file():
+            raise FileFault(file, 'is missing', _EXPORT_AGAIN)
+        if _sha256(file) != expected:
+            raise FileFault(file, f'is not the file that was exported (see {_SUMS})', _EXPORT_AGAIN)
+    return sums
+
+
+def _read_sums(path: pathlib.Path) -> dict[str, str]:
+    text = path.read_text(encoding='utf-8', errors='replace')
+    lines = [line.split('  ', 1) for line in text.splitlines()]
+    return {name: each for each, name in (line for line in lines if len(line) == 2)}
+
+
+def _read_description(path: pathlib.Path) -> dict:
+    try:
+        description = json.loads(path.read_text(encoding='utf-8'))
+        is_export, version = description['format'] == FORMAT, int(description['version'])
+    except (ValueError, KeyError, TypeError):
+        is_export, version = False, 0
+    if not is_export:
+        raise FileFault(path, f'is not of a {FORMAT}', 'name the folder of one')
+    if version > VERSION:
+        raise FileFault(
+            path, f'is of version {version}, this program knows {VERSION}',
+            'take a newer covseg_jax',
+        )  # fmt: skip
+    return description

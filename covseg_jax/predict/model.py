@@ -1,0 +1,171 @@
+"""A trained network with everything that a prediction needs, and one study's prediction."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from covseg_jax.errors import InputError
+from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
+from covseg_jax.imaging.studies import find_inputs
+from covseg_jax.manifest import fingerprint
+from covseg_jax.prepare.prepare_studies import PreparedCase, PrepareSettings, prepare_volume
+from covseg_jax.segmentation.volumes import Probability
+
+
+@dataclasses.dataclass(frozen=True)
+class Measures:
+    """What a mask says of a study.
+
+    Attributes:
+      lesion_ml, lung_ml: volumes.
+      infection_percent: 100 × lesion / lungs.
+    """
+
+    lesion_ml: float
+    lung_ml: float
+
+    @property
+    def infection_percent(self) -> float:
+        return 100 * self.lesion_ml / self.lung_ml if self.lung_ml else 0.0
+
+    @property
+    def severity(self) -> str:
+        """MosMedData's categories (Morozov et al. 2020, arXiv 2005.06465) by the share of the lungs
+        alone: CT-0 nothing, CT-1 to 25 %, CT-2 to 50 %, CT-3 to 75 %, CT-4 above. Radiologists gave
+        them by eye, from the more affected lung."""
+        if not self.lesion_ml:
+            return 'CT-0'
+        return f'CT-{1 + sum(self.infection_percent > edge for edge in (25, 50, 75))}'
+
+
+def measure(mask: np.ndarray, lungs: np.ndarray, voxel_ml: float) -> Measures:
+    """Boolean masks of one shape, and the volume of a voxel in ml."""
+    return Measures(
+        float(np.count_nonzero(mask & lungs)) * voxel_ml, float(np.count_nonzero(lungs)) * voxel_ml
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A study's lesions, voxel for voxel as the scan's array.
+
+    Attributes:
+      mask: (X, Y, Z) uint8, 1 in lesions, in the axis order of the scan's own file.
+      probability: (X, Y, Z) float32 in [0, 1], 0 outside the lungs.
+      affine: (4, 4), voxel indices to mm, as the scan's.
+      lesion_ml, lung_ml: volumes.
+      infection_percent: 100 × lesion / lungs.
+      severity: 'CT-0' … 'CT-4', see `Measures`.
+      notes: what was settled by rule in the scan's file.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+    affine: np.ndarray
+    lesion_ml: float
+    lung_ml: float
+    infection_percent: float
+    severity: str
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained network, or several whose probabilities are averaged.
+
+    Attributes:
+      probabilities: the function of volumes, once on each device of this host.
+      preparation: how a study becomes a volume.
+      masks: how probabilities become a mask.
+      identity: equal for models that predict the same.
+      description: model.json of an export; {} of a run that is not exported.
+    """
+
+    probabilities: tuple[Probability, ...]
+    preparation: PrepareSettings
+    masks: MaskSettings
+    identity: str
+    description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def predict(self, scan: str | os.PathLike) -> Prediction:
+        """Segments one study.
+
+        Args:
+          scan: a NIfTI file, or the folder of a DICOM series.
+
+        Raises:
+          InputError: it cannot be used; file, fault and remedy in one line.
+        """
+        studies = find_inputs(pathlib.Path(scan))
+        if len(studies) != 1:
+            raise InputError(f'{scan}: holds {len(studies)} studies; name one of them')
+        case = prepare_volume(studies[0], self.preparation)
+        probability = self.probabilities[0](case.image, case.lungs)
+        found = mask_on_study_grid(probability, case.lungs, case.geometry, self.masks)
+        affine = np.asarray(case.geometry.affine)
+        measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
+        return Prediction(
+            mask=geometries.from_canonical(found.mask.astype(np.uint8), affine),
+            probability=geometries.from_canonical(
+                native_probability(case, probability, found), affine
+            ),
+            affine=affine,
+            lesion_ml=measures.lesion_ml,
+            lung_ml=measures.lung_ml,
+            infection_percent=measures.infection_percent,
+            severity=measures.severity,
+            notes=case.notes,
+        )
+
+
+def native_probability(case: PreparedCase, probability: np.ndarray, found: StudyMask) -> np.ndarray:
+    """(Z, Y, X) float32, canonical: the probability on the study's own grid."""
+    return (geometries.to_study_grid(probability, case.geometry) * found.lungs).astype(np.float32)
+
+
+def average_models(models: Sequence[Model]) -> Model:
+    """One model whose probabilities are the mean of theirs, and so its thresholds.
+
+    Raises:
+      InputError: they see studies in different ways.
+    """
+    first = models[0]
+    if len(models) == 1:
+        return first
+    for other in models[1:]:
+        if other.preparation != first.preparation:
+            raise InputError(
+                'the models of an ensemble see studies in different ways '
+                f'({first.preparation} and {other.preparation}); average those of one kind'
+            )
+
+    if len({model.masks.share_of_max for model in models}) > 1:
+        raise InputError(
+            'the models of an ensemble cut their masks by different rules (at a threshold, or at a '
+            'share of the maximum); average those of one kind'
+        )
+
+    def average(number: int) -> Probability:
+        members = [model.probabilities[number] for model in models]
+
+        def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+            return np.mean([member(image, lungs) for member in members], axis=0)
+
+        return probability
+
+    means = {
+        field.name: float(np.mean([getattr(model.masks, field.name) for model in models]))
+        for field in dataclasses.fields(MaskSettings)
+    }
+    return Model(
+        probabilities=tuple(average(number) for number in range(len(first.probabilities))),
+        preparation=first.preparation,
+        masks=MaskSettings(**means),
+        identity=fingerprint([model.identity for model in models]),
+        description={'ensemble': [dict(model.description) for model in models]},
+    )

@@ -1,0 +1,235 @@
+"""Pseudo-masks as NIfTI on each study's own grid, and the training set with them as nnU-Net reads
+it: for whoever wants to train something else on them."""
+
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+import nibabel
+import numpy as np
+from tqdm import tqdm
+
+from covseg_jax import atomic, hosts, written
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging.geometry import Geometry
+from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
+from covseg_jax.imaging.nifti import read_volume, write_volume
+from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.volume import AFFINE_TOLERANCE, Volume
+from covseg_jax.prepare import study_files
+from covseg_jax.prepare.cases import Case, Splits
+
+_DESCRIPTION = (
+    'Chest CT in HU: {} studies of COVID-19 with pseudo-masks as labels, and {} healthy studies '
+    'with empty labels. Not among them: studies kept for evaluation against human masks, and '
+    'healthy studies held out for calibration.'
+)
+_PSEUDO_MASK = '{}_{}.nii.gz'  # study id, mask or probability
+_NUMBER, _NAME = 501, 'CovidPseudoMasks'  # of the data set
+_IMAGE, _LABEL, _DESCRIBED = 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz', 'dataset.json'
+_NOTE = (
+    'The labels are pseudo-masks, computed without any human mask; what is measured against them '
+    'says nothing about human masks.'
+)
+
+
+def write_pseudo_masks(
+    cases: Sequence[Case],
+    read_pseudo_mask: Callable[[Case], np.ndarray],
+    folder: pathlib.Path,
+    settings: MaskSettings,
+) -> None:
+    """Brings pseudo-masks onto the studies' own grids: `<study_id>_mask.nii.gz` (uint8, 0 or 1) and
+    `<study_id>_probability.nii.gz` (float32 in [0, 1], 0 outside the lungs), each with its study's
+    shape and affine. A file that is there and the same is kept. Of several hosts each writes its
+    share. `refuse_foreign_files` is to be called before.
+
+    The mask is not the probability cut: it comes from a sharper resampling, and without small
+    components.
+
+    Args:
+      cases: prepared cases.
+      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
+      folder: gets the files; it is made where it is not there.
+      settings: how a pseudo-mask is cut.
+
+    Raises:
+      InputError: from `read_pseudo_mask`, where a case has none; another file, which this program
+        did not write, is in the way.
+    """
+    atomic.remove_leftovers(folder)
+    for case in tqdm(hosts.share(cases), desc='pseudo_masks', unit='study', disable=None):
+        pseudo_mask = np.asarray(read_pseudo_mask(case), np.float32)
+        found = mask_on_study_grid(pseudo_mask, np.asarray(case.lungs()), case.geometry, settings)
+        probability = geometries.to_study_grid(pseudo_mask, case.geometry) * found.lungs
+        for kind, array in (('mask', found.mask.astype(np.uint8)), ('probability', probability)):
+            data = geometries.from_canonical(array, np.asarray(case.geometry.affine))
+            path = folder / _PSEUDO_MASK.format(case.study_id, kind)
+            _write_where_new(path, data, case.geometry, folder)
+    hosts.wait_for_all('pseudo-masks are written')
+
+
+def write_nnunet_data_set(
+    splits: Splits,
+    studies: Mapping[str, Study],
+    masks: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    number: int = _NUMBER,
+    name: str = _NAME,
+) -> pathlib.Path:
+    """Writes what the networks learn from in nnU-Net v2's raw layout: the COVID studies of training
+    and validation with their pseudo-masks, and the healthy ones of training with empty labels;
+    dataset.json last. What is there and whole is kept. Of several hosts each writes its share.
+    `refuse_foreign_files` is to be called before.
+
+    An image is its source's file, byte for byte, where other readers take that for what
+    `read_image` does; else it is written anew, in HU.
+
+    Args:
+      splits: who serves what; `evaluation` and `healthy_calibration` are left out.
+      studies: study id -> the study whose image is wanted.
+      masks: the folder of `write_pseudo_masks`.
+      folder: gets `Dataset<number>_<name>/` with imagesTr/, labelsTr/ and dataset.json.
+      number: nnU-Net's id of the data set, up to 999.
+      name: of the data set.
+
+    Returns:
+      The data set's folder.
+
+    Raises:
+      InputError: a study or its pseudo-mask is missing, an image cannot be read or is not the one
+        that was prepared, the folder holds a case that is not of this training set, or another
+        file, which this program did not write, is in the way.
+    """
+    covid = splits.train + splits.validation
+    cases = covid + splits.healthy_train
+    data_set = folder / _data_set_name(number, name)
+    atomic.remove_leftovers(data_set)
+    _refuse_other_cases(data_set, cases)
+    # Not by category: a healthy study of a subject who fell ill has a pseudo-mask too.
+    marked = {case.study_id for case in covid}
+    for case in tqdm(hosts.share(cases), desc='nnunet', unit='study', disable=None):
+        if case.study_id not in studies:
+            raise InputError(f'{case.study_id}: no such study in the data set; prepare it again')
+        _write_image(data_set / _IMAGE.format(case.study_id), case, studies, data_set)
+        label = np.zeros(case.geometry.source_shape, np.uint8)
+        if case.study_id in marked:
+            label = read_volume(masks / f'{case.study_id}_mask.nii.gz').data
+        path = data_set / _LABEL.format(case.study_id)
+        _write_where_new(path, label, case.geometry, data_set)
+    hosts.wait_for_all('images and labels are written')
+    if hosts.is_first():
+        _write_description(data_set / _DESCRIBED, name, len(covid), len(splits.healthy_train))
+    return data_set
+
+
+def refuse_foreign_files(
+    cases: Sequence[Case],
+    masks: pathlib.Path,
+    splits: Splits,
+    folder: pathlib.Path,
+    *,
+    number: int = _NUMBER,
+    name: str = _NAME,
+) -> None:
+    """To be called before any work: whether `write_pseudo_masks(cases, ..., masks, ...)` and
+    `write_nnunet_data_set(splits, ..., folder, ...)` may write all that they would.
+
+    Raises:
+      InputError: something that this program did not write is in the way, or the data set holds a
+        case that is not of this training set.
+    """
+    learned = splits.train + splits.validation + splits.healthy_train
+    data_set = folder / _data_set_name(number, name)
+    _refuse_other_cases(data_set, learned)
+    kinds = ('mask', 'probability')
+    files = [masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds]
+    files += [data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)]
+    files.append(data_set / _DESCRIBED)
+    # Each host looks at its share, and all refuse what one of them found.
+    found = [written.find_foreign([path]) for path in hosts.share(files)]
+    written.refuse_first(hosts.gather([path and str(path) for path in found], len(files)))
+
+
+def _data_set_name(number: int, name: str) -> str:
+    return f'Dataset{number:03d}_{name}'
+
+
+def _write_description(path: pathlib.Path, name: str, num_covid: int, num_healthy: int) -> None:
+    content = {
+        'name': name,
+        'description': _DESCRIPTION.format(num_covid, num_healthy),
+        'note': _NOTE,
+        'channel_names': {'0': 'CT'},
+        'labels': {'background': 0, 'lesion': 1},
+        'numTraining': num_covid + num_healthy,
+        'file_ending': '.nii.gz',
+    }
+    text = json.dumps(content, indent=2)
+    if not path.exists() or path.read_text(encoding='utf-8') != text:
+        written.write_text(path, text)
+
+
+def _write_image(
+    path: pathlib.Path, case: Case, studies: Mapping[str, Study], record: pathlib.Path
+) -> None:
+    voxel_crc32 = case.description['voxel_crc32']
+    there = _read_on_grid(path, case.geometry)
+    if there is not None and study_files.voxel_crc32(there) == voxel_crc32:
+        return
+    study = studies[case.study_id]
+    volume = study_files.read_image(study)
+    is_same_grid = np.allclose(volume.affine, case.geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
+    if study_files.voxel_crc32(volume) != voxel_crc32 or not is_same_grid:
+        raise FileFault(study.image, 'is not the image that was prepared', 'prepare it again')
+    new_file = functools.partial(written.new_file, folder=record, is_scan=True)
+    if not _reads_alike(study, volume):
+        write_volume(path, volume.data, volume.affine, new_file)
+        return
+    with new_file(path) as temporary:
+        shutil.copyfile(study.image, temporary)
+
+
+def _reads_alike(study: Study, volume: Volume) -> bool:
+    """Whether another reader finds the same HU on the same grid in the study's file."""
+    if not study.image.name.lower().endswith('.nii.gz') or study.window is not None:
+        return False
+    # A note tells of header fields that disagree, and readers differ in which they believe; a
+    # fourth axis of length 1 is an axis to nnU-Net.
+    return not volume.notes and nibabel.load(study.image).shape == volume.data.shape
+
+
+def _read_on_grid(path: pathlib.Path, geometry: Geometry) -> Volume | None:
+    """The volume of a file that is there, whole and on the study's grid."""
+    try:
+        volume = read_volume(path)
+    except FileFault:
+        return None
+    is_near = np.allclose(volume.affine, geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
+    return volume if volume.data.shape == geometry.source_shape and is_near else None
+
+
+def _write_where_new(
+    path: pathlib.Path, data: np.ndarray, geometry: Geometry, record: pathlib.Path
+) -> None:
+    # Compared voxel by voxel: pseudo-masks may have been made anew since.
+    there = _read_on_grid(path, geometry)
+    if there is None or not np.array_equal(there.data, data):
+        new_file = functools.partial(written.new_file, folder=record)
+        write_volume(path, data, np.asarray(geometry.affine), new_file)
+
+
+def _refuse_other_cases(data_set: pathlib.Path, cases: Sequence[Case]) -> None:
+    """nnU-Net trains on whatever file it finds, such as a study that is kept for evaluation now."""
+    for part, ending in (('imagesTr', '_0000.nii.gz'), ('labelsTr', '.nii.gz')):
+        known = {case.study_id + ending for case in cases}
+        for path in sorted((data_set / part).glob('*.nii.gz')):
+            if path.name not in known and not path.name.startswith('.tmp-'):
+                raise InputError(
+                    f'{path}: not a case of this training set; remove {data_set} or give another '
+                    '--output'
+                )

@@ -1,0 +1,393 @@
+"""A lung mask without weights: threshold and morphology.
+
+Consolidation is as dense as the chest wall, so a threshold loses it exactly where COVID-19 puts
+it: at the pleura, lateral and posterior. Two closings bring back what leaves a dent: a small one
+everywhere (vessels, fissures), and a wide one that counts only on the side of the ribs, where the
+lung's outline is convex in health. Medially it is not: heart, spine and liver are no lung. What
+leaves no dent, because all the lung under some ribs is dense, `pleura` finds by the ribs.
+"""
+
+import cc3d
+import edt
+import numpy as np
+from scipy import ndimage
+
+from covseg_jax.imaging.geometry import apply_matrices, resampling_matrix
+from covseg_jax.prepare.pleura import lung_under_ribs
+from covseg_jax.prepare.slicewise import (
+    IN_PLANE,
+    between_lung,
+    close_in_plane,
+    distance_in_plane,
+    has_lung_below,
+    touches_border,
+)
+
+AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
+GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
+WORKING_MM = 2.0
+MINIMUM_ML = 300.0
+CLOSING_MM = 10.0
+RIB_SIDE_CLOSING_MM = 50.0
+DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
+MAXIMUM_HOLE_CM2 = 20.0
+TRACHEA_CM2 = 8.0
+TRACHEA_HU = -910
+SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
+EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
+ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
+BESIDE_MM = 30.0  # the other lung's centroid lies further to the side, a piece of the same less far
+
+# Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
+
+
+def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Both lungs with their vessels, ground glass and, at the pleura, consolidation.
+
+    Works at about 2 mm and returns the study's own grid. Lungs that touch the border of the
+    image (a cropped scan) are kept: what lies outside the body is told by its density.
+
+    Args:
+        image_hu: (Z, Y, X) canonical, HU; padding may be below -1024.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        bool (Z, Y, X).
+
+    Raises:
+        ValueError: no lungs found, or less than 300 ml together.
+    """
+    coarse, coarse_mm = _to_working_grid(image_hu, spacing_mm)
+    voxel_ml = float(np.prod(coarse_mm)) / 1000.0
+    lungs = np.zeros(coarse.shape, bool)
+    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm), coarse_mm):
+        lungs |= _complete_lung(lung, coarse, coarse_mm)
+    if lungs.any():
+        lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
+    volume_ml = lungs.sum() * voxel_ml
+    if volume_ml < MINIMUM_ML:
+        raise ValueError(
+            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels; at least '
+            f'{MINIMUM_ML:.0f} ml are expected)'
+        )
+    return _to_study_grid(lungs, image_hu.shape)
+
+
+def split_lungs(
+    lungs: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right and left lung of a finished mask, whether they touch or are in many pieces.
+
+    A piece belongs to the nearer lung. One lung alone is the one of the half of the image that it
+    lies in, and the other is empty.
+
+    Args:
+        lungs: bool (Z, Y, X), canonical.
+        spacing_mm: (z, y, x).
+
+    Returns:
+        (right, left), bool (Z, Y, X): disjoint, together the mask.
+    """
+    right, left = np.zeros_like(lungs), np.zeros_like(lungs)
+    if not lungs.any():
+        return right, left
+    box = ndimage.find_objects(lungs.view(np.uint8))[0]
+    # With a margin, for at the border of an image the erosion does not begin.
+    around = tuple(slice(max(0, side.start - 8), side.stop + 8) for side in box)
+    part = lungs[around]
+    coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
+    coarse = part[_nearest_voxels(coarse_shape, part.shape)]
+    cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
+    if cores is None:
+        (right if _is_right(box, lungs) else left)[around] = part
+        return right, left
+    cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
+    on_right = _assign_pieces(coarse, *cores, coarse_mm)
+    on_right = on_right[_nearest_voxels(part.shape, coarse_shape)]
+    right[around], left[around] = part & on_right, part & ~on_right
+    return right, left
+
+
+def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
+    """Both lungs by the R231 network of the `lungmask` package (Hofmanninger et al., 2020).
+
+    The package is no requirement of covseg_jax and fetches its weights on first use.
+
+    Args:
+        image_hu: (Z, Y, X) canonical, HU.
+
+    Returns:
+        bool (Z, Y, X).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it finds no lungs.
+    """
+    from lungmask import LMInferer
+
+    lungs = LMInferer(modelname='R231', tqdm_disable=True).apply(np.ascontiguousarray(image_hu)) > 0
+    if not lungs.any():
+        raise ValueError('no lungs found (by lungmask)')
+    return lungs
+
+
+def _to_working_grid(
+    image_hu: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[np.ndarray, tuple[float, float, float]]:
+    coarse_shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
+    matrices = [
+        _axis_matrix(*lengths) for lengths in zip(coarse_shape, image_hu.shape, strict=True)
+    ]
+    # Metal and padding must not pull their neighbours' mean.
+    clipped = np.clip(image_hu, -1024, 400).astype(np.float32)
+    return apply_matrices(clipped, matrices), coarse_mm
+
+
+def _working_grid(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """Shape and spacing."""
+    # Never finer than the scan: an axis of 8 mm slices stays as it is.
+    coarse_shape, coarse_mm = [], []
+    for length, spacing in zip(shape, spacing_mm, strict=True):
+        coarse_length = min(length, max(1, round(length * spacing / WORKING_MM)))
+        coarse_shape.append(coarse_length)
+        coarse_mm.append(spacing * length / coarse_length)
+    return tuple(coarse_shape), tuple(coarse_mm)
+
+
+def _to_study_grid(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    matrices, target = [], []
+    for axis, side in enumerate(box):
+        matrix = _axis_matrix(shape[axis], mask.shape[axis])[:, side]
+        rows = np.flatnonzero(matrix.any(axis=1))
+        target.append(slice(rows[0], rows[-1] + 1))
+        matrices.append(matrix[target[-1]])
+    result = np.zeros(shape, bool)
+    result[tuple(target)] = apply_matrices(mask[box].astype(np.float32), matrices) >= 0.5
+    return result
+
+
+def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
+    # Both grids span the same length; the unit does not matter.
+    targets = (np.arange(num_targets) + 0.5) * num_sources / num_targets
+    return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
+
+
+def _nearest_voxels(
+    targets: tuple[int, int, int], sources: tuple[int, int, int]
+) -> tuple[np.ndarray, ...]:
+    """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
+    lengths = zip(targets, sources, strict=True)
+    return np.ix_(
+        *((2 * np.arange(target) + 1) * source // (2 * target) for target, source in lengths)
+    )
+
+
+def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """The one or two largest air-filled components inside the body that are not free gas."""
+    air = coarse < AIR_HU
+    tissue = ndimage.binary_opening(~air, IN_PLANE, iterations=2)  # without the table's shell
+    body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
+    # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
+    # under the back sees it in front only.
+    enclosed = _count_sides(body) >= 2
+    air &= ~_outside_body(coarse, air, enclosed)
+    air &= ~_trachea(coarse, air, spacing_mm)
+    components = cc3d.connected_components(air, connectivity=6)
+    volumes, means = _volumes_and_means(components, coarse)
+    chosen = []
+    for label in np.argsort(volumes)[::-1][:8]:
+        # Bowel gas may compete with the other lung, but most of it holds less.
+        if volumes[label] == 0 or (chosen and volumes[label] < SMALLER_LUNG * volumes[chosen[0]]):
+            break
+        # Foam in the table and blankets have the density of lung, but no body around them.
+        if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
+            chosen.append(label)
+        if len(chosen) == 2:
+            break
+    return np.isin(components, chosen) if chosen else np.zeros_like(air)
+
+
+def _count_sides(mask: np.ndarray) -> np.ndarray:
+    """On how many of its four sides in the slice a voxel sees the mask: uint8, 0 to 4."""
+    sides = np.zeros(mask.shape, np.uint8)
+    for axis in (1, 2):
+        sides += np.logical_or.accumulate(mask, axis=axis)
+        sides += np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis=axis), axis)
+    return sides
+
+
+def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
+    # Slice by slice, or the trachea of a scan that ends in the neck would join in. In a crop a
+    # lung may touch the border too: so the border alone does not tell, nor do the sides alone,
+    # because a corner of the room sees the body on two.
+    components = ndimage.label(air, IN_PLANE)[0]
+    touches = np.zeros(components.max() + 1, bool)
+    touches[components[:, [0, -1], :]] = True
+    touches[components[:, :, [0, -1]]] = True
+    touches[0] = False
+    _, enclosed_part = _volumes_and_means(components, enclosed)
+    _, gas_part = _volumes_and_means(components, coarse < GAS_HU)
+    return (touches & ((enclosed_part <= 0.5) | (gas_part > 0.25)))[components]
+
+
+def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # Of each label, in voxels and in the values' unit; the background, label 0, has volume 0.
+    labels = components.ravel()
+    volumes = np.bincount(labels)
+    means = np.bincount(labels, weights=values.ravel()) / np.maximum(volumes, 1)
+    volumes[0] = 0
+    return volumes, means
+
+
+def _trachea(
+    coarse: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    # Trachea and main bronchi: small round gas in a slice, apart from the lungs.
+    components, number = ndimage.label(air, IN_PLANE)
+    labels = np.arange(1, number + 1)
+    areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
+    areas_cm2 = areas_cm2 * spacing_mm[1] * spacing_mm[2] / 100.0
+    small = labels[areas_cm2 < TRACHEA_CM2]
+    if not small.size:
+        return np.zeros_like(air)
+    # Its darkest spot, not its mean: the rim of a small tube is partial volume.
+    darkest = ndimage.minimum(ndimage.uniform_filter(coarse, (1, 2, 2)), components, small)
+    return np.isin(components, small[darkest < TRACHEA_HU])
+
+
+def _separate_lungs(
+    parenchyma: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> list[np.ndarray]:
+    """Right and left lung, also where they touch in front of or behind the heart."""
+    components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
+    if number != 1:
+        return [components == label for label in range(1, number + 1)]
+    cores = _find_cores(parenchyma, spacing_mm, EROSIONS_MM)
+    if cores is None:
+        return [parenchyma]
+    first = _is_nearer(*cores, spacing_mm)
+    return [parenchyma & first, parenchyma & ~first]
+
+
+def _find_cores(
+    mask: np.ndarray, spacing_mm: tuple[float, float, float], erosions_mm: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What the least erosion in plane that parts the lungs leaves of each: the largest part beside
+    the largest of all, and this one. None for one lung only, and where no erosion parts them."""
+    depth = distance_in_plane(mask, spacing_mm)
+    for erosion_mm in erosions_mm:
+        parts = cc3d.connected_components(depth > erosion_mm, connectivity=6)
+        statistics = cc3d.statistics(parts)
+        volumes = statistics['voxel_counts'].astype(np.int64)
+        volumes[0] = 0
+        first = int(volumes.argmax())
+        across = statistics['bounding_boxes'][first][2]
+        x = statistics['centroids'][:, 2]
+        beside_mm = np.maximum(across.start - x, x - across.stop) * spacing_mm[2]
+        others = np.where(beside_mm > BESIDE_MM, volumes, 0)
+        second = int(others.argmax())
+        if others[second] > SMALLER_LUNG * volumes[first]:
+            return parts == second, parts == first
+    return None
+
+
+def _is_nearer(
+    first: np.ndarray, second: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Voxels at least as near to the first mask as to the second."""
+    return edt.edt(~first, anisotropy=spacing_mm) <= edt.edt(~second, anisotropy=spacing_mm)
+
+
+def _assign_pieces(
+    mask: np.ndarray, right: np.ndarray, left: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Voxels, in the mask and around it, of the right lung; the cores are a part of either."""
+    # What is cut off above or below is as near to the other lung's medial edge as to its own lung.
+    weighted_mm = (*spacing_mm[:2], ACROSS_WEIGHT * spacing_mm[2])
+    on_right = _is_nearer(right, left, weighted_mm)
+    pieces = cc3d.connected_components(mask, connectivity=6)
+    _, right_part = _volumes_and_means(pieces, on_right)
+    shared = np.intersect1d(pieces[right], pieces[left])  # the piece of lungs that touch
+    whole = mask & ~np.isin(pieces, shared)
+    on_right = np.where(whole, (right_part > 0.5)[pieces], on_right)
+    # What the coarse grid leaves out of the mask goes with its nearest voxel.
+    return _is_nearer(mask & on_right, mask & ~on_right, spacing_mm)
+
+
+def _complete_lung(
+    lung: np.ndarray, coarse: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> np.ndarray:
+    """Adds to one lung what the threshold lost: vessels, holes, consolidation at the pleura."""
+    box = ndimage.find_objects(lung.astype(np.uint8))[0]
+    part, hu = lung[box], coarse[box]
+    closed = _fill_holes(close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
+    wide = close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
+    # The outline is straighter from top to bottom than round the chest: what has lung above and
+    # below it reaches further out than the wide closing.
+    lost = (wide & has_lung_below(closed, spacing_mm)) | between_lung(closed)
+    lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
+    # Bone is no lung whatever its place.
+    added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
+    added = ndimage.binary_opening(added, IN_PLANE)
+    complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
+    rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
+    result = np.zeros_like(lung)
+    result[box] = complete & ~_mediastinal(complete, hu, rib_side)
+    return result
+
+
+def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.ndarray:
+    """What the closings took from heart, aorta and hilum: dense, thick, and in its slice connected
+    to dense tissue outside the lung that is not on the side of the ribs."""
+    dense = hu > DENSE_HU
+    thick = ndimage.binary_opening(dense & lung, IN_PLANE, iterations=2)
+    thick = ndimage.binary_dilation(thick, IN_PLANE, iterations=2, mask=dense & lung)
+    labels = ndimage.label(thick, IN_PLANE)[0]
+    outside = ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE)
+    attached = np.zeros(labels.max() + 1, bool)
+    attached[labels[outside]] = True
+    attached[0] = False
+    return attached[labels]
+
+
+def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
+    # x grows to the patient's left.
+    return (box[2].start + box[2].stop) / 2 < lung.shape[2] / 2
+
+
+def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:
+    """Voxels with this lung medial to them and none lateral, or in front of them and none behind.
+
+    The second rule holds for the posterior half of the slice's lung only, because the liver too
+    lies behind the anterior recess.
+    """
+    toward_left = lung if is_right else lung[:, :, ::-1]
+    medial = np.logical_or.accumulate(toward_left[:, :, ::-1], axis=2)[:, :, ::-1]
+    lateral = np.logical_or.accumulate(toward_left, axis=2)
+    beside = medial & ~lateral
+    beside = beside if is_right else beside[:, :, ::-1]
+    in_front = np.logical_or.accumulate(lung, axis=1)
+    behind = np.logical_or.accumulate(lung[:, ::-1], axis=1)[:, ::-1]
+    rows = np.arange(lung.shape[1])[None, :]
+    areas = lung.sum(axis=2)
+    centre = (areas * rows).sum(axis=1) / np.maximum(areas.sum(axis=1), 1)
+    posterior = rows > centre[:, None]
+    return beside | (in_front & ~behind & posterior[:, :, None])
+
+
+def _fill_holes(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Fills closed cavities, and what sees the lung on all four sides in its slice and below it.
+
+    The latter up to 20 cm² a slice. It need not be a closed hole: the rim of lung between a
+    consolidation and the pleura may be too thin to see. The liver's dome has no lung below.
+    """
+    filled = ndimage.binary_fill_holes(mask)
+    surrounded = ~filled & (_count_sides(filled) == 4) & np.logical_or.accumulate(filled, axis=0)
+    holes = ndimage.label(surrounded, IN_PLANE)[0]
+    areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
+    fill = areas_cm2 < MAXIMUM_HOLE_CM2
+    fill[0] = False
+    return filled | fill[holes]

@@ -1,0 +1,388 @@
+"""Studies -> prepared cases: in memory for one study, on disk for a data set.
+
+On disk in parallel, resumable and sharded over hosts: a case folder that exists is complete, and is
+kept as long as its settings and the files it was made from are the same.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tqdm
+
+from covseg_jax import atomic
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging import geometry as geometry_lib
+from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.workers import map_in_processes
+from covseg_jax.prepare import study_files
+
+GEOMETRY_FILE = 'geometry.json'
+_CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
+# Raised when the same files and settings would give another result: old cases are made anew.
+_VERSION = 2
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """How a study becomes a case.
+
+    Attributes:
+        grid: (D, H, W) of the model.
+        window_hu: mapped to 0 and 1; what lies beyond is clipped.
+        margin_mm: kept around the lungs.
+        lungs_source: 'threshold' (lungs.find_lungs), 'file' (the study's lung mask) or
+            'lungmask' (that package, where it is installed).
+        lesion_labels: values of a lesion mask that are lesion; besides them only 0 may occur.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    grid: tuple[int, int, int] = (32, 128, 128)
+    window_hu: tuple[float, float] = (-1000.0, 400.0)
+    margin_mm: float = 4.0
+    lungs_source: str = 'threshold'
+    lesion_labels: tuple[int, ...] = (1,)
+
+    def __post_init__(self):
+        # Settings from JSON or a config arrive as lists.
+        object.__setattr__(self, 'grid', tuple(int(length) for length in self.grid))
+        object.__setattr__(self, 'window_hu', tuple(float(edge) for edge in self.window_hu))
+        object.__setattr__(self, 'lesion_labels', tuple(int(v) for v in self.lesion_labels))
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise InputError(f'grid {self.grid}: three positive lengths are expected')
+        if len(self.window_hu) != 2 or not self.window_hu[0] < self.window_hu[1]:
+            raise InputError(f'window_hu {self.window_hu}: (low, high) is expected')
+        if not self.margin_mm >= 0:
+            raise InputError(f'margin_mm {self.margin_mm}: 0 or more is expected')
+        if self.lungs_source not in study_files.LUNGS_SOURCES:
+            raise InputError(
+                f'lungs_source {self.lungs_source!r}: one of {study_files.LUNGS_SOURCES}'
+            )
+        if not self.lesion_labels or 0 in self.lesion_labels:
+            raise InputError(
+                f'lesion_labels {self.lesion_labels}: values other than 0 are expected'
+            )
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One study on the model's grid.
+
+    Attributes:
+        study_id: as in Study.
+        image: float16 (D, H, W) in [0, 1], 0 outside the lungs.
+        lungs: uint8 (D, H, W), 0 or 1.
+        lesion: uint8 (D, H, W), 0 or 1, or None without a mask.
+        geometry: the way back to the study's grid.
+        crc32: of the image's file, as study_files.source_crc32.
+        voxel_crc32: of its voxels, as study_files.voxel_crc32.
+        category: as in Study.
+        data_set: as in Study.
+        lung_ml: volume of the lungs on the study's own grid, ml.
+        notes: what was settled by rule in the image's files.
+    """
+
+    study_id: str
+    image: np.ndarray
+    lungs: np.ndarray
+    lesion: np.ndarray | None
+    geometry: geometry_lib.Geometry
+    crc32: int
+    voxel_crc32: int
+    category: str | None
+    data_set: str
+    lung_ml: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare_studies` did.
+
+    Attributes:
+        made, kept: study ids.
+        bad: study id -> why it was set aside.
+        notes: study id -> what was settled by rule, of the cases made.
+    """
+
+    made: list[str]
+    kept: list[str]
+    bad: dict[str, str]
+    notes: dict[str, tuple[str, ...]]
+
+
+def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
+    """Reads a study, finds its lungs and resamples it onto the model's grid.
+
+    Raises:
+        InputError: a file is missing, damaged or not what it should be, there are no lungs, or
+            a mask does not fit its image. The message names the file.
+    """
+    volume = study_files.read_image(study)
+    image_hu = geometry_lib.to_canonical(volume.data, volume.affine)
+    lungs = study_files.find_study_lungs(study, volume, settings.lungs_source)
+    geometry = geometry_lib.fit_geometry(
+        lungs, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
+    )
+    low, high = settings.window_hu
+    # The window first, so that bright bone and metal cannot outweigh their neighbours.
+    resampled = geometry_lib.to_model_grid(np.clip(image_hu, low, high), geometry, weights=lungs)
+    model_lungs = geometry_lib.to_model_grid(lungs, geometry) >= 0.5
+    image = np.clip((resampled - low) / (high - low), 0.0, 1.0) * model_lungs
+    lesion = None
+    if study.lesion_mask is not None:
+        mask = study_files.read_mask(study, 'lesion_mask', volume, settings.lesion_labels)
+        lesion = (geometry_lib.to_model_grid(mask, geometry) >= 0.5).astype(np.uint8)
+    return PreparedCase(
+        study_id=study.study_id,
+        image=image.astype(np.float16),
+        lungs=model_lungs.astype(np.uint8),
+        lesion=lesion,
+        geometry=geometry,
+        crc32=volume.crc32,
+        voxel_crc32=study_files.voxel_crc32(volume),
+        category=study.category,
+        data_set=study.data_set,
+        lung_ml=float(lungs.sum()) * volume.voxel_ml,
+        notes=volume.notes,
+    )
+
+
+def prepare_studies(
+    studies: Sequence[Study],
+    folder: str | os.PathLike,
+    settings: PrepareSettings,
+    *,
+    num_workers: int,
+    on_bad_study: str = 'skip',
+) -> PrepareReport:
+    """Writes a folder `<folder>/<study_id>/` for every study.
+
+    It holds image.npy, lungs.npy, lesion.npy (where there is a mask) and geometry.json. A case
+    made with the same settings from the same files is kept. On Ctrl-C the studies under way are
+    finished or left out whole, and no process stays behind; after a kill at any moment the next
+    call makes what is missing. Of studies with the same image one stays, the others are bad: they
+    could stand on both sides of a split.
+
+    Args:
+        studies: from studies.find_studies, or `take_shard` of them.
+        folder: made if it is missing.
+        settings: how.
+        num_workers: processes; 0 or 1 works in this one.
+        on_bad_study: 'skip' goes on and reports it, 'stop' stops at the first.
+
+    Raises:
+        InputError: on_bad_study is 'stop' and a study is bad, a worker was killed, the disk is too
+            small, or a folder of a study's name holds something else than its prepared case.
+        ValueError: another on_bad_study.
+    """
+    if on_bad_study not in ('skip', 'stop'):
+        raise ValueError(f"on_bad_study {on_bad_study!r}: 'skip' or 'stop'")
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.remove_leftovers(folder)
+    _refuse_other_folders(studies, folder)
+    _check_space(studies, folder, settings)
+    prepare = functools.partial(_prepare_case, folder=folder, settings=settings)
+    outcomes: dict[str, _Outcome] = {}
+    with tqdm.tqdm(total=len(studies), desc='prepare', unit='study', disable=None) as bar:
+        for outcome in map_in_processes(prepare, studies, num_workers, 'prepare'):
+            bar.update()
+            if outcome.fault and on_bad_study == 'stop':
+                raise InputError(outcome.fault)
+            outcomes[outcome.study_id] = outcome
+    _set_copies_aside(studies, folder, outcomes)
+    done = {name: outcome for name, outcome in sorted(outcomes.items()) if not outcome.fault}
+    bad = {name: outcome.fault for name, outcome in sorted(outcomes.items()) if outcome.fault}
+    if bad and on_bad_study == 'stop':
+        raise InputError(next(iter(bad.values())))
+    return PrepareReport(
+        made=[name for name, outcome in done.items() if outcome.made],
+        kept=[name for name, outcome in done.items() if not outcome.made],
+        bad=bad,
+        notes={name: outcome.notes for name, outcome in done.items() if outcome.notes},
+    )
+
+
+def take_shard(studies: Sequence[Study], shard: str) -> tuple[Study, ...]:
+    """One host's share of the studies.
+
+    Args:
+        studies: in the same order on every host.
+        shard: '' for all of them, or 'i/n': every n-th from the i-th on, i from 0 to n - 1.
+
+    Raises:
+        InputError: another text.
+    """
+    if not shard:
+        return tuple(studies)
+    index, _, number = shard.partition('/')
+    if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
+        raise InputError(f'prepare.shard {shard!r}: i/n is expected, i from 0 to n - 1')
+    return tuple(studies[int(index) :: int(number)])
+
+
+def read_geometry_file(case_folder: str | os.PathLike) -> dict:
+    """The content of a case's geometry.json: plain JSON values.
+
+    Keys: geometry (for Geometry.from_json), study_id, category, data_set, settings,
+    source_crc32, voxel_crc32, lung_ml, image, lesion_mask (paths as given), sources (CRC-32 of
+    every file the case was made from), notes and version.
+
+    Raises:
+        InputError: there is none, or it is not JSON.
+    """
+    path = pathlib.Path(case_folder) / GEOMETRY_FILE
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError as error:
+        raise InputError(f'{path}: no such file; run --stages=prepare') from error
+    except ValueError as error:
+        raise InputError(f'{path}: not JSON; remove its folder and prepare again') from error
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    study_id: str
+    made: bool = False
+    fault: str = ''
+    voxel_crc32: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _refuse_other_folders(studies: Sequence[Study], folder: pathlib.Path) -> None:
+    """A case replaces the folder of its name, which may be a person's, such as a DICOM series."""
+    for study in studies:
+        case_folder = folder / study.study_id
+        if not case_folder.is_dir() or case_folder.is_symlink():
+            names = {case_folder.name} if os.path.lexists(case_folder) else set()
+        else:
+            names = {path.name for path in case_folder.iterdir()}
+        if names and (GEOMETRY_FILE not in names or not names <= _CASE_FILES):
+            raise InputError(
+                f'{case_folder}: is in the way: it is not a case that was prepared; name another '
+                'folder in data.prepared, or move it elsewhere'
+            )
+
+
+def _check_space(studies: Sequence[Study], folder: pathlib.Path, settings: PrepareSettings) -> None:
+    missing = sum(not (folder / study.study_id / GEOMETRY_FILE).exists() for study in studies)
+    # float16 image, uint8 lungs and lesion; and the rest of a folder.
+    wanted = missing * (math.prod(settings.grid) * 4 + 16_384)
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise InputError(
+            f'{folder}: {missing} cases need {wanted / 1e9:.1f} GB, and the disk has '
+            f'{free / 1e9:.1f} GB left; make room or set data.prepared to a folder elsewhere'
+        )
+
+
+def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings) -> _Outcome:
+    case_folder = folder / study.study_id
+    try:
+        sources = _source_checksums(study, settings)
+        if _is_current(case_folder, study, settings, sources):
+            voxel_crc32 = read_geometry_file(case_folder)['voxel_crc32']
+            return _Outcome(study.study_id, voxel_crc32=voxel_crc32)
+        case = prepare_volume(study, settings)
+        _write_case(case, case_folder, study, settings, sources)
+    except InputError as error:
+        # A case made before the study was spoilt is not to be trained on.
+        shutil.rmtree(case_folder, ignore_errors=True)
+        return _Outcome(study.study_id, fault=str(error))
+    return _Outcome(study.study_id, made=True, voxel_crc32=case.voxel_crc32, notes=case.notes)
+
+
+def _set_copies_aside(
+    studies: Sequence[Study], folder: pathlib.Path, outcomes: dict[str, _Outcome]
+) -> None:
+    alike = defaultdict(list)
+    for study in sorted(studies, key=lambda s: (s.lesion_mask is None, s.study_id)):
+        outcome = outcomes[study.study_id]
+        if not outcome.fault:
+            alike[outcome.voxel_crc32].append(study)
+    for first, *others in alike.values():
+        for other in others:
+            # The checksum has 32 bits: among thousands of studies two may share it by chance.
+            images = [np.load(folder / s.study_id / 'image.npy') for s in (first, other)]
+            if np.array_equal(*images):
+                shutil.rmtree(folder / other.study_id)
+                outcomes[other.study_id] = dataclasses.replace(
+                    outcomes[other.study_id], fault=str(copy_fault(other, first))
+                )
+
+
+def copy_fault(other: Study, first: Study) -> FileFault:
+    """What is wrong with a study whose image another one has too."""
+    fault = f'the same image as study {first.study_id}'
+    return FileFault(other.image, fault, 'remove one of the two')
+
+
+def _source_checksums(study: Study, settings: PrepareSettings) -> dict[str, int | None]:
+    names = ['image', 'lesion_mask']
+    if study_files.uses_lung_mask(study, settings.lungs_source):
+        names.append('lung_mask')
+    return {name: study_files.source_crc32(study, name) for name in names}
+
+
+def _is_current(
+    case_folder: pathlib.Path,
+    study: Study,
+    settings: PrepareSettings,
+    sources: dict[str, int | None],
+) -> bool:
+    try:
+        written = read_geometry_file(case_folder)
+    except InputError:  # never made, or spoilt since
+        return False
+    wanted = _identity(study, settings, sources)
+    return {name: written.get(name) for name in wanted} == wanted
+
+
+def _identity(study: Study, settings: PrepareSettings, sources: dict[str, int | None]) -> dict:
+    # What a kept case must agree with; through JSON, so that tuples compare as lists.
+    identity = {
+        'version': _VERSION,
+        'study_id': study.study_id,
+        'category': study.category,
+        'data_set': study.data_set,
+        'settings': dataclasses.asdict(settings),
+        'sources': sources,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _write_case(
+    case: PreparedCase,
+    case_folder: pathlib.Path,
+    study: Study,
+    settings: PrepareSettings,
+    sources: dict[str, int | None],
+) -> None:
+    description = {
+        'geometry': case.geometry.to_json(),
+        'source_crc32': case.crc32,
+        'voxel_crc32': case.voxel_crc32,
+        'lung_ml': case.lung_ml,
+        'notes': case.notes,
+        'image': str(study.image),
+        'lesion_mask': None if study.lesion_mask is None else str(study.lesion_mask),
+        **_identity(study, settings, sources),
+    }
+    with atomic.new_folder(case_folder) as temporary:
+        np.save(temporary / 'image.npy', case.image)
+        np.save(temporary / 'lungs.npy', case.lungs)
+        if case.lesion is not None:
+            np.save(temporary / 'lesion.npy', case.lesion)
+        text = json.dumps(description, indent=1)
+        (temporary / GEOMETRY_FILE).write_text(text, encoding='utf-8')

@@ -1,0 +1,211 @@
+"""A study's files -> its image in HU and its masks, on one grid, or the fault that forbids it."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from isal import isal_zlib
+
+from covseg_jax.errors import FileFault
+from covseg_jax.imaging import arrays, dicom, nifti
+from covseg_jax.imaging import geometry as geometry_lib
+from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.volume import Volume
+from covseg_jax.prepare import lungs as lungs_lib
+
+LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
+SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
+LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
+LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
+
+
+def source_crc32(study: Study, name: str) -> int | None:
+    """CRC-32 of one of a study's files, by the name of its field; None where there is no file.
+
+    Raises:
+        FileFault: the file is missing or cannot be read.
+    """
+    path = getattr(study, name)
+    if path is None:
+        return None
+    if study.index is not None:
+        return arrays.array_crc32(path, study.index)
+    if path.is_dir():
+        return dicom.series_crc32(path)
+    return nifti.source_crc32(path)
+
+
+def read_image(study: Study) -> Volume:
+    """The study's image in HU, verified.
+
+    Raises:
+        FileFault: a file is missing, damaged or of an unusable kind; the voxels' size is no CT's;
+            the values cannot be HU.
+    """
+    volume = read_any(study.image, study.index)
+    if not all(SPACING_MM[0] <= spacing <= SPACING_MM[1] for spacing in volume.spacing_mm):
+        size = ' × '.join(f'{spacing:.3g}' for spacing in volume.spacing_mm)
+        raise FileFault(
+            study.image, f'voxels of {size} mm cannot be CT', 'correct the header; it is in mm'
+        )
+    if study.window is not None:
+        return _undo_window(study, volume)
+    fault = find_implausible_hu(volume.data)
+    if fault is not None:
+        raise FileFault(study.image, fault, 'give the original CT in HU')
+    return volume
+
+
+def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | None) -> np.ndarray:
+    """One of the study's masks, on the image's grid: bool (Z, Y, X) canonical.
+
+    Args:
+        study: whose mask.
+        name: its field, 'lesion_mask' or 'lung_mask'; it must not be None.
+        image: the study's image.
+        labels: values that count as the mask; with others than these and 0 it is refused. None:
+            every value above 0 counts.
+
+    Raises:
+        FileFault: damaged, on another grid than the image, or with labels that nobody stated.
+    """
+    path = getattr(study, name)
+    mask = read_any(path, study.index)
+    if mask.data.shape != image.data.shape:
+        raise FileFault(
+            path,
+            f'shape {mask.data.shape}, but its image has {image.data.shape}',
+            'give the mask of this image',
+        )
+    if not mask.lies_on_grid_of(image):
+        raise FileFault(
+            path, 'its affine is not that of its image', 'give the mask on the image grid'
+        )
+    if labels is None:
+        chosen = mask.data > 0
+    else:
+        chosen = np.isin(mask.data, labels)
+        if not (chosen | (mask.data == 0)).all():
+            raise _unstated_labels(path, mask.data, labels)
+    return geometry_lib.to_canonical(chosen, mask.affine)
+
+
+def voxel_crc32(volume: Volume) -> int:
+    """CRC-32 of a volume's voxels, whatever its header, type and format."""
+    return isal_zlib.crc32(volume.data.ravel(order='K').astype(np.float32, copy=False))
+
+
+def uses_lung_mask(study: Study, source: str) -> bool:
+    """Whether the study's lungs come from its file: published arrays have no other."""
+    return source == 'file' or study.index is not None
+
+
+def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
+    """The study's lungs: bool (Z, Y, X) canonical.
+
+    Args:
+        study: whose lungs.
+        image: its image.
+        source: one of LUNGS_SOURCES. Published arrays, which are empty outside the lungs, always
+            take their file.
+
+    Raises:
+        FileFault: no lungs found, or no usable file where one is wanted.
+    """
+    if uses_lung_mask(study, source):
+        if study.lung_mask is None:
+            raise FileFault(
+                study.image,
+                'has no lung mask file',
+                f'add {study.study_id}_lungs.nii.gz or set prepare.lungs_source=threshold',
+            )
+        lungs = read_mask(study, 'lung_mask', image, labels=None)
+        if not lungs.any():
+            raise FileFault(study.lung_mask, 'the lung mask is empty', 'draw it again')
+        return lungs
+    image_hu = geometry_lib.to_canonical(image.data, image.affine)
+    try:
+        if source == 'lungmask':
+            return lungs_lib.find_lungs_by_lungmask(image_hu)
+        return lungs_lib.find_lungs(image_hu, geometry_lib.canonical_spacing(image.affine))
+    except ValueError as error:
+        raise FileFault(
+            study.image,
+            str(error),
+            'give a chest CT in HU, or a lung mask with prepare.lungs_source=file',
+        ) from error
+    except ModuleNotFoundError as error:
+        raise FileFault(
+            study.image,
+            'prepare.lungs_source=lungmask, but that package is not installed',
+            'pip install lungmask, or use prepare.lungs_source=threshold',
+        ) from error
+
+
+def find_implausible_hu(data: np.ndarray) -> str | None:
+    """Why an array cannot be a chest CT in HU, or None."""
+    low, high = float(data.min()), float(data.max())
+    values = f'values from {low:.4g} to {high:.4g}'
+    if low == high:
+        return f'every voxel is {low:.4g}'
+    if low >= -1 and high <= 1:
+        return f'{values}: a normalised image, not HU'
+    if low >= 0 and high <= 255:
+        return f'{values}: a windowed image, not HU'
+    some = data[::3, ::3]
+    if (some < LUNG_HU).mean() < LEAST_SHARE:
+        if low >= -50 and high > 255:
+            return f'{values}: no air; HU without their offset of -1024 (scl_inter)'
+        return f'{values}: nothing is as thin as lung'
+    if ((some > TISSUE_HU[0]) & (some < TISSUE_HU[1])).mean() < LEAST_SHARE:
+        return f'{values}: nothing is as dense as soft tissue'
+    return None
+
+
+def read_any(path: pathlib.Path, index: int | None) -> Volume:
+    """A NIfTI file, a DICOM series or one study of a published array, verified as such.
+
+    Raises:
+        FileFault: missing, damaged or of an unusable kind.
+    """
+    if index is not None:
+        return arrays.read_array(path, index)
+    if path.is_dir():
+        return dicom.read_series(path)
+    return nifti.read_volume(path)
+
+
+def _undo_window(study: Study, volume: Volume) -> Volume:
+    low, high, low_hu, high_hu = study.window
+    found = float(volume.data.min()), float(volume.data.max())
+    if found[0] == found[1]:
+        raise FileFault(study.image, f'every voxel is {found[0]:.4g}', 'leave the study out')
+    # Published arrays overshoot: they were interpolated by splines after the window.
+    slack = 0.5 * (high - low) if study.index is not None else 0.0
+    if found[0] < low - slack or found[1] > high + slack:
+        raise FileFault(
+            study.image,
+            f'values from {found[0]:.4g} to {found[1]:.4g}, where this data set has '
+            f'{low:g} to {high:g}',
+            'download it again',
+        )
+    clipped = np.clip(volume.data.astype(np.float32), low, high)
+    data = low_hu + (clipped - low) * ((high_hu - low_hu) / (high - low))
+    data.flags.writeable = False
+    note = f'windowed: {low:g} to {high:g} stand for {low_hu:g} to {high_hu:g} HU'
+    return dataclasses.replace(volume, data=data, notes=(*volume.notes, note))
+
+
+def _unstated_labels(path, data: np.ndarray, labels: Sequence[int]) -> FileFault:
+    found = np.unique(data)
+    text = ', '.join(f'{label:g}' for label in found[:6]) + (' …' if len(found) > 6 else '')
+    stated = ', '.join(str(label) for label in labels)
+    others = [int(label) for label in found if label != 0 and label == int(label)]
+    remedy = 'give a mask of whole numbers'
+    if len(found) <= 6 and len(others) == len(found[found != 0]):
+        remedy = (
+            'say which are lesion, such as '
+            f'--config.prepare.lesion_labels="({", ".join(map(str, others))},)"'
+        )
+    return FileFault(path, f'labels {text}; only 0 and {stated} are a lesion mask', remedy)

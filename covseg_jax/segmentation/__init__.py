@@ -1,0 +1,1 @@
+"""Pseudo-masks to a trained network: what segments a slice."""

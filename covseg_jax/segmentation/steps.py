@@ -1,0 +1,309 @@
+"""The segmentation network's compiled steps: contrastive, segmentation, combined, evaluation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
+from covseg_jax.data.streams import stream_key
+from covseg_jax.errors import InputError
+from covseg_jax.training import losses
+from covseg_jax.training.finite import skip_non_finite
+from covseg_jax.training.optim import update_ema
+from covseg_jax.training.sharding import place_state
+from covseg_jax.training.state import SegmentationState
+
+CONTRASTIVE = ('contrastive',)
+MSE = ('mse',)
+SEGMENTATION = ('mse', 'sensitivity')
+COMBINED = CONTRASTIVE + SEGMENTATION
+
+
+def published_terms(
+    step: int, *, num_epochs: int, epoch_steps: int, contrastive_steps: int
+) -> tuple[str, ...]:
+    """The losses of a step of the published schedule, METHOD.md section 3: `num_epochs` epochs of
+    `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others MSE; from
+    then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE step.
+
+    Args:
+      step: its number, from 0.
+    """
+    if step >= num_epochs * epoch_steps:
+        return COMBINED
+    return CONTRASTIVE if step % epoch_steps < contrastive_steps else MSE
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationLosses:
+    """Weights and settings of METHOD.md section 4's three losses.
+
+    Attributes:
+      contrastive, mse, sensitivity: weights in the sum.
+      temperature: of the contrastive loss.
+      positive_weight: w of the enhanced contrastive loss.
+      beta: extra weight of missed lesion in the BCE.
+      contrastive_features: 'projection' of the encoder's pooled tokens; or, as published, 'logits',
+        the flattened logit map.
+      contrastive_labels: 'infection', high or low; or 'one', the published labels: all are 1, so no
+        pair is negative and the loss is 0 and without gradient.
+      include_self: count a slice's pair with itself among the positives, as published.
+      mse_on: 'probability' or, as published, 'logits'.
+      clip_targets: to [0, 1]; not published, where a target is a signed difference.
+      binary: cut soft targets at 0.5.
+      doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
+        have no weight in MSE and BCE; () counts all.
+    """
+
+    contrastive: float = 1.0
+    mse: float = 1.0
+    sensitivity: float = 1.0
+    temperature: float = 0.1
+    positive_weight: float = 1.5
+    beta: float = 2.0
+    contrastive_features: str = 'projection'
+    contrastive_labels: str = 'infection'
+    include_self: bool = False
+    mse_on: str = 'probability'
+    clip_targets: bool = True
+    binary: bool = False
+    doubtful: tuple[float, float] | tuple[()] = ()
+
+    def __post_init__(self):
+        for name, known in (
+            ('contrastive_features', ('projection', 'logits')),
+            ('contrastive_labels', ('infection', 'one')),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f'train.{name}={getattr(self, name)!r} is not one of {known}')
+
+
+def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
+    """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with `binary`,
+    TARGET is cut at 0.5."""
+    target = batch[TARGET]
+    weight = jnp.ones_like(target)
+    if settings.doubtful:
+        low, high = settings.doubtful
+        weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
+    if settings.binary:
+        target = (target >= 0.5).astype(jnp.float32)
+    return batch | {TARGET: target, WEIGHT: weight}
+
+
+def init_segmentation(
+    network: nn.Module,
+    projection: nn.Module,
+    optimizer: optax.GradientTransformation,
+    plateau: optax.GradientTransformationExtraArgs,
+    *,
+    seed: int,
+    image_size: tuple[int, int],
+    mesh: Mesh,
+) -> tuple[Callable[[], SegmentationState], SegmentationState]:
+    """How to make a fresh state, and the state's shapes and shardings.
+
+    Args:
+      network: maps (B, H, W, 1) to a Segmentation; has batch statistics.
+      projection: maps its features to the contrastive space.
+      optimizer: of both.
+      plateau: `optim.reduce_on_plateau`.
+      seed: of weights and of everything random in the steps.
+      image_size: (H, W).
+      mesh: where the state lives; a copy on each device.
+
+    Returns:
+      A function that makes the state on the devices, and its abstract form.
+    """
+
+    def init() -> SegmentationState:
+        key = stream_key(seed, 'segmentation')
+        network_key, projection_key, steps_key = jax.random.split(key, 3)
+        image = jnp.zeros((1, *image_size, 1))
+        variables = network.init(network_key, image)
+        features = network.apply(variables, image).features
+        params = {
+            'network': variables['params'],
+            'projection': projection.init(projection_key, features)['params'],
+        }
+        return SegmentationState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables['batch_stats'],
+            opt_state=optimizer.init(params),
+            ema={'params': variables['params'], 'batch_stats': variables['batch_stats']},
+            plateau=plateau.init(params),
+            key=jax.random.key_data(steps_key),
+        )
+
+    return place_state(init, mesh)
+
+
+def make_segmentation_step(
+    network: nn.Module,
+    projection: nn.Module,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    settings: SegmentationLosses,
+    augment: Callable[[jax.Array, dict], dict] | None,
+    *,
+    terms: tuple[str, ...],
+    ema_decay: float,
+    micro_batches: int = 1,
+    unroll: bool = False,
+) -> Callable[[SegmentationState, dict], tuple[SegmentationState, dict]]:
+    """A jitted (state, batch) -> (state, metrics) that minimises the weighted sum of `terms`.
+
+    The batch has IMAGE, TARGET, LUNGS (B, H, W, 1) and LABEL (B,), split over the mesh or not; the
+    state is donated. `augment` is (key, batch) -> batch. Metrics are (sum, count) pairs.
+
+    With micro_batches n > 1 the gradient is the mean of those of n parts of the batch, one after
+    the other in the memory of one. Batch statistics and the contrastive loss are then each part's.
+    `unroll` writes the parts out instead of looping over them: XLA for CPUs computes convolutions
+    within a loop on one core, at a fifth of the speed.
+    """
+
+    def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
+        output, updated = network.apply(
+            {'params': params['network'], 'batch_stats': batch_stats},
+            batch[IMAGE],
+            train=True,
+            rngs={'dropout': key},
+            mutable=['batch_stats'],
+        )
+        values = {}
+        if 'contrastive' in terms:
+            if settings.contrastive_features == 'logits':
+                features = output.logits.reshape(output.logits.shape[0], -1)
+            else:
+                features = projection.apply({'params': params['projection']}, output.features)
+            labels = batch[LABEL]
+            values['contrastive'] = losses.contrastive_loss(
+                features,
+                labels if settings.contrastive_labels == 'infection' else jnp.ones_like(labels),
+                temperature=settings.temperature,
+                sensitivity_weight=settings.positive_weight,
+                include_self=settings.include_self,
+            )
+        of_pixels = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
+        if 'mse' in terms:
+            values['mse'] = losses.mse_loss(
+                output.logits, batch[TARGET], on=settings.mse_on, **of_pixels
+            )
+        if 'sensitivity' in terms:
+            values['sensitivity'] = losses.sensitivity_loss(
+                output.logits, batch[TARGET], beta=settings.beta, **of_pixels
+            )
+        total = sum(getattr(settings, name) * value for name, value in values.items())
+        return total, (values, updated['batch_stats'])
+
+    def differentiate(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
+        """(gradients, values of the losses), batch statistics."""
+        (total, (values, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            params, batch_stats, batch, key
+        )
+        return (gradients, values | {'total': total}), batch_stats
+
+    def accumulate(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
+        """As `differentiate`, means over the parts of the batch."""
+
+        # Every n-th pair of rows is a part's: high and low infection stay balanced, and rows stay
+        # on their devices.
+        def split(rows: jax.Array) -> jax.Array:
+            pairs = rows.reshape(-1, micro_batches, 2, *rows.shape[1:])
+            return jnp.moveaxis(pairs, 1, 0).reshape(micro_batches, -1, *rows.shape[1:])
+
+        def add(carry, part):
+            sums, batch_stats = carry
+            found, batch_stats = differentiate(params, batch_stats, *part)
+            return (jax.tree.map(jnp.add, sums, found), batch_stats), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), dict.fromkeys((*terms, 'total'), 0.0))
+        parts = (jax.tree.map(split, batch), jax.random.split(key, micro_batches))
+        (sums, batch_stats), _ = jax.lax.scan(add, (zeros, batch_stats), parts, unroll=unroll)
+        return jax.tree.map(lambda each: each / micro_batches, sums), batch_stats
+
+    def step(state: SegmentationState, batch: dict) -> tuple[SegmentationState, dict]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        if augment is not None:
+            batch = augment(augment_key, batch)
+        batch = sharpen_targets(batch, settings)
+        (gradients, values), batch_stats = (accumulate if micro_batches > 1 else differentiate)(
+            state.params, state.batch_stats, batch, dropout_key
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        scale = state.plateau.scale
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+        averaged = {'params': params['network'], 'batch_stats': batch_stats}
+        metrics = {f'loss/{name}': (value, 1.0) for name, value in values.items()}
+        metrics |= {
+            'optimizer/gradient_norm': (optax.global_norm(gradients), 1.0),
+            'optimizer/learning_rate': (learning_rate(state.step) * scale, 1.0),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=update_ema(state.ema, averaged, state.step, ema_decay),
+        )
+        return state, metrics
+
+    return jax.jit(skip_non_finite(step), donate_argnums=0)
+
+
+def make_predict(
+    network: nn.Module, output: str = 'sigmoid'
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) of what the network says of
+    each pixel: with output 'sigmoid' its probability, with 'linear' the logit itself, as
+    published."""
+
+    @jax.jit
+    def predict(variables: Any, image: jax.Array) -> jax.Array:
+        logits = network.apply(variables, image).logits
+        return logits if output == 'linear' else jax.nn.sigmoid(logits)
+
+    return predict
+
+
+def make_evaluation_step(
+    network: nn.Module,
+    *,
+    output: str = 'sigmoid',
+    share_of_max: float = 0.0,
+    target_share_of_max: float = 0.0,
+) -> Callable[[Any, dict], dict]:
+    """A jitted (variables, batch) -> (sum, count) pairs, against the batch's pseudo-masks.
+
+    'mse' is of the output (see `make_predict`) inside the lungs. 'dice' is that of all slices taken
+    together, output and target each cut at 0.5, or where its share is above 0 at what exceeds that
+    share of its highest value in the batch, which stands for the study here. Its sum is 2 TP and
+    its count 2 TP + FP + FN, so that batches merge exactly.
+    """
+    predict = make_predict(network, output)
+
+    def cut(values: jax.Array, inside: jax.Array, share: float) -> jax.Array:
+        marked = values > share * jnp.max(values * inside) if share else values >= 0.5
+        return marked * inside
+
+    @jax.jit
+    def evaluate(variables: Any, batch: dict) -> dict:
+        probability = predict(variables, batch[IMAGE])
+        inside = batch[LUNGS] * batch[VALID][:, None, None, None]
+        truth = cut(batch[TARGET], inside, target_share_of_max)
+        found = cut(probability, inside, share_of_max)
+        squared = jnp.square(probability - batch[TARGET]) * inside
+        return {
+            'mse': (squared.sum(), inside.sum()),
+            'dice': (2 * (truth * found).sum(), truth.sum() + found.sum()),
+        }
+
+    return evaluate

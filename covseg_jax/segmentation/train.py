@@ -1,0 +1,392 @@
+"""The segmentation network's run: taken from the config, fed with pseudo-masks, trained."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from covseg_jax import hosts
+from covseg_jax.data import feeds
+from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
+from covseg_jax.data.opacities import opacity_model, paint_slices
+from covseg_jax.data.streams import stream_seed
+from covseg_jax.errors import InputError
+from covseg_jax.models.transunet import ProjectionHead, TransUNet
+from covseg_jax.models.unet import UNet
+from covseg_jax.prepare.cases import Splits
+from covseg_jax.segmentation import steps
+from covseg_jax.segmentation.targets import (
+    ReadTarget,
+    Round,
+    choose_targets,
+    plan_rounds,
+    refine_targets,
+)
+from covseg_jax.segmentation.volumes import Probability, VolumeSettings, predict_volumes
+from covseg_jax.training import loop, optim, sharding
+from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.logging import image_strip
+from covseg_jax.training.state import SegmentationState
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationParts:
+    """What a config's `network` and `train` groups describe."""
+
+    network: nn.Module
+    projection: nn.Module
+    optimizer: Any
+    learning_rate: Callable[[jax.Array], jax.Array]
+    plateau: Any
+    make_state: Callable[[], SegmentationState]
+    abstract_state: SegmentationState
+    mesh: jax.sharding.Mesh
+
+
+def make_network(config: ml_collections.ConfigDict) -> nn.Module:
+    """The TransUNet or U-Net of a config.
+
+    Raises:
+      InputError: another name.
+    """
+    network, dtype = config.network, jnp.dtype(config.train.compute_dtype)
+    if network.name == 'transunet':
+        return TransUNet(
+            width=network.width,
+            final_width=network.final_width,
+            num_heads=network.num_heads,
+            mlp_dim=network.mlp_dim,
+            num_blocks=network.num_blocks,
+            dropout_rate=network.dropout_rate,
+            published_attention=network.published_attention,
+            initial_logit=network.initial_logit,
+            dtype=dtype,
+            conv_impl=network.conv_impl,
+        )
+    if network.name == 'unet':
+        return UNet(
+            widths=tuple(network.unet_widths),
+            initial_logit=network.initial_logit,
+            dtype=dtype,
+            conv_impl=network.conv_impl,
+        )
+    raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
+
+
+def build_segmentation(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None
+) -> SegmentationParts:
+    """Network, optimizer and the shape of the state; nothing is computed yet.
+
+    `mesh` is where it lives: by default all devices.
+
+    Raises:
+      InputError: a setting is not one that exists.
+    """
+    train = config.train
+    network = make_network(config)
+    projection = ProjectionHead(dim=config.network.projection_dim)
+    try:
+        learning_rate = optim.restarting_schedule(
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup_steps=train.warmup_steps,
+            ends=[each.end for each in _plan_rounds(config)],
+        )
+    except ValueError as error:
+        raise InputError(f'train.schedule: {error}') from error
+    optimizer = optim.make_adam(learning_rate, clip_norm=train.clip_norm)
+    plateau = optim.reduce_on_plateau(
+        patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
+    )
+    mesh = mesh or sharding.make_mesh()
+    make_state, abstract_state = steps.init_segmentation(
+        network,
+        projection,
+        optimizer,
+        plateau,
+        seed=config.seed,
+        image_size=tuple(config.prepare.grid[1:]),
+        mesh=mesh,
+    )
+    return SegmentationParts(
+        network, projection, optimizer, learning_rate, plateau, make_state, abstract_state, mesh
+    )
+
+
+def check_train_batch(
+    config: ml_collections.ConfigDict, batch_size: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Raises an InputError where a batch cannot be split over devices and into micro-batches, each
+    with as many high- as low-infection slices."""
+    parts = config.train.micro_batches
+    if parts < 1 or batch_size % (2 * parts):
+        raise InputError(
+            f'train.batch_size={batch_size} cannot be split into train.micro_batches={parts} '
+            f'balanced parts; make it a multiple of {2 * max(parts, 1)}'
+        )
+    sharding.check_batch_size(batch_size // parts, mesh, 'train.batch_size / train.micro_batches')
+
+
+def batch_shapes(
+    config: ml_collections.ConfigDict, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch."""
+    image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
+    return {
+        feeds.IMAGE: image,
+        feeds.TARGET: image,
+        feeds.LUNGS: image,
+        feeds.LABEL: jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        feeds.HEALTHY: jax.ShapeDtypeStruct((batch_size,), jnp.float32),
+    }
+
+
+def _plan_rounds(config: ml_collections.ConfigDict) -> list[Round]:
+    train = config.train
+    return plan_rounds(train.rounds, train.round_shares, train.num_steps)
+
+
+def _training_slices(
+    config: ml_collections.ConfigDict, splits: Splits, read_target: ReadTarget, kind: str
+) -> feeds.Slices:
+    if kind == 'synthetic':
+        healthy = splits.healthy_train
+        return feeds.spread_healthy(feeds.all_slices(healthy, [None] * len(healthy)))
+    cases = list(splits.train)
+    targets: list[np.ndarray | None] = [read_target(case) for case in cases]
+    if config.train.use_healthy:
+        cases += splits.healthy_train
+        targets += [None] * len(splits.healthy_train)
+    slices = feeds.all_slices(cases, targets)
+    ranked = feeds.rank_slices(
+        slices,
+        by=config.train.labels,
+        cut=0.5 if config.train.binary_targets else None,
+        high_percent=config.train.high_percent,
+    )
+    # Painting gives a healthy slice its label, on the device.
+    return feeds.spread_healthy(ranked) if config.train.synthetic_share else ranked
+
+
+def _augmentation(config: ml_collections.ConfigDict):
+    """(key, batch) -> batch: dependent density, synthetic opacities, then what any slice may go
+    through."""
+    train = config.train
+    opacities = opacity_model(config)
+    changes = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
+
+    def augment(key: jax.Array, batch: dict) -> dict:
+        vary_key, paint_key, change_key = jax.random.split(key, 3)
+        if train.augment and config.gan.dependent_density:
+            volumes = (batch[name][:, None] for name in (feeds.IMAGE, feeds.LUNGS))
+            varied = add_dependent_density(vary_key, *volumes, config.gan.dependent_density)
+            batch = batch | {feeds.IMAGE: varied[:, 0]}
+        if train.synthetic_share:
+            batch = paint_slices(paint_key, batch, opacities, train.synthetic_share)
+        return augment_slices(change_key, batch, changes) if train.augment else batch
+
+    return augment
+
+
+def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
+    """Step number -> compiled step: METHOD.md section 4's two-phase epoch, one sum, or the
+    published schedule, `steps.published_terms`."""
+    train = config.train
+    settings = steps.SegmentationLosses(
+        contrastive=train.contrastive,
+        mse=train.mse,
+        sensitivity=train.sensitivity,
+        temperature=train.temperature,
+        positive_weight=train.positive_weight,
+        beta=train.beta,
+        contrastive_features=train.contrastive_features,
+        contrastive_labels=train.contrastive_labels,
+        include_self=train.include_self,
+        mse_on=train.mse_on,
+        clip_targets=train.clip_targets,
+        binary=train.binary_targets,
+        doubtful=tuple(train.doubtful),
+    )
+
+    def make(terms: tuple[str, ...]):
+        return steps.make_segmentation_step(
+            parts.network,
+            parts.projection,
+            parts.optimizer,
+            parts.learning_rate,
+            settings,
+            _augmentation(config),
+            terms=terms,
+            ema_decay=train.ema_decay,
+            micro_batches=train.micro_batches,
+            unroll=parts.mesh.devices.flat[0].platform == 'cpu',
+        )
+
+    if train.mode == 'combined':
+        combined = make(steps.COMBINED)
+        return lambda step: combined
+    if train.mode == 'two_phase':
+        contrastive, segmentation = make(steps.CONTRASTIVE), make(steps.SEGMENTATION)
+        return lambda step: (
+            contrastive if step % train.epoch_steps < train.contrastive_steps else segmentation
+        )
+    if train.mode == 'published':
+        made = {terms: make(terms) for terms in (steps.CONTRASTIVE, steps.MSE, steps.COMBINED)}
+        phases = {
+            'num_epochs': train.num_epochs,
+            'epoch_steps': train.epoch_steps,
+            'contrastive_steps': train.contrastive_steps,
+        }
+        return lambda step: made[steps.published_terms(step, **phases)]
+    raise InputError(
+        f"train.mode={train.mode!r} is not one of 'two_phase', 'combined', 'published'"
+    )
+
+
+def train_segmentation(
+    config: ml_collections.ConfigDict,
+    splits: Splits,
+    read_pseudo_mask: ReadTarget,
+    folder: pathlib.Path,
+) -> None:
+    """Trains the network, from the newest checkpoint in `folder` where there is one.
+
+    Args:
+      config: the whole config.
+      splits: who trains and who validates.
+      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1], or a signed difference.
+      folder: gets checkpoints/, tensorboard/, metrics.jsonl and refined targets/.
+
+    Raises:
+      InputError: a setting does not exist, batch and devices do not fit, no high- or no
+        low-infection slice is there, no mask to learn from, or the loss is not finite.
+      Stopped: asked to stop; saved.
+    """
+    train = config.train
+    parts = build_segmentation(config)
+    check_train_batch(config, train.batch_size, parts.mesh)
+    splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
+    validation = splits.validation or splits.train[:1]
+    validation = feeds.all_slices(validation, [read_target(case) for case in validation])
+    step_at = choose_step(config, parts)
+    evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
+    state = parts.make_state()
+    for number, each in enumerate(_plan_rounds(config)):
+        if each.kind == 'refined':
+            read_target = refine_targets(
+                splits.train,
+                read_target,
+                make_probability(config, parts.network, sharding.copy_to_one_device(state.ema)),
+                folder / 'targets' / f'round_{number + 1}',
+                keep_human=train.targets != 'pseudo',
+            )
+        state = loop.run(
+            name=f'train, {each.kind}',
+            folder=folder,
+            state=state,
+            abstract_state=parts.abstract_state,
+            feed=feeds.balanced_feed(
+                _training_slices(config, splits, read_target, each.kind),
+                batch_size=train.batch_size,
+                seed=stream_seed(config.seed, 'train', number),
+                host=hosts.index(),
+                num_hosts=hosts.count(),
+            ),
+            step_at=step_at,
+            shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
+            evaluate=evaluate,
+            schedule=loop.Schedule(
+                each.end,
+                train.log_every,
+                train.evaluate_every,
+                train.save_every,
+                tuple(train.profile_steps),
+                train.max_skipped_steps,
+            ),
+            best='validation/dice',
+            first_step=each.start,
+        )
+
+
+def _make_evaluation(
+    config: ml_collections.ConfigDict, parts: SegmentationParts, validation: feeds.Slices
+):
+    """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
+    evaluate_step = steps.make_evaluation_step(
+        parts.network,
+        output=config.predict.output,
+        share_of_max=config.predict.share_of_max,
+        target_share_of_max=config.synthesize.share_of_max,
+    )
+    predict = steps.make_predict(parts.network, config.predict.output)
+    use_plateau = config.train.schedule == 'plateau'
+
+    @jax.jit
+    def step_plateau(state: SegmentationState, value: jax.Array) -> SegmentationState:
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        _, plateau = parts.plateau.update(zeros, state.plateau, value=value)
+        return state.replace(plateau=plateau)
+
+    def evaluate(state: SegmentationState):
+        collected, shown = [], None
+        for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
+            collected.append(evaluate_step(state.ema, batch))
+            most = batch[feeds.TARGET].sum()
+            if shown is None or most > shown[feeds.TARGET].sum():
+                shown = batch
+        values = loop.mean_metrics(collected)
+        if use_plateau:
+            state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
+        probability = np.asarray(predict(state.ema, shown[feeds.IMAGE]))
+        pictures = {'pictures/slice_pseudo_mask_prediction': _strip(shown, probability)}
+        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+
+    return evaluate
+
+
+def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4) -> np.ndarray:
+    most = np.argsort(-batch[feeds.TARGET].sum((1, 2, 3)), kind='stable')[:rows]
+    return image_strip(
+        [
+            [2 * batch[feeds.IMAGE][i, ..., 0], batch[feeds.TARGET][i, ..., 0],
+             probability[i, ..., 0]]
+            for i in most
+        ]
+    )  # fmt: skip
+
+
+def load_variables(
+    config: ml_collections.ConfigDict, folder: pathlib.Path
+) -> tuple[nn.Module, Any, int]:
+    """The trained network, its averaged variables on one device, and the checkpoint's step.
+
+    Raises:
+      InputError: there is no checkpoint that fits.
+    """
+    parts = build_segmentation(config, sharding.make_local_mesh())
+    state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
+    return parts.network, state.ema, step
+
+
+def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:
+    """How the config's `predict` group makes volumes of slices."""
+    predict = config.predict
+    return VolumeSettings(
+        predict.batch_size, predict.flip, predict.smoothing_slices, predict.output
+    )
+
+
+def make_probability(
+    config: ml_collections.ConfigDict, network: nn.Module, variables: Any
+) -> Probability:
+    """A network as a function of volumes, where its variables are."""
+    settings = volume_settings(config)
+    predict = steps.make_predict(network, settings.output)
+    return predict_volumes(lambda slices: predict(variables, slices), settings)

@@ -1,0 +1,381 @@
+"""Compiles a config's training steps for a TPU that is not there, and says what they would cost.
+
+libtpu compiles ahead of time for a topology by name. What its compiler reports is trusted where
+trials found it true: that the program fits or not, its peak memory, FLOPs, the program's text and
+the `estimated_cycles` in it. It runs in a process of its own (`run_check`), because libtpu may take
+the process with it when it fails.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import ml_collections
+
+from covseg_jax.errors import InputError
+
+_GIB = 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a TPU, from Google Cloud's pages on its versions: a chip, and on v4 one of its
+    two cores, which this compiler takes for devices of their own.
+
+    Attributes: memory, GiB; bfloat16 arithmetic, FLOP/s; memory bandwidth, bytes/s; clock, Hz, that
+    the compiler's cycles are of.
+    """
+
+    memory_gib: float
+    flops_per_s: float
+    bytes_per_s: float
+    cycles_per_s: float
+
+
+CHIPS = {
+    'v4': Chip(16, 137.5e12, 614e9, 1.05e9),
+    'v5e': Chip(16, 197e12, 819e9, 1.5e9),
+    'v5p': Chip(95, 459e12, 2765e9, 1.75e9),
+}
+_COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8}
+
+
+def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict[str, dict]]:
+    """Compiles for `topology` every training step that the config's stages 'gan' and 'train' take,
+    and what their trained networks are applied with.
+
+    Args:
+      config: the whole config. Batch sizes are global ones, as in training.
+      topology: 'CHIP:SHAPE', such as 'v5e:2x4' or 'v4:2x2x1'.
+
+    Returns:
+      For each of the two stages that the config runs, and each of its programs by name (training
+      steps by the losses that they minimise, then 'heal' or 'predict'), what `describe` gives, with
+      'fits', and the batch size; where it does not fit, 'largest_batch_size' that does (0: none).
+
+    Raises:
+      InputError: no such chip or topology, no libtpu, or the compiler ended the process.
+    """
+    chip = topology.split(':')[0]
+    if chip not in CHIPS or ':' not in topology:
+        raise InputError(
+            f'compile_check.topology={topology!r}: name one as CHIP:SHAPE, such as v5e:2x4 or '
+            f'v4:2x2x1; chips are {", ".join(CHIPS)}'
+        )
+    wanted = [stage for stage in ('gan', 'train') if stage in config.stages.split(',')]
+    if config.gan.recipe == 'none' and 'gan' in wanted:
+        wanted.remove('gan')
+    if not wanted:
+        raise InputError(
+            f'compile_check: config.stages={config.stages!r} trains nothing; name gan or train'
+        )
+    found = {}
+    for stage in wanted:
+        with futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            try:
+                found[stage] = pool.submit(_check_stage, config, topology, stage).result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f'compile_check: the compiler for {topology} ended its process; try another '
+                    'topology'
+                ) from error
+    return found
+
+
+def find_devices(topology: str) -> list:
+    """The devices of a TPU topology that need not be there, in a process that has not started JAX.
+
+    Raises:
+      InputError: no libtpu, or no such topology.
+    """
+    os.environ |= {
+        'JAX_PLATFORMS': 'cpu',  # beside the compiler no accelerator is looked for
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TF_CPP_MIN_LOG_LEVEL': '3',
+        # libtpu complains where these are not set, whatever they say
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+    }
+    # What is compiled for a machine that is not there cannot be loaded again.
+    os.environ.pop('JAX_COMPILATION_CACHE_DIR', None)
+    from jax.experimental import topologies
+
+    sizes = topology.split(':')[1].split('x')
+    options = {}
+    if len(sizes) <= 3 and all(size.isdigit() for size in sizes):
+        shape = tuple(map(int, [*sizes, 1, 1][:3]))
+        if math.prod(shape) < 4:  # less than a host's usual share of chips
+            options['chips_per_host_bounds'] = shape
+    try:
+        return topologies.get_topology_desc(
+            platform='tpu', topology_name=topology, **options
+        ).devices
+    except Exception as error:  # whatever libtpu and its loader have to say
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f'compile_check: {topology}: {text}; is libtpu installed (pip install '
+            "'libtpu==0.0.42.*') and the topology one that exists?"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function, and how to get the shapes of its arguments for a batch size.
+
+    Attributes:
+      function: to lower.
+      arguments: batch size -> shapes with shardings. It raises an InputError for a size that cannot
+        be split.
+      batch_size: the config's.
+      least: the size that others are multiples of.
+    """
+
+    function: Callable
+    arguments: Callable[[int], tuple]
+    batch_size: int
+    least: int
+
+
+def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
+    """One stage's part of `run_check`, in a process of its own."""
+    devices = find_devices(topology)
+    group = config.gan if stage == 'gan' else config.train
+    found = {}
+    for name, program in list_programs(_for_tpu(config), devices, stage).items():
+        print(f'compile_check: {stage}: compiling {name}', file=sys.stderr, flush=True)
+        compiled = _compile(program, program.batch_size)
+        found[name] = {
+            'topology': topology,
+            'devices': len(devices),
+            'batch_size': program.batch_size,
+            'compute_dtype': group.compute_dtype,
+            'fits': compiled is not None,
+        }
+        if compiled is None:
+
+            def fits(size: int, program: Program = program) -> bool:
+                return _compile(program, size) is not None
+
+            largest = _largest_that(fits, program.batch_size, program.least)
+            found[name]['largest_batch_size'] = largest
+        else:
+            found[name] |= describe(compiled, CHIPS[topology.split(':')[0]])
+    return found
+
+
+def _for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        for group in (config.network, config.gan):
+            if group.conv_impl == 'auto':  # which looks at the machine that compiles
+                group.conv_impl = 'lanes'
+    return config
+
+
+def list_programs(
+    config: ml_collections.ConfigDict, devices: list, stage: str
+) -> dict[str, Program]:
+    """What the stage 'gan' or 'train' compiles: its training steps by their losses, and what the
+    trained network is applied with. Nothing is computed."""
+    find = _gan_programs if stage == 'gan' else _segmentation_programs
+    return find(config, devices)
+
+
+def _gan_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
+    import jax
+    import jax.numpy as jnp
+
+    from covseg_jax.gan import steps as gan_steps
+    from covseg_jax.gan import train as gan
+    from covseg_jax.training import loop, sharding
+
+    mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
+    parts = gan.build_gan(config, mesh)
+    size, key = config.gan.batch_size, jax.eval_shape(jax.random.key, 0)
+
+    def shapes(batch_size: int) -> tuple:
+        sharding.check_batch_size(batch_size, mesh, 'gan.batch_size')
+        batch = sharding.abstract_batch(gan.batch_shapes(config, batch_size), mesh)
+        return parts.abstract_state, batch
+
+    def scans(batch_size: int) -> tuple:
+        scan = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid, 1), jnp.float32)
+        return sharding.abstract_copy((parts.abstract_state.ema, scan, key), one)
+
+    steps = loop.distinct_steps(gan.choose_step(config, parts), config.gan.num_steps)
+    programs = {
+        name_step(step, *shapes(size)): Program(step, shapes, size, len(devices)) for step in steps
+    }
+    return programs | {'heal': Program(gan_steps.make_heal(parts.generator), scans, 1, 1)}
+
+
+def _segmentation_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
+    import jax
+    import jax.numpy as jnp
+
+    from covseg_jax.segmentation import train as segmentation
+    from covseg_jax.segmentation.steps import make_predict
+    from covseg_jax.training import loop, sharding
+
+    mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
+    parts = segmentation.build_segmentation(config, mesh)
+    size = config.train.batch_size
+    least = max(2, len(devices)) * config.train.micro_batches
+
+    def shapes(batch_size: int) -> tuple:
+        segmentation.check_train_batch(config, batch_size, mesh)
+        batch = sharding.abstract_batch(segmentation.batch_shapes(config, batch_size), mesh)
+        return parts.abstract_state, batch
+
+    def slices(batch_size: int) -> tuple:
+        image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
+        return sharding.abstract_copy((parts.abstract_state.ema, image), one)
+
+    steps = loop.distinct_steps(segmentation.choose_step(config, parts), config.train.num_steps)
+    programs = {
+        name_step(step, *shapes(size)): Program(step, shapes, size, least) for step in steps
+    }
+    predict = make_predict(parts.network, config.predict.output)
+    return programs | {'predict': Program(predict, slices, config.predict.batch_size, 1)}
+
+
+def name_step(step: Callable, state: Any, batch: Any) -> str:
+    """A training step by the losses that it minimises, such as 'mse + sensitivity'."""
+    import jax
+
+    _, metrics = jax.eval_shape(step, state, batch)
+    losses = [name.removeprefix('loss/') for name in metrics if name.startswith('loss/')]
+    return ' + '.join(name for name in losses if name != 'total')
+
+
+def _compile(program: Program, batch_size: int) -> Any:
+    """The compiled program, None where it does not fit."""
+    import jax
+
+    try:
+        return program.function.lower(*program.arguments(batch_size)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' in str(error):
+            return None
+        raise
+
+
+def _largest_that(fits: Callable[[int], bool], too_large: int, step: int) -> int:
+    """The largest multiple of `step` below `too_large` that fits, by bisection; 0: none."""
+    low, high = 0, -(-too_large // step)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def describe(compiled: Any, chip: Chip) -> dict:
+    """What the compiler says of one chip's share of a program.
+
+    Returns:
+      peak_gib and memory_gib of the chip; gflops; gbytes that it reads and writes; estimated
+      mcycles and ms; the floors arithmetic_ms and bytes_ms (what the chip's units need at least for
+      the FLOPs and the bytes), and ratio, the estimate over the larger of the two; collectives:
+      kind -> {count, bytes}.
+    """
+    costs = compiled.cost_analysis() or {}
+    text = compiled.as_text()
+    flops, moved = float(costs.get('flops', 0)), float(costs.get('bytes accessed', 0))
+    cycles = sum_estimated_cycles(text)
+    arithmetic_ms, bytes_ms = 1e3 * flops / chip.flops_per_s, 1e3 * moved / chip.bytes_per_s
+    ms = 1e3 * cycles / chip.cycles_per_s
+    return {
+        'peak_gib': round(compiled.memory_analysis().peak_memory_in_bytes / _GIB, 3),
+        'memory_gib': chip.memory_gib,
+        'gflops': round(flops / 1e9, 2),
+        'gbytes': round(moved / 1e9, 3),
+        'estimated_mcycles': round(cycles / 1e6, 3),
+        'estimated_ms': round(ms, 2),
+        'arithmetic_ms': round(arithmetic_ms, 2),
+        'bytes_ms': round(bytes_ms, 2),
+        'ratio': round(ms / max(arithmetic_ms, bytes_ms, 1e-9), 2),
+        'collectives': count_collectives(text),
+    }
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """A compiled program's text -> the lines of each computation, and the entry's name."""
+    lines: dict[str, list[str]] = {}
+    entry = name = ''
+    for line in text.splitlines():
+        begins = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
+        if begins and not line.startswith(' '):
+            name = begins.group(2)
+            lines[name] = []
+            entry = name if begins.group(1) else entry
+        elif line.startswith('}'):
+            name = ''
+        elif name:
+            lines[name].append(line)
+    return lines, entry
+
+
+def sum_estimated_cycles(text: str) -> int:
+    """The compiler's cycles of a whole program: loops count as often as they turn, and of the
+    branches of a condition the dearest does."""
+    computations, entry = _computations(text)
+    known: dict[str, int] = {}
+
+    def cycles_of(name: str) -> int:
+        if name not in known:
+            known[name] = 0  # no computation calls itself
+            known[name] = sum(map(cycles_of_line, computations.get(name, [])))
+        return known[name]
+
+    def cycles_of_line(line: str) -> int:
+        own = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if own:
+            return int(own.group(1))
+        loop = re.search(r' while\(.*body=%?([\w.\-]+)', line)
+        if loop:
+            turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            return cycles_of(loop.group(1)) * (int(turns.group(1)) if turns else 1)
+        if ' conditional(' in line:
+            branches = re.search(r'branch_computations=\{([^}]*)\}', line)
+            names = branches.group(1) if branches else ''
+            names += ','.join(re.findall(r'(?:true|false)_computation=(%?[\w.\-]+)', line))
+            called = [each.strip().lstrip('%') for each in names.split(',') if each.strip()]
+            return max(map(cycles_of, called), default=0)
+        called = re.search(r' call\(.*to_apply=%?([\w.\-]+)', line)
+        return cycles_of(called.group(1)) if called else 0
+
+    return cycles_of(entry)
+
+
+def count_collectives(text: str) -> dict[str, dict[str, int]]:
+    """Kind -> how many, and the bytes that their results hold, in a compiled program's text."""
+    found: dict[str, dict[str, int]] = {}
+    for line in text.splitlines():
+        match = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', line)
+        if not match:
+            continue
+        kind = match.group(2).removesuffix('-start')
+        if kind in _COLLECTIVES:
+            entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
+            entry['count'] += 1
+            entry['bytes'] += _result_bytes(match.group(1))
+    return found
+
+
+def _result_bytes(shapes: str) -> int:
+    total = 0
+    for kind, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
+        count = 1
+        for size in filter(None, sizes.split(',')):
+            count *= int(size)
+        total += count * _BYTES.get(kind, 4)
+    return total

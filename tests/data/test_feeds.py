@@ -1,0 +1,148 @@
+"""Feeds: balanced, in one global order, and resumable."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from covseg_jax.data import feeds
+from covseg_jax.errors import InputError
+from covseg_jax.prepare.cases import find_cases
+
+
+@pytest.fixture
+def slices(prepared):
+    cases = [case for case in find_cases(prepared) if case.category == 'CT-2']
+    healthy = [case for case in find_cases(prepared) if case.is_healthy]
+    rng = np.random.default_rng(0)
+    targets = [rng.uniform(0, 1, (16, 1, 1)) * np.ones((16, 32, 32)) for _ in cases]
+    return feeds.rank_slices(feeds.all_slices(cases + healthy, targets + [None] * len(healthy)))
+
+
+def test_all_slices_leaves_out_slices_without_lung(prepared):
+    cases = find_cases(prepared)[:2]
+    found = feeds.all_slices(cases, [None, None])
+    # The box of lungs spans slices 2 to 13 of each of two cases.
+    assert found.index.tolist() == [[c, z] for c in range(2) for z in range(2, 14)]
+
+
+def test_rank_slices_labels_by_quartiles(slices):
+    # Eight COVID cases with 12 slices each: a quarter above the third quartile, a quarter below
+    # the first is left out, the half between is low; and 72 healthy slices, low.
+    assert (slices.labels == 1).sum() == 24
+    assert (slices.labels == 0).sum() == 48 + 72
+    sums = np.array([slices[i][feeds.TARGET].sum() for i in range(len(slices))])
+    low_covid = (slices.labels == 0) & (sums > 0)
+    assert sums[slices.labels == 1].min() > sums[low_covid].max()
+
+
+def test_spread_healthy_halves_the_healthy_slices_and_no_others(slices):
+    # 72 healthy slices, all low before.
+    spread = feeds.spread_healthy(slices)
+    assert (spread.labels == 1).sum() == 24 + 36
+    assert (spread.labels == 0).sum() == 48 + 36
+    covid = np.array([slices.targets[number] is not None for number, _ in slices.index])
+    np.testing.assert_array_equal(spread.labels[covid], slices.labels[covid])
+
+
+def test_rank_slices_labels_by_infection(prepared):
+    case = next(case for case in find_cases(prepared) if case.category == 'CT-2')
+    lungs = np.asarray(case.lungs()) > 0
+    target = np.zeros(lungs.shape)
+    for z in np.flatnonzero(lungs.any((1, 2))):  # slice z is infected by z % or a little more
+        rows, columns = np.nonzero(lungs[z])
+        count = int(np.ceil(z * len(rows) / 100))
+        target[z, rows[:count], columns[:count]] = 0.6
+    slices = feeds.all_slices([case], [target])
+    ranked = feeds.rank_slices(slices, by='infection', cut=0.5, high_percent=8.5)
+    assert ranked.labels.tolist() == [int(z >= 8.5) for _, z in slices.index]
+    with pytest.raises(InputError, match='labels'):
+        feeds.rank_slices(slices, by='thirds')
+
+
+def test_balanced_feed_is_half_high_half_low(slices):
+    feed = feeds.balanced_feed(slices, batch_size=8, seed=0)
+    batches = feed.start()
+    for _ in range(5):
+        batch = next(batches)
+        assert batch[feeds.LABEL].tolist() == [1, 0] * 4
+        assert batch[feeds.IMAGE].shape == (8, 32, 32, 1)
+        assert batch[feeds.IMAGE].dtype == np.float32
+
+
+def test_balanced_feed_gives_two_hosts_the_rows_of_one_in_their_order(slices):
+    one, *two = (
+        feeds.balanced_feed(slices, batch_size=8, seed=3, host=host, num_hosts=num_hosts).start()
+        for host, num_hosts in ((0, 1), (0, 2), (1, 2))
+    )
+    for _ in range(4):
+        halves = [next(batches) for batches in two]
+        for key, rows in next(one).items():
+            np.testing.assert_array_equal(np.concatenate([half[key] for half in halves]), rows)
+
+
+def test_balanced_feed_begins_at_any_batch(slices):
+    feed = feeds.balanced_feed(slices, batch_size=8, seed=0)
+    batches, later = feed.start(), feed.start(70)  # beyond the group's first round
+    for _ in range(70):
+        next(batches)
+    for _ in range(3):
+        np.testing.assert_array_equal(next(batches)[feeds.IMAGE], next(later)[feeds.IMAGE])
+
+
+def test_balanced_feed_names_the_studies_of_a_batch(slices):
+    feed = feeds.balanced_feed(slices, batch_size=8, seed=0)
+    batch = next(feed.start())
+    assert feed.studies(batch) == sorted({slices.cases[n].study_id for n in batch[feeds.CASE]})
+    assert feeds.CASE not in feed.inputs(batch)
+
+
+def test_balanced_feed_refuses_an_empty_group(prepared):
+    healthy = [case for case in find_cases(prepared) if case.is_healthy]
+    only_low = feeds.all_slices(healthy, [None] * len(healthy))
+    with pytest.raises(InputError, match='0 high'):
+        feeds.balanced_feed(only_low, batch_size=8, seed=0)
+
+
+def test_paired_volume_feed_crops_both_sides(prepared):
+    cases = find_cases(prepared)
+    healthy = [case for case in cases if case.is_healthy]
+    covid = [case for case in cases if case.category == 'CT-2']
+    feed = feeds.paired_volume_feed(healthy, covid, batch_size=2, depth=8, seed=0)
+    batch = next(feed.start())
+    for key in (feeds.IMAGE, feeds.LUNGS, feeds.COVID, feeds.COVID_LUNGS):
+        assert batch[key].shape == (2, 8, 32, 32, 1)
+    # Image and lungs of one row are cropped at the same place: the image is 0 where no lungs are.
+    assert np.all(batch[feeds.IMAGE][batch[feeds.LUNGS] == 0] == 0)
+
+
+def test_feeds_of_two_seeds_and_of_both_sides_share_no_order(prepared):
+    cases = find_cases(prepared)
+
+    def orders(seed):
+        """The order of the cases on either side, of three passes."""
+        feed = feeds.paired_volume_feed(cases, cases, batch_size=1, depth=8, seed=seed)
+        batches = [feed.batches[step] for step in range(3 * len(cases))]
+        for key in (feeds.CASE, feeds.COVID_CASE):
+            numbers = np.array([batch[key][0] for batch in batches])
+            yield from (tuple(each) for each in np.split(numbers, 3))
+
+    def slice_orders(seed):
+        half = dataclasses.replace(both, labels=np.arange(len(both)) % 2)
+        feed = feeds.balanced_feed(half, batch_size=2, seed=seed)
+        rows = [feed.batches[step][feeds.CASE] for step in range(len(both))]
+        for numbers in np.array(rows).T:  # high, low
+            yield from (tuple(each) for each in np.split(numbers, 2))
+
+    # Both groups hold the same slices, so that a stream in common would show.
+    both = feeds.all_slices(cases[:3], [None] * 3)
+    both = dataclasses.replace(both, index=np.repeat(both.index, 2, axis=0))
+    for found in (orders, slice_orders):
+        everything = [order for seed in range(4) for order in found(seed)]
+        assert len(set(everything)) == len(everything) > 10
+
+
+def test_evaluation_batches_mark_the_rows_that_fill_up(slices):
+    batches = list(feeds.evaluation_batches(slices, batch_size=50))
+    assert sum(batch[feeds.VALID].sum() for batch in batches) == len(slices)
+    assert batches[-1][feeds.IMAGE].shape[0] == 50

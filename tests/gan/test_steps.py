@@ -1,0 +1,93 @@
+"""The GAN's compiled steps on tiny networks: which of them moves what."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import transunet
+from covseg_jax.data import feeds
+from covseg_jax.gan import steps
+from covseg_jax.gan import train as gan
+from covseg_jax.gan.perlin import PerlinModel
+from covseg_jax.gan.published_step import make_published_step
+from covseg_jax.training import sharding
+
+
+def volume_batch(size):
+    rng = np.random.default_rng(1)
+    shape = (size, 16, 32, 32, 1)
+    image = rng.uniform(0.08, 0.16, shape).astype(np.float32)
+    ones = np.ones(shape, np.float32)
+    return {
+        feeds.IMAGE: image,
+        feeds.LUNGS: ones,
+        feeds.COVID: image[::-1].copy(),
+        feeds.COVID_LUNGS: ones,
+    }
+
+
+@pytest.mark.slow
+def test_gan_step_moves_both_networks_only_when_adversarial():
+    config = transunet.get_config('tiny').unlock()
+    parts = gan.build_gan(config.lock())
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    batch = sharding.shard_batch(volume_batch(2), mesh)
+
+    def one_step(adversarial):
+        step = steps.make_gan_step(
+            parts.generator,
+            parts.discriminator,
+            *parts.optimizers,
+            parts.learning_rate,
+            parts.opacities,
+            steps.GANLosses(),
+            adversarial=adversarial,
+            ema_decay=0.9,
+        )
+        state = jax.device_put(parts.make_state(), sharding.replicated(mesh))
+        before = jax.device_get((state.generator, state.discriminator))
+        # The first step's learning rate is 0 (warm-up): take two.
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        after = jax.device_get((state.generator, state.discriminator))
+        moved = [
+            any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in zip(before, after, strict=True)
+        ]
+        return moved, metrics
+
+    assert one_step(False)[0] == [True, False]
+    moved, metrics = one_step(True)
+    assert moved == [True, True]
+    assert 0 <= float(metrics['discriminator/accuracy'][0]) <= 1
+
+
+def test_published_step_is_the_published_networks_three_updates():
+    published = transunet.get_config('published')
+    parts = gan.build_gan(published)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (parts.abstract_state.generator, parts.abstract_state.discriminator)
+    ]
+    assert sizes == [7_861_643, 282_378]  # METHOD.md section 2
+
+    small = published.copy_and_resolve_references().unlock()
+    small.prepare.grid = (16, 32, 32)
+    small.gan.depth = 16
+    small.gan.filters, small.gan.bottleneck_filters = (4,), 4
+    small.gan.discriminator_filters = (4, 4)
+    parts = gan.build_gan(small.lock())
+    step = make_published_step(
+        parts.generator, parts.discriminator, *parts.optimizers, parts.learning_rate, PerlinModel()
+    )
+    state = parts.make_state()
+    before = jax.device_get((state.generator, state.discriminator))
+    state, metrics = step(state, volume_batch(2))
+    after = jax.device_get((state.generator, state.discriminator))
+    # Adam moves a weight by its rate at each update, but for those whose gradient is 0: two updates
+    # of the generator, one of the discriminator.
+    for rate, updates, old, new in zip((5e-5, 1e-3), (2, 1), before, after, strict=True):
+        moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), old, new)))
+        assert rate * 0.99 < moved < rate * updates * 1.01
+    assert float(metrics['loss/adversarial'][0]) == pytest.approx(0.25, abs=0.1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.ema), after[0])

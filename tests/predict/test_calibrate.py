@@ -1,0 +1,77 @@
+"""Thresholds that are found without human masks."""
+
+import types
+
+import numpy as np
+import pytest
+
+from covseg_jax.data.opacities import PaintedScan
+from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.predict import calibrate
+
+
+class HealthyCase:
+    """One slice of 1 ml voxels: probability 0.3 in 12 of them, 0.6 in 4, 0.1 in the others."""
+
+    geometry = types.SimpleNamespace(voxel_ml=1.0)
+
+    def image(self):
+        found = np.full((1, 8, 8), 0.1)
+        found[0, 0] = 0.3
+        found[0, 4, :4] = 0.3
+        found[0, 7, :4] = 0.6
+        return found
+
+    lungs = image
+
+
+def painted_scan():
+    # A lesion of 16 voxels at 0.5, 0.9 in one of them; 8 voxels of 0.3 lie apart from it.
+    mask = np.zeros((1, 8, 8), bool)
+    mask[0, 2:6, 2:6] = True
+    image = np.where(mask, 0.5, 0.0)
+    image[0, 3, 3] = 0.9
+    image[0, 0] = 0.3
+    return PaintedScan(image, np.ones_like(image), mask, voxel_ml=1.0)
+
+
+@pytest.mark.parametrize(
+    ('seed_thresholds', 'max_healthy_ml', 'expected_cuts', 'expected_ml'),
+    [
+        ((), 20.0, (0.4, 0.4), 4.0),
+        ((), 1.0, (0.7, 0.7), 0.0),  # finds one voxel of the lesion
+        ((0.5, 0.8), 20.0, (0.2, 0.5), 4.0),
+        ((0.5, 0.8), 1.0, (0.2, 0.8), 0.0),  # finds all of it
+    ],
+)
+def test_calibrate_mask_takes_the_best_cuts_that_spare_healthy_lungs(
+    seed_thresholds, max_healthy_ml, expected_cuts, expected_ml
+):
+    settings, healthy_ml = calibrate.calibrate_mask(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [HealthyCase(), HealthyCase()],
+        max_healthy_ml=max_healthy_ml,
+        min_component_ml=0.0,
+        thresholds=(0.2, 0.4, 0.7),
+        seed_thresholds=seed_thresholds,
+    )
+    assert settings == MaskSettings(*expected_cuts, min_component_ml=0.0)
+    assert healthy_ml == expected_ml
+
+
+def test_calibrate_mask_without_cuts_that_spare_healthy_lungs_takes_the_highest():
+    class Marked(HealthyCase):
+        def image(self):
+            return np.ones((1, 8, 8))
+
+        lungs = image
+
+    settings, healthy_ml = calibrate.calibrate_mask(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [Marked()],
+        max_healthy_ml=10.0,
+        min_component_ml=0.0,
+    )
+    assert (settings.threshold, settings.seed_threshold, healthy_ml) == (0.9, 0.9, 64.0)

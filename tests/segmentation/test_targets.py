@@ -1,0 +1,82 @@
+"""Rounds of training, and what the network learns from in each."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from covseg_jax.errors import InputError
+from covseg_jax.prepare.cases import Splits
+from covseg_jax.segmentation.targets import Round, choose_targets, plan_rounds, refine_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeCase:
+    study_id: str
+    has_lesion_mask: bool
+
+    def image(self):
+        return np.full((2, 4, 4), 0.8)
+
+    def lungs(self):
+        return np.ones((2, 4, 4), np.uint8)
+
+    def lesion(self):
+        return np.ones((2, 4, 4), np.uint8)
+
+
+MASKED, UNMASKED = FakeCase('a', True), FakeCase('b', False)
+SPLITS = Splits((), (), (MASKED, UNMASKED), (UNMASKED,), ())
+
+
+def pseudo_mask(case):
+    return np.full((2, 4, 4), 0.2)
+
+
+def test_plan_rounds_divides_the_steps():
+    assert plan_rounds(('synthetic', 'refined'), (1, 3), 10) == [
+        Round('synthetic', 0, 2),
+        Round('refined', 2, 10),
+    ]
+    assert plan_rounds(('targets',), (0.3,), 7) == [Round('targets', 0, 7)]
+
+
+@pytest.mark.parametrize(
+    ('kinds', 'shares'),
+    [((), ()), (('refined',), (1,)), (('target',), (1,)), (('targets',), (1, 1)),
+     (('targets', 'refined'), (1, 0))],
+)  # fmt: skip
+def test_plan_rounds_refuses_what_cannot_be_run(kinds, shares):
+    with pytest.raises(InputError, match='round'):
+        plan_rounds(kinds, shares, 10)
+
+
+def test_choose_targets_by_source():
+    splits, read = choose_targets('pseudo', SPLITS, pseudo_mask)
+    assert splits == SPLITS
+    assert read(MASKED).max() == 0.2
+    splits, read = choose_targets('human_else_pseudo', SPLITS, pseudo_mask)
+    assert splits == SPLITS
+    assert (read(MASKED).max(), read(UNMASKED).max()) == (1, 0.2)
+    splits, read = choose_targets('human', SPLITS, pseudo_mask)
+    assert (splits.train, splits.validation) == ((MASKED,), ())
+    with pytest.raises(InputError, match='evaluation_pattern'):
+        choose_targets('human', dataclasses.replace(SPLITS, train=(UNMASKED,)), pseudo_mask)
+    with pytest.raises(InputError, match='targets'):
+        choose_targets('humans', SPLITS, pseudo_mask)
+
+
+def test_refine_targets_averages_once_and_keeps_human_masks(tmp_path):
+    calls = types.SimpleNamespace(count=0)
+
+    def predict(image, lungs):
+        calls.count += 1
+        return image * lungs
+
+    _, read = choose_targets('human_else_pseudo', SPLITS, pseudo_mask)
+    for _ in range(2):  # as after a restart
+        refined = refine_targets(SPLITS.train, read, predict, tmp_path, keep_human=True)
+        np.testing.assert_allclose(refined(UNMASKED), 0.5, atol=1e-3)
+        np.testing.assert_array_equal(refined(MASKED), 1)
+    assert calls.count == 1
