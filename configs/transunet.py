@@ -120,7 +120,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     opacities.core_share = 0.4  # of samples with consolidated cores
     opacities.core_hu = (-250.0, 50.0)
     opacities.clean_fraction = 0.1  # of samples that stay as they are
-    gan.conv_impl = 'auto'  # form of the convolutions, see models/convolution.py
     gan.compute_dtype = 'bfloat16'  # or 'float32'; weights are float32 in any case
     gan.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     gan.log_every = 20  # steps
@@ -149,7 +148,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     network.dropout_rate = 0.1
     network.published_attention = False  # scores times sqrt(d), as in published weights
     network.initial_logit = -3.0  # of every pixel before training; published 0
-    network.conv_impl = 'auto'  # as gan.conv_impl
     network.unet_widths = (32, 64, 128, 256)  # channels of the U-Net's levels
     network.projection_dim = 128  # of the contrastive loss
 

@@ -9,6 +9,7 @@ from configs import gan3d, transunet
 from covseg_jax.data import feeds
 from covseg_jax.gan import steps as gan_steps
 from covseg_jax.gan import train as gan
+from covseg_jax.models.convolution import tracing_for
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.steps import make_evaluation_step
 from covseg_jax.stages import compile_check
@@ -113,8 +114,6 @@ def test_default_generator_of_every_patch_is_built(patch):
         ({'gan.adversarial_every': 0}, {RECONSTRUCTION}),
         ({'gan.adversarial_every': 3}, BOTH),
         ({'gan.filters': (5, 11), 'gan.bottleneck_filters': 7}, {ADVERSARIAL}),
-        ({'gan.conv_impl': 'lanes'}, {ADVERSARIAL}),
-        ({'gan.conv_impl': 'native'}, {ADVERSARIAL}),
         ({'gan.schedule': 'constant', 'gan.clip_norm': 0.0}, {ADVERSARIAL}),
     ],
     ids=name_case,
@@ -136,8 +135,6 @@ def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
         ({'train.schedule': 'plateau'}, TWO_PHASES),
         ({'train.contrastive_steps': 0}, {'mse + sensitivity'}),
         ({'train.augment': False, 'train.synthetic_share': 0.0, 'train.doubtful': ()}, TWO_PHASES),
-        ({'network.conv_impl': 'lanes'}, TWO_PHASES),
-        ({'network.conv_impl': 'native'}, TWO_PHASES),
     ],
     ids=name_case,
 )
@@ -145,6 +142,14 @@ def test_flags_that_change_the_network_are_built_and_stepped(changes, steps):
     two_phases = {'train.mode': 'two_phase', 'train.epoch_steps': 4, 'train.contrastive_steps': 2}
     found = trace(with_changes('tiny', two_phases | changes), 'train')
     assert set(found) == {*steps, 'predict'}
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_steps_of_other_platforms_are_built_and_stepped(platform):
+    with tracing_for(platform):
+        config = with_changes('tiny', {})
+        assert set(trace(config, 'gan')) == {ADVERSARIAL, 'heal'}
+        assert 'predict' in trace(config, 'train')
 
 
 def test_steps_are_traced_for_eight_devices():

@@ -268,7 +268,7 @@ def test_main_refuses_what_a_run_was_not_made_with_and_leaves_the_run_as_it_was(
         ('predict', {'data.layout': 'plain', 'prepare.lesion_labels': (255,), 'train.num_steps': 9,
                      'data.folder': 'elsewhere', 'predict.batch_size': 3}),
         ('evaluate', {'data.prepared': 'elsewhere', 'predict.batch_size': 3, 'train.save_every': 1,
-                      'prepare.lesion_labels': (255,), 'network.conv_impl': 'native'}),
+                      'prepare.lesion_labels': (255,), 'train.max_skipped_steps': 3}),
         ('evaluate', {'network.name': 'none', 'train.num_steps': 9}),
         ('train', {'train.log_every': 1, 'predict.write_probability': True}),
     ],

@@ -66,12 +66,9 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
         patch=gan.patch,
         use_norm=gan.use_norm,
         dtype=dtype,
-        conv_impl=gan.conv_impl,
     )
     make_discriminator = Discriminator if published else PatchDiscriminator
-    discriminator = make_discriminator(
-        filters=tuple(gan.discriminator_filters), dtype=dtype, conv_impl=gan.conv_impl
-    )
+    discriminator = make_discriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
     try:
         learning_rate = optim.learning_rate_schedule(
             peak=gan.learning_rate,

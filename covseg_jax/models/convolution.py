@@ -1,13 +1,14 @@
-"""Convolutions as functions: XLA's own, and forms that are faster on a CPU.
+"""Convolutions as functions, in the form that is fast on the platform that they are traced for.
 
-conv_impl chooses the form: 'native' is XLA's own convolution; 'folded' builds it from thinner ones
-and products of matrices; 'lanes' is the native one on tensors that fill a TPU's lanes, see `lanes`.
-'auto' is 'folded' on a CPU (where XLA's 3D convolution is ten times slower), 'lanes' on a TPU and
-'native' elsewhere. All forms compute the same from the same kernels. Measured choices: KERNELS.md,
-and the comments here.
+On a CPU, where XLA's 3D convolution is ten times slower, they are built from thinner ones and
+products of matrices; on a TPU they are XLA's own on tensors that fill its lanes, see `lanes`; on a
+GPU XLA's own. All forms compute the same from the same kernels, and this module alone chooses.
+What was measured stands in the comments here.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,49 +17,47 @@ from jax import lax
 Pads = tuple[tuple[int, int], ...]  # (before, after) for each spatial axis
 
 
-def choose_form(conv_impl: str) -> str:
-    """'native', 'folded' or 'lanes'.
+_platform = contextvars.ContextVar('platform', default='')
 
-    Raises:
-      ValueError: conv_impl is none of these, nor 'auto'.
+
+def platform() -> str:
+    """'cpu', 'tpu' or another: what `tracing_for` says, or else what computes here."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(name: str) -> Iterator[None]:
+    """What is traced in here, such as an export, gets the forms of another platform.
+
+    A function that was traced before keeps its forms: jit a new one.
+
+    Args:
+      name: 'cpu', 'tpu' or 'cuda'.
     """
-    if conv_impl not in ('auto', 'native', 'folded', 'lanes'):
-        raise ValueError(f"conv_impl={conv_impl!r}; use 'auto', 'native', 'folded' or 'lanes'")
-    if conv_impl != 'auto':
-        return conv_impl
-    return {'cpu': 'folded', 'tpu': 'lanes'}.get(jax.default_backend(), 'native')
-
-
-def is_folded(conv_impl: str) -> bool:
-    """True where conv_impl means the CPU forms."""
-    return choose_form(conv_impl) == 'folded'
-
-
-def fills_lanes(conv_impl: str) -> bool:
-    """True where conv_impl means the TPU forms."""
-    return choose_form(conv_impl) == 'lanes'
+    token = _platform.set(name)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 # --- 2D convolution
 
 
-def conv2d(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, conv_impl: str = 'auto'
-) -> jax.Array:
+def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     """2D convolution padded by (k − 1) / 2 on every side, as PyTorch's padding=k//2.
 
     Args:
       x: (B, H, W, C).
       kernel: (k, k, C, n), k odd.
       stride: step in H and W; they must be multiples of it.
-      conv_impl: form, see the module's docstring. 'folded' computes 1×1 convolutions as products.
 
     Returns:
       (B, H / stride, W / stride, n).
     """
     size = kernel.shape[0]
     pad = (size // 2, size // 2)
-    if is_folded(conv_impl):
+    if platform() == 'cpu':
         if size == 1:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
         if x.shape[3] == 1:
@@ -100,17 +99,10 @@ def _conv_nd(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pa
 # --- 3D convolution
 
 
-def conv3d(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    stride: int = 1,
-    padding: str = 'SAME',
-    conv_impl: str = 'auto',
-) -> jax.Array:
+def conv3d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: str = 'SAME') -> jax.Array:
     """3D convolution.
 
-    The folded form puts the depth taps of the kernel into the channels of one 2D convolution: into
+    On a CPU a form puts the depth taps of the kernel into the channels of one 2D convolution: into
     its inputs where C < n or with a stride, else into its outputs, which are then shifted in depth
     and added. With the setting of `cpu.tune_process` their gradients are as quick.
 
@@ -119,14 +111,13 @@ def conv3d(
       kernel: (k, k, k, C, n).
       stride: step in D, H and W.
       padding: 'SAME' or 'VALID', as XLA and Keras mean them.
-      conv_impl: form, see the module's docstring.
 
     Returns:
       (B, d, h, w, n): D, H, W divided by the stride ('SAME', rounded up) or k − 1 less ('VALID').
     """
     size = kernel.shape[0]
     pads = tuple(lax.padtype_to_pads(x.shape[1:4], (size,) * 3, (stride,) * 3, padding))
-    if not is_folded(conv_impl):
+    if platform() != 'cpu':
         return _conv_nd(x, kernel, (stride,) * 3, pads)
     if size == 1 and stride == 1:
         return x @ kernel[0, 0, 0]

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from covseg_jax.models.convolution import fills_lanes
+from covseg_jax.models.convolution import platform
 from covseg_jax.models.lanes import Blocks, merge_depth, split_depth
 from covseg_jax.models.layers import (
     Conv3D,
@@ -47,7 +47,6 @@ class Generator(nn.Module):
       use_norm: group normalisation before each LeakyReLU; not published, but without it the rate at
         which the network can learn is far lower.
       dtype: of the arithmetic. Parameters and output are float32.
-      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
     """
 
     filters: Sequence[int] = (8, 16, 32, 64)
@@ -62,7 +61,6 @@ class Generator(nn.Module):
     patch: int = 1
     use_norm: bool = False
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     def noise_shape(self, volume_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape (B, D/s, H/ps, W/ps, noise_channels) of the noise, s = 2 ** number of levels and p
@@ -101,7 +99,7 @@ class Generator(nn.Module):
             scaled = jnp.minimum(scaled, self.input_clip)
         scaled = scaled.astype(self.dtype)
         pooled = _patches_to_channels(scaled, self.patch)
-        if fills_lanes(self.conv_impl):
+        if platform() == 'tpu':
             pooled = split_depth(pooled, pooled.shape[1] // 2 ** (len(self.filters) - 1))
         skips = []
         for level, features in enumerate(self.filters, 1):
@@ -131,7 +129,6 @@ class Generator(nn.Module):
             self.patch**2 * (2 if self.head == 'blend' else 1),
             1,
             dtype=self.dtype,
-            conv_impl=self.conv_impl,
             # Anything but zero starts as harm that has to be unlearned first.
             kernel_init=keras_uniform if published else nn.initializers.zeros,
             name='head',
@@ -149,7 +146,7 @@ class Generator(nn.Module):
         return volume - nn.sigmoid(opacity - 2.0) * nn.relu(volume - lung)
 
     def _conv(self, x: jax.Array, features: int, name: str, kernel_size: int = 3) -> jax.Array:
-        conv = Conv3D(features, kernel_size, dtype=self.dtype, conv_impl=self.conv_impl, name=name)
+        conv = Conv3D(features, kernel_size, dtype=self.dtype, name=name)
         x = conv(x)
         if self.use_norm:
             x = GroupNorm(self.dtype, name=f'{name}_norm')(x)
@@ -186,14 +183,13 @@ class Discriminator(nn.Module):
     with dropout between them. Dropout draws from the 'dropout' key.
 
     Fields: filters of the convolutions, units of the hidden dense layers, dropout_rate, dtype of
-    the arithmetic, conv_impl.
+    the arithmetic.
     """
 
     filters: Sequence[int] = (32, 64, 128)
     units: Sequence[int] = (32, 16, 8)
     dropout_rate: float = 0.5
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
@@ -208,7 +204,7 @@ class Discriminator(nn.Module):
         """
         x, depth = volume.astype(self.dtype), volume.shape[1]
         slices = 2 ** len(self.filters)
-        if fills_lanes(self.conv_impl) and depth % slices == 0:
+        if platform() == 'tpu' and depth % slices == 0:
             x = split_depth(x, depth // slices)
         for index, features in enumerate(self.filters, 1):
             conv = Conv3D(
@@ -216,7 +212,6 @@ class Discriminator(nn.Module):
                 3,
                 padding='VALID',
                 dtype=self.dtype,
-                conv_impl=self.conv_impl,
                 name=f'conv_{index}',
             )
             x = max_pool(jax.tree.map(nn.relu, conv(x)))
@@ -240,15 +235,11 @@ class PatchDiscriminator(nn.Module):
     al. (ICLR 2018): the collection 'spectral' holds the power iterations' vectors and moves on with
     train=True where it is mutable.
 
-    Fields: filters, one stride of 2 for each; input_shift and input_scale as in `Generator`; dtype
-    of the arithmetic; conv_impl.
+    Fields: filters, one stride of 2 for each; dtype of the arithmetic.
     """
 
     filters: Sequence[int] = (16, 32, 64)
-    input_shift: float = 0.0
-    input_scale: float = 1.0
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
@@ -261,7 +252,7 @@ class PatchDiscriminator(nn.Module):
         Returns:
           (B, d, h, w, 1) float32, sizes divided by 2 ** len(filters), rounded up.
         """
-        x = (volume - self.input_shift) * self.input_scale
+        x = volume
         for index, features in enumerate(self.filters, 1):
             conv = self._conv(features, 4, 2, f'conv_{index}')
             x = nn.leaky_relu(conv(x, train=train), 0.2)
@@ -274,7 +265,6 @@ class PatchDiscriminator(nn.Module):
             stride,
             use_spectral_norm=True,
             dtype=self.dtype,
-            conv_impl=self.conv_impl,
             name=name,
         )
 

@@ -1,8 +1,7 @@
 """Layers of the networks, with one layout of parameters whichever form of convolution runs.
 
-conv_impl is 'auto', 'native', 'folded' or 'lanes', see `convolution`. Axes are B D H W C, channels
-last; parameters are float32, arithmetic is in `dtype`. Where a volume may be `Blocks`, the layer
-does to them what it does to the volume that they stand for.
+Axes are B D H W C, channels last; parameters are float32, arithmetic is in `dtype`. Where a volume
+may be `Blocks`, the layer does to them what it does to the volume that they stand for.
 """
 
 import functools
@@ -71,7 +70,7 @@ class Dropout(nn.Module):
 class Conv2D(nn.Module):
     """2D convolution with parameters `kernel` (k, k, C, n) and `bias` (n,).
 
-    Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic; conv_impl;
+    Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic;
     kernel_init, bias_init. Padding is (k − 1) / 2 on every side.
     """
 
@@ -80,7 +79,6 @@ class Conv2D(nn.Module):
     stride: int = 1
     use_bias: bool = True
     dtype: Dtype = jnp.float32
-    conv_impl: str = 'auto'
     kernel_init: Initializer = torch_uniform
     bias_init: Initializer = nn.initializers.zeros
 
@@ -101,10 +99,10 @@ class Conv2D(nn.Module):
         shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = self.param('kernel', self.kernel_init, shape).astype(self.dtype)
         if below is None:
-            y = conv2d(inputs[0], kernel, stride=self.stride, conv_impl=self.conv_impl)
+            y = conv2d(inputs[0], kernel, stride=self.stride)
         else:
             *skip, below = inputs
-            y = conv_upsampled(skip[0] if skip else None, below, kernel, conv_impl=self.conv_impl)
+            y = conv_upsampled(skip[0] if skip else None, below, kernel)
         if self.use_bias:
             y += self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
         return y
@@ -114,7 +112,7 @@ class Conv3D(nn.Module):
     """3D convolution with parameters `kernel` (k, k, k, C, n) and `bias` (n,).
 
     Fields: features n; kernel_size k; stride; padding 'SAME' or 'VALID'; use_spectral_norm; dtype
-    of the arithmetic; conv_impl; kernel_init.
+    of the arithmetic; kernel_init.
 
     With use_spectral_norm the kernel, as a matrix (k³·C, n), is divided by its largest singular
     value, found by one step of power iteration a call (Miyato et al., ICLR 2018, algorithm 1). The
@@ -128,7 +126,6 @@ class Conv3D(nn.Module):
     padding: str = 'SAME'
     use_spectral_norm: bool = False
     dtype: Dtype = jnp.float32
-    conv_impl: str = 'auto'
     kernel_init: Initializer = keras_uniform
 
     @nn.compact
@@ -148,7 +145,6 @@ class Conv3D(nn.Module):
             kernel.astype(self.dtype),
             stride=self.stride,
             padding=self.padding,
-            conv_impl=self.conv_impl,
         )
         return y + bias
 

@@ -44,7 +44,6 @@ class TransUNet(nn.Module):
       initial_logit: where the head's bias starts; published 0. Lesion is rare, and a bias has to
         walk down to its log odds first (Lin et al., ICCV 2017, section 3.3).
       dtype: of the arithmetic. Parameters, statistics, softmax and outputs are float32.
-      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
 
     Variables: 'params' and 'batch_stats'. The position embedding has 1 + (H/16)(W/16) tokens of the
     size at init; `interpolate_positions` fits it to another.
@@ -60,7 +59,6 @@ class TransUNet(nn.Module):
     dropout_rate: float = 0.1
     initial_logit: float = 0.0
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
@@ -78,13 +76,12 @@ class TransUNet(nn.Module):
           ValueError: H or W is no multiple of 16, or the position embedding is for another size.
         """
         _check_size(image)
-        form = {'dtype': self.dtype, 'conv_impl': self.conv_impl}
         x = image.astype(self.dtype)
-        x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', **form)(x)
+        x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', dtype=self.dtype)(x)
         x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train=train))
         skips = [x]
         for level in (1, 2, 3):
-            block = EncoderBottleneck(2**level * self.width, name=f'encoder_{level}', **form)
+            block = EncoderBottleneck(2**level * self.width, self.dtype, name=f'encoder_{level}')
             x = block(x, train=train)
             skips.append(x)
         tokens = VisionTransformer(
@@ -96,19 +93,19 @@ class TransUNet(nn.Module):
             dtype=self.dtype,
             name='vit',
         )(x.reshape(x.shape[0], -1, x.shape[-1]), train=train)
-        x = Conv2D(4 * self.width, 3, name='neck_conv', **form)(tokens.reshape(x.shape))
+        x = Conv2D(4 * self.width, 3, name='neck_conv', dtype=self.dtype)(tokens.reshape(x.shape))
         x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
         final_width = self.final_width or self.width // 8
         channels = (2 * self.width, self.width, self.width // 2, final_width)
         for level, features, skip in zip(
             (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
         ):
-            x = DecoderBottleneck(features, name=f'decoder_{level}', **form)(x, skip, train=train)
+            block = DecoderBottleneck(features, self.dtype, name=f'decoder_{level}')
+            x = block(x, skip, train=train)
         head = Conv2D(
             self.num_classes,
             1,
             bias_init=nn.initializers.constant(self.initial_logit),
-            conv_impl=self.conv_impl,
             name='head',
         )
         features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
@@ -120,7 +117,6 @@ class EncoderBottleneck(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -133,7 +129,6 @@ class EncoderBottleneck(nn.Module):
                 stride,
                 use_bias=False,
                 dtype=self.dtype,
-                conv_impl=self.conv_impl,
                 name=f'{name}_conv',
             )
             return BatchNorm(self.dtype, name=f'{name}_norm')(conv(x), train=train)
@@ -149,15 +144,13 @@ class DecoderBottleneck(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array | None, *, train: bool) -> jax.Array:
         """x (B, H, W, C), skip (B, 2H, 2W, c) or None → (B, 2H, 2W, features)."""
-        form = {'dtype': self.dtype, 'conv_impl': self.conv_impl}
-        x = Conv2D(self.features, 3, name='first_conv', **form)(skip, below=x)
+        x = Conv2D(self.features, 3, name='first_conv', dtype=self.dtype)(skip, below=x)
         x = nn.relu(BatchNorm(self.dtype, name='first_norm')(x, train=train))
-        x = Conv2D(self.features, 3, name='second_conv', **form)(x)
+        x = Conv2D(self.features, 3, name='second_conv', dtype=self.dtype)(x)
         return nn.relu(BatchNorm(self.dtype, name='second_norm')(x, train=train))
 
 

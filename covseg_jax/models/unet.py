@@ -19,7 +19,6 @@ class UNet(nn.Module):
       num_classes: channels of the logits.
       initial_logit: where the head's bias starts, see `TransUNet`.
       dtype: of the arithmetic. Parameters, statistics and outputs are float32.
-      conv_impl: 'auto', 'native', 'folded' or 'lanes', see `convolution`.
 
     Variables: 'params' and 'batch_stats'.
     """
@@ -28,7 +27,6 @@ class UNet(nn.Module):
     num_classes: int = 1
     initial_logit: float = 0.0
     dtype: Any = jnp.float32
-    conv_impl: str = 'auto'
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
@@ -66,7 +64,6 @@ class UNet(nn.Module):
             self.num_classes,
             1,
             bias_init=nn.initializers.constant(self.initial_logit),
-            conv_impl=self.conv_impl,
             name='head',
         )
         return Segmentation(logits=head(x), features=features)
@@ -80,7 +77,6 @@ class UNet(nn.Module):
                 3,
                 use_bias=False,
                 dtype=self.dtype,
-                conv_impl=self.conv_impl,
                 name=f'{name}_{part}_conv',
             )
             norm = BatchNorm(self.dtype, name=f'{name}_{part}_norm')

@@ -5,23 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from covseg_jax.models.convolution import choose_form, conv2d, is_folded
+from covseg_jax.models.convolution import conv2d, platform
 
 
-def upsample_bilinear(x: jax.Array, *, conv_impl: str = 'auto') -> jax.Array:
+def upsample_bilinear(x: jax.Array) -> jax.Array:
     """Bilinear up-sampling ×2 with aligned corners, as PyTorch's align_corners=True.
 
     Output sample i of 2n lies at input position i (n − 1) / (2n − 1); `jax.image.resize` would put
-    it at (i + ½) / 2 − ½. 'native' is two products of matrices, 'folded' shifts and adds.
+    it at (i + ½) / 2 − ½. On a CPU it is shifts and adds, elsewhere two products of matrices.
 
     Args:
       x: (B, H, W, C).
-      conv_impl: form, see `convolution`.
 
     Returns:
       (B, 2H, 2W, C), dtype of x.
     """
-    if is_folded(conv_impl):
+    if platform() == 'cpu':
         return _double_axis(_double_axis(x, 1), 2)
     rows, columns = (jnp.asarray(_corner_aligned_matrix(size), x.dtype) for size in x.shape[1:3])
     return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x)
@@ -50,12 +49,10 @@ def _double_axis(x: jax.Array, axis: int) -> jax.Array:
     return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
 
 
-def conv_upsampled(
-    x: jax.Array | None, below: jax.Array, kernel: jax.Array, *, conv_impl: str = 'auto'
-) -> jax.Array:
+def conv_upsampled(x: jax.Array | None, below: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution of [x, up-sampled below], padded by 1.
 
-    'native' joins the two. The other forms take the sum of two convolutions, and for that of the
+    A GPU's form joins the two. The others take the sum of two convolutions, and for that of the
     up-sampled image, where its channels are many, mix channels first: both are linear, so that each
     tap of the kernel is a product at a quarter of the pixels, and one matrix an axis then does the
     up-sampling, the taps' shifts and their sum. Measured for the TransUNet's levels on a CPU, value
@@ -67,24 +64,22 @@ def conv_upsampled(
       x: (B, 2H, 2W, c), or None.
       below: (B, H, W, C).
       kernel: (3, 3, c + C, n).
-      conv_impl: form, see `convolution`.
 
     Returns:
       (B, 2H, 2W, n).
     """
-    form = choose_form(conv_impl)
     channels = 0 if x is None else x.shape[3]
-    few = {'native': 0, 'folded': 1 / 2, 'lanes': 1 / 4}[form]
+    few = {'cpu': 1 / 2, 'tpu': 1 / 4}.get(platform(), 0)
     if kernel.shape[3] <= few * below.shape[3]:
         y = _mix_then_upsample(below, kernel[:, :, channels:])
     else:
-        up = upsample_bilinear(below, conv_impl=conv_impl)
-        if x is None or form != 'lanes':
+        up = upsample_bilinear(below)
+        if x is None or platform() != 'tpu':
             joined = up if x is None else jnp.concatenate([x, up], axis=-1)
-            return conv2d(joined, kernel, conv_impl=conv_impl)
-        y = conv2d(up, kernel[:, :, channels:], conv_impl=conv_impl)
+            return conv2d(joined, kernel)
+        y = conv2d(up, kernel[:, :, channels:])
     if x is not None:
-        y += conv2d(x, kernel[:, :, :channels], conv_impl=conv_impl)
+        y += conv2d(x, kernel[:, :, :channels])
     return y
 
 

@@ -36,6 +36,7 @@ from covseg_jax import atomic, cpu
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
+from covseg_jax.models.convolution import tracing_for
 from covseg_jax.predict.model import Model, average_models
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation.steps import make_predict
@@ -45,7 +46,7 @@ FORMAT, VERSION = 'covseg_jax export', 2  # 2: volumes.output, masks.share_of_ma
 INTENDED_USE = (
     'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
 )
-PLATFORMS = {'cpu': 'folded', 'tpu': 'lanes', 'cuda': 'native'}  # and the form of convolutions
+PLATFORMS = ('cpu', 'tpu', 'cuda')
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
 _SUMS = 'SHA256SUMS'
 _NAMES = {
@@ -83,7 +84,7 @@ def write_export(
 
     Args:
       folder: the export.
-      network: with conv_impl 'auto' each platform gets its form of the convolutions.
+      network: each platform gets its form of the convolutions.
       variables: of the network, a nested dict.
       contents: the rest.
 
@@ -107,23 +108,24 @@ def write_export(
         **contents.facts,
     }
     with atomic.new_folder(folder) as temporary:
-        for platform, form in PLATFORMS.items():
-            predict = make_predict(_in_form(network, form), contents.volumes.output)
-            function = export.export(predict, platforms=(platform,))(shapes, slices)
+        for platform in PLATFORMS:
+            predict = make_predict(network, contents.volumes.output)
+            with tracing_for(platform):
+                function = export.export(predict, platforms=(platform,))(shapes, slices)
             (temporary / _function_name(platform)).write_bytes(function.serialize())
         if to_onnx:
             # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
-            predict = make_predict(
-                _in_form(network, 'folded').clone(dtype=jnp.float32), contents.volumes.output
-            )
-            to_onnx(
-                functools.partial(predict, variables),
-                [('B', *slices.shape[1:])],
-                return_mode='file',
-                output_path=str(temporary / 'network.onnx'),
-                input_names=['image'],
-                output_names=['logit' if contents.volumes.output == 'linear' else 'probability'],
-            )
+            predict = make_predict(network.clone(dtype=jnp.float32), contents.volumes.output)
+            output = 'logit' if contents.volumes.output == 'linear' else 'probability'
+            with tracing_for('cpu'):
+                to_onnx(
+                    functools.partial(predict, variables),
+                    [('B', *slices.shape[1:])],
+                    return_mode='file',
+                    output_path=str(temporary / 'network.onnx'),
+                    input_names=['image'],
+                    output_names=[output],
+                )
         flat = traverse_util.flatten_dict(variables, sep='/')
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         # Not save_file, whose file nobody but its owner may read.
@@ -133,10 +135,6 @@ def write_export(
         sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
         refuse_other_contents(folder)  # it took a while
-
-
-def _in_form(network: nn.Module, form: str) -> nn.Module:
-    return network.clone(conv_impl=form) if network.conv_impl == 'auto' else network
 
 
 def refuse_other_contents(folder: pathlib.Path) -> None:

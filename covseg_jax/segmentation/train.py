@@ -67,14 +67,12 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
             published_attention=network.published_attention,
             initial_logit=network.initial_logit,
             dtype=dtype,
-            conv_impl=network.conv_impl,
         )
     if network.name == 'unet':
         return UNet(
             widths=tuple(network.unet_widths),
             initial_logit=network.initial_logit,
             dtype=dtype,
-            conv_impl=network.conv_impl,
         )
     raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
 

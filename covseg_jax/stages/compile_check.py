@@ -147,10 +147,19 @@ class Program:
 
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
     """One stage's part of `run_check`, in a process of its own."""
+    from covseg_jax.models.convolution import tracing_for
+
+    with tracing_for('tpu'):  # not for the machine that compiles
+        return _check_programs(config, topology, stage)
+
+
+def _check_programs(
+    config: ml_collections.ConfigDict, topology: str, stage: str
+) -> dict[str, dict]:
     devices = find_devices(topology)
     group = config.gan if stage == 'gan' else config.train
     found = {}
-    for name, program in list_programs(_for_tpu(config), devices, stage).items():
+    for name, program in list_programs(config, devices, stage).items():
         print(f'compile_check: {stage}: compiling {name}', file=sys.stderr, flush=True)
         compiled = _compile(program, program.batch_size)
         found[name] = {
@@ -170,15 +179,6 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
         else:
             found[name] |= describe(compiled, CHIPS[topology.split(':')[0]])
     return found
-
-
-def _for_tpu(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        for group in (config.network, config.gan):
-            if group.conv_impl == 'auto':  # which looks at the machine that compiles
-                group.conv_impl = 'lanes'
-    return config
 
 
 def list_programs(

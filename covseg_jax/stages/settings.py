@@ -18,7 +18,7 @@ from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = (
     'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
-    'conv_impl', 'profile_steps', 'max_skipped_steps', 'predict.batch_size',
+    'profile_steps', 'max_skipped_steps', 'predict.batch_size',
     'data.folder',  # its files count, wherever they lie
 )  # fmt: skip
 _DATA_SET = 'data_set'

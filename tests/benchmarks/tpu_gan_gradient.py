@@ -1,6 +1,6 @@
 """What a TPU's compiler says of the published generator's gradient through its discriminator.
 
-    python tests/benchmarks/tpu_gan_gradient.py [--batch_size=5] [--conv_impl=lanes]
+    python tests/benchmarks/tpu_gan_gradient.py [--batch_size=5]
 
 For one v5e chip in bfloat16, which need not be there; needs libtpu, see requirements.txt. Prints
 one JSON line, `compile_check.describe`. Takes minutes.
@@ -16,6 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import jax
 import jax.numpy as jnp
 
+from covseg_jax.models.convolution import tracing_for
 from covseg_jax.models.gan3d import Discriminator, Generator
 from covseg_jax.stages import compile_check
 from covseg_jax.training import sharding
@@ -24,7 +25,6 @@ from covseg_jax.training import sharding
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--batch_size', type=int, default=5)
-    parser.add_argument('--conv_impl', default='lanes', help='lanes or native')
     arguments = parser.parse_args()
     one_chip = compile_check.find_devices('v5e:1x1')
     placed = sharding.replicated(sharding.make_mesh(one_chip))
@@ -34,8 +34,7 @@ def main() -> None:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree
         )
 
-    form = {'conv_impl': arguments.conv_impl, 'dtype': jnp.bfloat16}
-    generator, discriminator = Generator(**form), Discriminator(**form)
+    generator, discriminator = Generator(dtype=jnp.bfloat16), Discriminator(dtype=jnp.bfloat16)
     volume = place(jax.ShapeDtypeStruct((arguments.batch_size, 32, 128, 128, 1), jnp.float32))
     noise = place(jax.ShapeDtypeStruct(generator.noise_shape(volume.shape), jnp.float32))
     key = jax.random.key(0)
@@ -51,4 +50,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    with tracing_for('tpu'):
+        main()

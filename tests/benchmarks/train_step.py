@@ -1,7 +1,7 @@
 """Times the networks on this machine, alone or in turns with the same networks in PyTorch.
 
     python tests/benchmarks/train_step.py --model=transunet|gan3d --mode=train|forward
-        [--batch_size=4] [--variant=mosmed] [--repeats=5] [--conv_impl=auto] [--peer=torch]
+        [--batch_size=4] [--variant=mosmed] [--repeats=5] [--peer=torch]
 
 transunet is the config's network at its image size, in training the real combined step (contrastive
 + MSE + sensitivity-enhanced BCE, clipped Adam, averaged weights); gan3d is the published generator
@@ -52,7 +52,6 @@ def _transunet_config(arguments: argparse.Namespace):
         config.train.mode = 'combined'
         config.train.batch_size = arguments.batch_size
         config.train.synthetic_share, config.train.augment = 0.0, False  # the network alone
-        config.network.conv_impl = arguments.conv_impl
     return config
 
 
@@ -80,12 +79,11 @@ def gan_work(arguments: argparse.Namespace) -> Work:
     config = gan3d.get_config('published')
     with config.unlocked():
         config.gan.batch_size = arguments.batch_size
-        config.gan.conv_impl = arguments.conv_impl
     shape = (arguments.batch_size, *config.prepare.grid, 1)
     rng = np.random.default_rng(0)
     volume = jnp.asarray(rng.random(shape, np.float32))
     if arguments.mode == 'forward':
-        generator = Generator(conv_impl=arguments.conv_impl)
+        generator = Generator()
         noise = jnp.asarray(rng.random(generator.noise_shape(shape), np.float32) - 0.5)
         params = jax.jit(generator.init)(jax.random.key(0), volume, noise)
         forward = jax.jit(generator.apply).lower(params, volume, noise).compile()
@@ -152,7 +150,6 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=4)
     parser.add_argument('--variant', default='mosmed', help='of configs/transunet.py')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--conv_impl', default='auto', help='native, folded or auto')
     parser.add_argument('--peer', choices=('torch',))
     arguments = parser.parse_args()
     work, flops = (gan_work if arguments.model == 'gan3d' else transunet_work)(arguments)

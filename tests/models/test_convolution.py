@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covseg_jax.models.convolution import conv2d, conv3d, is_folded
+from covseg_jax.models.convolution import conv2d, conv3d, tracing_for
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -13,23 +13,21 @@ def draw(seed: int, *shape: int) -> jax.Array:
 
 
 def assert_forms_agree(function, *arguments):
-    """function(conv_impl, *arguments): value and gradients of 'folded' and 'native' to 1e-5."""
-    weights = draw(9, *jax.eval_shape(lambda *a: function('native', *a), *arguments).shape)
+    """function(*arguments): value and gradients of a CPU's and of XLA's own forms to 1e-5."""
+    weights = draw(9, *jax.eval_shape(function, *arguments).shape)
 
-    def value_and_gradients(conv_impl):
+    def value_and_gradients(platform):
         def total(*arguments):
-            output = function(conv_impl, *arguments)
+            output = function(*arguments)
             return jnp.sum(output * weights), output
 
         numbers = tuple(range(len(arguments)))
-        (_, output), gradients = jax.jit(jax.value_and_grad(total, numbers, has_aux=True))(
-            *arguments
-        )
+        graded = jax.jit(jax.value_and_grad(total, numbers, has_aux=True))
+        with tracing_for(platform):
+            (_, output), gradients = graded(*arguments)
         return output, *gradients
 
-    for fast, plain in zip(
-        value_and_gradients('folded'), value_and_gradients('native'), strict=True
-    ):
+    for fast, plain in zip(value_and_gradients('cpu'), value_and_gradients('cuda'), strict=True):
         assert fast.shape == plain.shape
         np.testing.assert_allclose(fast, plain, atol=1e-5 * float(jnp.abs(plain).max()))
 
@@ -47,8 +45,8 @@ def assert_forms_agree(function, *arguments):
     ],
 )
 def test_conv3d_folded_equals_native(channels, features, size, stride, padding):
-    def convolve(conv_impl, x, kernel):
-        return conv3d(x, kernel, stride=stride, padding=padding, conv_impl=conv_impl)
+    def convolve(x, kernel):
+        return conv3d(x, kernel, stride=stride, padding=padding)
 
     assert_forms_agree(
         convolve, draw(0, 2, 6, 5, 8, channels), draw(1, size, size, size, channels, features)
@@ -56,8 +54,8 @@ def test_conv3d_folded_equals_native(channels, features, size, stride, padding):
 
 
 def test_conv3d_with_fewer_slices_than_taps_equals_native():
-    def convolve(conv_impl, x, kernel):
-        return conv3d(x, kernel, conv_impl=conv_impl)
+    def convolve(x, kernel):
+        return conv3d(x, kernel)
 
     assert_forms_agree(convolve, draw(0, 1, 1, 4, 4, 3), draw(1, 5, 5, 5, 3, 2))
 
@@ -66,12 +64,7 @@ def test_conv3d_with_fewer_slices_than_taps_equals_native():
     ('channels', 'size', 'stride'), [(1, 7, 2), (6, 1, 2), (6, 3, 1), (512, 3, 2), (512, 3, 1)]
 )
 def test_conv2d_folded_equals_native(channels, size, stride):
-    def convolve(conv_impl, x, kernel):
-        return conv2d(x, kernel, stride=stride, conv_impl=conv_impl)
+    def convolve(x, kernel):
+        return conv2d(x, kernel, stride=stride)
 
     assert_forms_agree(convolve, draw(0, 2, 8, 8, channels), draw(1, size, size, channels, 3))
-
-
-def test_conv_impl_misspelt_is_refused():
-    with pytest.raises(ValueError, match="conv_impl='fast'"):
-        is_folded('fast')

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.models import upsampling
+from covseg_jax.models.convolution import tracing_for
 from covseg_jax.models.layers import Conv2D
 
 
@@ -13,30 +14,30 @@ def draw(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-@pytest.mark.parametrize('conv_impl', ['folded', 'native'])
-def test_upsample_keeps_corners_and_interpolates_between(conv_impl):
+@pytest.mark.parametrize('platform', ['cpu', 'cuda'])
+def test_upsample_keeps_corners_and_interpolates_between(platform):
     # n = 3: output i lies at i · 2/5; along [0, 5, 10] the values are 2 i
     x = jnp.array([0.0, 5.0, 10.0]).reshape(1, 1, 3, 1)
-    actual = upsampling.upsample_bilinear(x, conv_impl=conv_impl)
+    with tracing_for(platform):
+        actual = upsampling.upsample_bilinear(x)
     np.testing.assert_allclose(actual[0, :, :, 0], [[0, 2, 4, 6, 8, 10]] * 2, atol=1e-5)
 
 
 def test_upsample_folded_equals_native():
     x, weights = draw(0, 2, 4, 7, 3), draw(1, 2, 8, 14, 3)
-    (folded, folded_gradient), (native, native_gradient) = (
-        jax.jit(
-            jax.value_and_grad(
-                lambda x, form: jnp.vdot(weights, upsampling.upsample_bilinear(x, conv_impl=form))
-            ),
-            static_argnums=1,
-        )(x, form)
-        for form in ('folded', 'native')
-    )
+
+    def value_and_gradient(platform):
+        graded = jax.value_and_grad(lambda x: jnp.vdot(weights, upsampling.upsample_bilinear(x)))
+        with tracing_for(platform):
+            return graded(x)
+
+    folded, folded_gradient = value_and_gradient('cpu')
+    native, native_gradient = value_and_gradient('cuda')
     np.testing.assert_allclose(folded, native, rtol=1e-5)
     np.testing.assert_allclose(folded_gradient, native_gradient, atol=1e-5)
 
 
-@pytest.mark.parametrize('form', ['folded', 'lanes'])
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 @pytest.mark.parametrize(
     ('skip_channels', 'channels', 'features'),
     [
@@ -46,21 +47,23 @@ def test_upsample_folded_equals_native():
     ],
 )
 def test_convolution_of_the_upsampled_equals_the_joined_one(
-    form, skip_channels, channels, features
+    platform, skip_channels, channels, features
 ):
     skip = draw(0, 2, 6, 8, skip_channels) if skip_channels else None
     below, weights = draw(1, 2, 3, 4, channels), draw(2, 2, 6, 8, features)
     kernel = draw(3, 3, 3, skip_channels + channels, features)
 
-    def value(skip, below, kernel, form):
-        y = upsampling.conv_upsampled(skip, below, kernel, conv_impl=form)
-        return jnp.vdot(y, weights), y
+    def value_and_gradients(platform):
+        def value(skip, below, kernel):
+            y = upsampling.conv_upsampled(skip, below, kernel)
+            return jnp.vdot(y, weights), y
 
-    graded = jax.jit(
-        jax.value_and_grad(value, (0, 1, 2) if skip_channels else (1, 2), has_aux=True),
-        static_argnums=3,
-    )
-    fast, plain = graded(skip, below, kernel, form), graded(skip, below, kernel, 'native')
+        numbers = (0, 1, 2) if skip_channels else (1, 2)
+        graded = jax.jit(jax.value_and_grad(value, numbers, has_aux=True))
+        with tracing_for(platform):
+            return graded(skip, below, kernel)
+
+    fast, plain = value_and_gradients(platform), value_and_gradients('cuda')
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
         assert a.shape == b.shape
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
