@@ -74,7 +74,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     prepare.margin_mm = 4.0  # around the lungs' bounding box
     prepare.lungs_source = 'threshold'  # 'threshold', 'file' or 'lungmask'
     prepare.lesion_labels = (1,)  # values of a human mask that are lesion; (255,) for 0/255 masks
-    prepare.shard = ''  # or 'i/n': this host takes every n-th study from the i-th on, i from 0
 
     config.gan = gan = ml_collections.ConfigDict()
     gan.filters = (8, 16, 32, 64)  # channels of the generator's levels
@@ -82,7 +81,7 @@ def _mosmed() -> ml_collections.ConfigDict:
     gan.noise_channels = 10  # of the generator's random input
     gan.patch = 1  # in-plane voxels that enter as channels of one; 2 or 4 is cheaper
     gan.use_norm = True  # group normalisation; the published network has none
-    gan.head = 'blend'  # or 'residual', or 'relu', the published one; see models/gan3d.py
+    gan.head = 'blend'  # or 'relu', the published one; see models/gan3d.py
     gan.input_shift = 0.12  # the networks see (x - shift) * scale: lungs fill a narrow band of x
     gan.input_scale = 6.0
     gan.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
@@ -222,7 +221,6 @@ def _mosmed() -> ml_collections.ConfigDict:
     # the model's grid, that probabilities are smoothed by from slice to slice; 0 leaves them.
     predict.smoothing_slices = 0.7
     predict.min_component_ml = 0.1
-    predict.write_probability = False  # probability maps beside the masks
     return config
 
 

@@ -109,7 +109,6 @@ def test_default_generator_of_every_patch_is_built(patch):
             for norm in (True, False)
         ),
         ({'gan.head': 'relu'}, {ADVERSARIAL}),
-        ({'gan.head': 'residual'}, {ADVERSARIAL}),
         ({'gan.compute_dtype': 'bfloat16'}, {ADVERSARIAL}),
         ({'gan.adversarial_every': 0}, {RECONSTRUCTION}),
         ({'gan.adversarial_every': 3}, BOTH),

@@ -124,7 +124,7 @@ def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
         '--stages=predict',
         f'--input={scans}',
         f'--output={tmp_path / "masks"}',
-        '--config.predict.write_probability=true',
+        '--probability',
     )
     # One study is damaged: it is named, the other is done all the same.
     assert_one_line_error(done, '1 of 2', 'broken.nii.gz')
@@ -270,7 +270,7 @@ def test_main_refuses_what_a_run_was_not_made_with_and_leaves_the_run_as_it_was(
         ('evaluate', {'data.prepared': 'elsewhere', 'predict.batch_size': 3, 'train.save_every': 1,
                       'prepare.lesion_labels': (255,), 'train.max_skipped_steps': 3}),
         ('evaluate', {'network.name': 'none', 'train.num_steps': 9}),
-        ('train', {'train.log_every': 1, 'predict.write_probability': True}),
+        ('train', {'train.log_every': 1, 'train.save_every': 7}),
     ],
 )  # fmt: skip
 def test_stages_take_settings_that_change_nothing_of_what_they_use(finished, stage, fields):

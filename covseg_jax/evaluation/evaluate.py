@@ -161,7 +161,7 @@ def _score_overlap(truth: np.ndarray, prediction: np.ndarray, lungs: np.ndarray)
         'dice': image.dice,
         'iou': image.iou,
         'sensitivity': image.sensitivity,
-        'specificity_lung': metrics.specificity(truth, prediction, within=lungs),
+        'specificity_lung': metrics.count_confusion(truth, prediction, within=lungs).specificity,
         'specificity_image': image.specificity,
         'precision': image.precision,
         'infection_percent': _percent_of_lungs(truth, lungs),

@@ -95,38 +95,6 @@ def count_confusion(
     return Confusion(tp=tp, fp=fp, fn=fn, tn=int(total) - tp - fp - fn)
 
 
-def dice(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """Dice of two boolean masks of one shape, in [0, 1]; NaN if both are empty."""
-    return count_confusion(truth, prediction).dice
-
-
-def iou(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """Intersection over union of two boolean masks, in [0, 1]; NaN if both are empty."""
-    return count_confusion(truth, prediction).iou
-
-
-def sensitivity(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """Share of the truth's voxels that are predicted, in [0, 1]; NaN if truth is empty."""
-    return count_confusion(truth, prediction).sensitivity
-
-
-def specificity(
-    truth: np.ndarray, prediction: np.ndarray, within: np.ndarray | None = None
-) -> float:
-    """Share of the voxels outside the truth that are not predicted, in [0, 1].
-
-    `within` (boolean, the same shape) limits it to a region such as the lungs: over a whole image,
-    most of which is air and body, specificity is near 1 whatever is predicted. NaN if the region
-    holds no voxel outside the truth.
-    """
-    return count_confusion(truth, prediction, within).specificity
-
-
-def precision(truth: np.ndarray, prediction: np.ndarray) -> float:
-    """Share of the predicted voxels that are true, in [0, 1]; NaN if prediction is empty."""
-    return count_confusion(truth, prediction).precision
-
-
 @dataclasses.dataclass(frozen=True)
 class SurfaceDistances:
     """Distances in mm between the surfaces of two masks, one value a surface voxel.
@@ -141,7 +109,9 @@ class SurfaceDistances:
 
     @property
     def hd95_mm(self) -> float:
-        """The larger of the two directed 95th percentiles; NaN if either mask is empty."""
+        """95 % Hausdorff distance: the larger of the two directed 95th percentiles, interpolated
+        linearly; NaN if either mask is empty. MONAI does the same; medpy takes one percentile of
+        both directions together."""
         if not (self.from_truth_mm.size and self.from_prediction_mm.size):
             return math.nan
         return max(
@@ -150,7 +120,9 @@ class SurfaceDistances:
         )
 
     def nsd(self, tolerance_mm: float) -> float:
-        """Share of all surface voxels that are within the tolerance; NaN if both are empty."""
+        """Normalised surface Dice in [0, 1] (Nikolov et al. 2018, arXiv 1809.04430, on voxel
+        surfaces): the share of all surface voxels that lie within the tolerance, it included, of
+        the other's surface. NaN if both masks are empty, 0 if one is."""
         limit = tolerance_mm * (1 + _RELATIVE_ROUNDING)
         near = sum(
             int(np.count_nonzero(distances <= limit))
@@ -221,31 +193,6 @@ def surface_distances(
         from_truth_mm=_distances_to(prediction_surface, truth_surface, spacing_mm),
         from_prediction_mm=_distances_to(truth_surface, prediction_surface, spacing_mm),
     )
-
-
-def hd95_mm(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    """95 % Hausdorff distance in mm: the larger of the two directed 95th percentiles.
-
-    Masks, spacing, surface and errors as in `surface_distances`; percentiles are interpolated
-    linearly. MONAI does the same; medpy takes one percentile of both directions together.
-    NaN if either mask is empty.
-    """
-    return surface_distances(truth, prediction, spacing_mm).hd95_mm
-
-
-def nsd(
-    truth: np.ndarray,
-    prediction: np.ndarray,
-    spacing_mm: Sequence[float],
-    tolerance_mm: float = 2.0,
-) -> float:
-    """Normalised surface Dice in [0, 1] (Nikolov et al. 2018, arXiv 1809.04430, on voxel surfaces).
-
-    (surface voxels of either mask that lie within `tolerance_mm` of the other's surface, the
-    tolerance included) / (surface voxels of both). Masks, spacing, surface and errors as in
-    `surface_distances`. NaN if both masks are empty, 0 if one is.
-    """
-    return surface_distances(truth, prediction, spacing_mm).nsd(tolerance_mm)
 
 
 def bootstrap_interval(

@@ -186,7 +186,6 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
             tuple(gan.profile_steps),
             gan.max_skipped_steps,
         ),
-        best='validation/removed',
     )
 
 

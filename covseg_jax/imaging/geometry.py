@@ -199,7 +199,7 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, order: str = 'linear') 
         order: 'linear'; 'deblurred' for masks and probabilities that are to be cut: linear, and
             then what the way to the model's grid would still differ by is added back, four times
             (iterative back-projection; Irani and Peleg, CVGIP 53:231, 1991), so that a lesion of
-            few slices does not shrink; 'nearest' for labels.
+            few slices does not shrink.
 
     Returns:
         float32 (Z, Y, X), 0 outside the box, in the range of the array.
@@ -209,8 +209,8 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, order: str = 'linear') 
     """
     if array.shape != geometry.grid:
         raise ValueError(f'array of shape {array.shape} for the model grid {geometry.grid}')
-    if order not in ('linear', 'deblurred', 'nearest'):
-        raise ValueError(f"order {order!r}: 'linear', 'deblurred' or 'nearest'")
+    if order not in ('linear', 'deblurred'):
+        raise ValueError(f"order {order!r}: 'linear' or 'deblurred'")
     matrices = []
     for axis, forward in enumerate(_model_matrices(geometry)):
         centres_mm, spacing = _centres_in_box(geometry, axis)
@@ -221,8 +221,6 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, order: str = 'linear') 
                 matrix = matrix + linear @ (
                     np.eye(len(forward), dtype=np.float32) - forward @ matrix
                 )
-        if order == 'nearest':
-            matrix = np.eye(matrix.shape[1], dtype=np.float32)[matrix.argmax(axis=1)]
         matrices.append(matrix)
     result = np.zeros(geometry.canonical_shape, np.float32)
     array = array.astype(np.float32)

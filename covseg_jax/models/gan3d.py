@@ -33,12 +33,12 @@ class Generator(nn.Module):
       branch_filters: channels of each of the three branches, which are added to the bottleneck's
         patch² + sum(filters) + bottleneck_filters channels and must be a third of them.
       noise_channels: channels of the noise.
-      head: 'relu' gives the healthy volume itself, as published; 'residual' gives volume − h, with
-        h linear; 'blend' gives volume − σ(a − 2) · relu(volume − r), with the opacity a and the
-        lung under it r both linear: how an opacity came there, undone. It never brightens. The
-        last two start as (nearly) the identity.
-      input_shift, input_scale: the network sees (volume − shift) · scale; h and r come back in
-        units of the volume, h / scale and shift + r / scale.
+      head: 'relu' gives the healthy volume itself, as published; 'blend' gives
+        volume − σ(a − 2) · relu(volume − r), with the opacity a and the lung under it r both
+        linear: how an opacity came there, undone. It never brightens, and starts as nearly the
+        identity.
+      input_shift, input_scale: the network sees (volume − shift) · scale; r comes back in units of
+        the volume, shift + r / scale.
       input_clip: the most that the network sees, after scaling; None for no limit. Dense tissue
         fills most of the range and says nothing about the lungs.
       negative_slope: of LeakyReLU.
@@ -139,8 +139,6 @@ class Generator(nn.Module):
         output = _channels_to_patches(output, self.patch).astype(jnp.float32)
         if published:
             return nn.relu(output)
-        if self.head == 'residual':
-            return volume - output / self.input_scale
         opacity, lung = jnp.split(output, 2, axis=-1)
         lung = self.input_shift + lung / self.input_scale
         return volume - nn.sigmoid(opacity - 2.0) * nn.relu(volume - lung)
@@ -163,8 +161,8 @@ class Generator(nn.Module):
         return join(pooled, self._conv(x, self.bottleneck_filters, 'bottleneck_conv_2'))
 
     def _check(self, volume_shape: Sequence[int], noise_shape: Sequence[int]) -> None:
-        if self.head not in ('relu', 'residual', 'blend'):
-            raise ValueError(f"Generator: head={self.head!r}; use 'relu', 'residual' or 'blend'")
+        if self.head not in ('relu', 'blend'):
+            raise ValueError(f"Generator: head={self.head!r}; use 'relu' or 'blend'")
         channels = self.patch**2 + sum(self.filters) + self.bottleneck_filters
         if 3 * self.branch_filters != channels:
             raise ValueError(

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from covseg_jax.models.gan3d import Discriminator, Generator
 from covseg_jax.models.transunet import GRID_STEP, TransUNet
 
 Path = tuple[str, ...]  # collection and then names inside it, or names inside a collection
@@ -45,53 +44,7 @@ def transunet_variables(torch_state: Mapping[str, np.ndarray]) -> dict[str, Any]
     model, size = _transunet_like(state)
     image = jnp.zeros((1, *size, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    return _convert(state, transunet_targets(model.num_blocks), shapes, 'TransUNet')
-
-
-def generator_params(keras_weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Params of `Generator()` from the published generator's weights.
-
-    Args:
-      keras_weights: 'conv3d_0/kernel', 'conv3d_transpose_0/bias', … to arrays, in Keras's layout.
-
-    Returns:
-      The 'params' collection, float32.
-
-    Raises:
-      ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
-    """
-    model, volume = Generator(), jnp.zeros((1, 16, 16, 16, 1))
-    noise = jnp.zeros(model.noise_shape(volume.shape))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), volume, noise)['params']
-    levels = range(1, len(model.filters) + 1)
-    convs = [f'encoder_{level}_conv_{part}' for level in levels for part in (1, 2)]
-    convs += ['bottleneck_conv_1', *(f'bottleneck_branch_{size}' for size in (1, 3, 5))]
-    convs += ['bottleneck_conv_2']
-    convs += [f'decoder_{level}_conv_{part}' for level in reversed(levels) for part in (1, 2)]
-    convs += ['head']
-    targets = dict(_keras_targets('conv3d', convs))
-    ups = [f'decoder_{level}_up' for level in reversed(levels)]
-    targets |= _keras_targets('conv3d_transpose', ups, lambda kernel: kernel.swapaxes(3, 4))
-    return _convert(keras_weights, targets, shapes, 'Generator')
-
-
-def discriminator_params(keras_weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Params of `Discriminator()` from the published discriminator's weights.
-
-    Args:
-      keras_weights: 'conv3d_0/kernel', 'dense_0/bias', … to arrays, in Keras's layout.
-
-    Returns:
-      The 'params' collection, float32.
-
-    Raises:
-      ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
-    """
-    model, volume = Discriminator(), jnp.zeros((1, 32, 32, 32, 1))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), volume)['params']
-    targets = dict(_keras_targets('conv3d', ['conv_1', 'conv_2', 'conv_3']))
-    targets |= _keras_targets('dense', ['dense_1', 'dense_2', 'dense_3', 'head'])
-    return _convert(keras_weights, targets, shapes, 'Discriminator')
+    return convert_weights(state, transunet_targets(model.num_blocks), shapes, 'TransUNet')
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:
@@ -100,14 +53,6 @@ def _as_it_is(array: np.ndarray) -> np.ndarray:
 
 def _conv_kernel(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
-
-
-def _keras_targets(kind: str, layers: list[str], kernel: Convert = _as_it_is) -> dict[str, Target]:
-    targets = {}
-    for index, layer in enumerate(layers):
-        targets[f'{kind}_{index}/kernel'] = ((layer, 'kernel'), kernel)
-        targets[f'{kind}_{index}/bias'] = ((layer, 'bias'), _as_it_is)
-    return targets
 
 
 def _transunet_like(state: Mapping[str, np.ndarray]) -> tuple[TransUNet, tuple[int, int]]:
@@ -200,7 +145,7 @@ def _transunet_batch_norms() -> Iterator[tuple[str, Path]]:
         yield f'{name}.layer.4', (layer, 'second_norm')
 
 
-def _convert(
+def convert_weights(
     state: Mapping[str, np.ndarray], targets: Mapping[str, Target], shapes: Any, model: str
 ) -> dict[str, Any]:
     """Nested arrays in the structure of `shapes`; every tensor accounted for, or ValueError."""

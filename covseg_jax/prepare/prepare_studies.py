@@ -175,7 +175,7 @@ def prepare_studies(
     could stand on both sides of a split.
 
     Args:
-        studies: from studies.find_studies, or `take_shard` of them.
+        studies: from studies.find_studies.
         folder: made if it is missing.
         settings: how.
         num_workers: processes; 0 or 1 works in this one.
@@ -212,24 +212,6 @@ def prepare_studies(
         bad=bad,
         notes={name: outcome.notes for name, outcome in done.items() if outcome.notes},
     )
-
-
-def take_shard(studies: Sequence[Study], shard: str) -> tuple[Study, ...]:
-    """One host's share of the studies.
-
-    Args:
-        studies: in the same order on every host.
-        shard: '' for all of them, or 'i/n': every n-th from the i-th on, i from 0 to n - 1.
-
-    Raises:
-        InputError: another text.
-    """
-    if not shard:
-        return tuple(studies)
-    index, _, number = shard.partition('/')
-    if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
-        raise InputError(f'prepare.shard {shard!r}: i/n is expected, i from 0 to n - 1')
-    return tuple(studies[int(index) :: int(number)])
 
 
 def read_geometry_file(case_folder: str | os.PathLike) -> dict:

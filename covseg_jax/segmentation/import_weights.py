@@ -20,7 +20,6 @@ from covseg_jax.models.transunet import GRID_STEP, interpolate_positions
 from covseg_jax.segmentation.train import build_segmentation
 from covseg_jax.training.checkpoint import Checkpoints
 
-BEST = 'validation/dice'
 _MOST_BYTES = 16 * 2**30  # of all tensors; the published TransUNet has 0.1 GB
 
 
@@ -151,7 +150,7 @@ def import_transunet(
     variables = jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding), variables, state.ema
     )
-    checkpoints = Checkpoints(folder / 'checkpoints', best=BEST)
+    checkpoints = Checkpoints(folder / 'checkpoints')
     try:
         if checkpoints.latest_step() is not None:
             raise InputError(
@@ -162,7 +161,7 @@ def import_transunet(
             batch_stats=variables['batch_stats'],
             ema=variables,
         )
-        checkpoints.save(0, state, {BEST: -np.inf}, {})
+        checkpoints.save(0, state, {})
     finally:
         checkpoints.close()
 

@@ -308,7 +308,6 @@ def train_segmentation(
                 tuple(train.profile_steps),
                 train.max_skipped_steps,
             ),
-            best='validation/dice',
             first_step=each.start,
         )
 

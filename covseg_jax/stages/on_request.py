@@ -288,7 +288,6 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
         model = load(*given.model.split(','))
     else:
         model, _ = load_model(config, workdir)
-    write_probability = given.probability or bool(config and config.predict.write_probability)
     try:
         with _interrupted_by_signals():
             rows, faults = predict_studies(
@@ -296,7 +295,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
                 model,
                 given.output,
                 num_workers=given.num_workers or num_workers(config),
-                wanted=Wanted(write_probability, given.preview, given.per_lung),
+                wanted=Wanted(given.probability, given.preview, given.per_lung),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
     from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.prepare.prepare_studies import take_shard
 
     folder = data_folder(config, workdir)
     if config.phantom.make:
@@ -59,7 +58,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
 
         hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = prepared_folder(config, workdir)
-    studies = take_shard(find_studies(folder, config.data.layout), config.prepare.shard)
+    studies = find_studies(folder, config.data.layout)
     good, report = prepare_shared(
         studies,
         prepared,

@@ -17,7 +17,7 @@ from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 
 # Fields that change how a stage runs and not what it makes.
 _HARMLESS = (
-    'num_workers', 'on_bad_study', 'shard', 'log_every', 'save_every', 'write_probability',
+    'num_workers', 'on_bad_study', 'log_every', 'save_every',
     'profile_steps', 'max_skipped_steps', 'predict.batch_size',
     'data.folder',  # its files count, wherever they lie
 )  # fmt: skip
@@ -56,8 +56,6 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         if stage == 'prepare':
             so_far[_DATA_SET] = describe_data_set(data_folder(config, workdir), known)
         settings[stage] = so_far
-        if stage == 'prepare':  # a shard changes who prepares, and not what
-            settings[stage] = so_far | {'shard': config.prepare.shard}
         if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
             settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}
     return settings

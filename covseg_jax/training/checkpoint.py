@@ -1,4 +1,4 @@
-"""Orbax checkpoints: a run's state with what its log needs, the newest and the best kept."""
+"""Orbax checkpoints: a run's state with what its log needs, the two newest kept."""
 
 import dataclasses
 import pathlib
@@ -35,21 +35,13 @@ class Checkpoints:
     All hosts call the same methods.
     """
 
-    def __init__(self, folder: pathlib.Path, *, best: str | None = None):
-        """Opens or makes `folder`. The two newest checkpoints are kept, and the one with the
-        largest value of the metric `best` where that is named."""
-        policies = [checkpoint_managers.LatestN(2)]
-        if best is not None:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best], n=1, reverse=False
-                )
-            )
+    def __init__(self, folder: pathlib.Path):
+        """Opens or makes `folder`. The two newest checkpoints are kept."""
         self._folder = folder.resolve()
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                preservation_policy=checkpoint_managers.LatestN(2),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -60,9 +52,9 @@ class Checkpoints:
 
     def check_space(self, state: Any) -> None:
         """Raises an InputError where the disk cannot hold the checkpoints that a run keeps at a
-        time: three, and one that is being written."""
+        time: two, and one that is being written."""
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        missing = max(4 - len(self._manager.all_steps()), 1) * size
+        missing = max(3 - len(self._manager.all_steps()), 1) * size
         free = shutil.disk_usage(self._folder).free
         if free < missing:
             raise InputError(
@@ -70,9 +62,7 @@ class Checkpoints:
                 'free as much, or use another --workdir'
             )
 
-    def save(
-        self, step: int, state: Any, metrics: dict[str, float], progress: dict[str, Any]
-    ) -> None:
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Starts to save the state after `step` steps, with `progress` (as JSON has it) beside it.
 
         Raises:
@@ -86,7 +76,7 @@ class Checkpoints:
             'progress': ocp.args.JsonSave(progress),
         }
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:  # of this save, or of the one before it
             raise self._explain(error) from error
 

@@ -170,7 +170,6 @@ def run(
     shard: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     evaluate: Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]],
     schedule: Schedule,
-    best: str,
     first_step: int = 0,
 ) -> Any:
     """Trains, from the newest checkpoint in `folder` or from `state`.
@@ -187,7 +186,6 @@ def run(
       shard: host batch -> device batch.
       evaluate: state -> (state, values, pictures); may change the state (plateau).
       schedule: how long and how often.
-      best: the name of the value of `evaluate` whose largest marks the best checkpoint.
       first_step: the step of the feed's first batch.
 
     Returns:
@@ -197,7 +195,7 @@ def run(
       Stopped: Ctrl-C or SIGTERM came; everything is saved.
       InputError: too many steps in a row are not finite, or the disk cannot be written.
     """
-    checkpoints = Checkpoints(folder / 'checkpoints', best=best)
+    checkpoints = Checkpoints(folder / 'checkpoints')
     checkpoints.check_space(abstract_state)
     restored = checkpoints.restore(abstract_state)
     progress: dict[str, Any] = {}
@@ -205,7 +203,6 @@ def run(
         state, progress = restored.state, restored.progress
     start = int(state.step)
     unlogged = _Unlogged(progress.get('unlogged', {}))
-    values = progress.get('values', {best: -math.inf})
     batches = feed.start(max(start - first_step, 0))
     timer, progress_picture = _Timer(), _ProgressPicture(folder.parent)
     with (
@@ -229,8 +226,7 @@ def run(
                 stop = asks and hosts.is_any(stop_asked())
                 if step > start and (at_end or stop or _is_due(step, schedule.save_every)):
                     log.sync()  # the lines up to this step are on disk before it
-                    progress = {'unlogged': unlogged.to_json(), 'values': values}
-                    checkpoints.save(step, state, values, progress)
+                    checkpoints.save(step, state, {'unlogged': unlogged.to_json()})
                 if evaluates or stop:
                     progress_picture.draw(always=at_end or stop)
                 if at_end:

@@ -167,34 +167,6 @@ def lsgan_generator_loss(fake: jax.Array, *, weights: jax.Array | None = None) -
     return 0.5 * _weighted_mean(jnp.square(_at_least_float32(fake) - 1), weights)
 
 
-def hinge_discriminator_loss(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Hinge loss of D: mean relu(1 − D(real)) + mean relu(1 + D(fake)).
-
-    Miyato et al., Spectral Normalization for GANs (ICLR 2018), equation 16. The generator's side
-    is −mean D(fake), `hinge_generator_loss`.
-
-    Args:
-      real, fake: patch logits of any shape, such as (B, d, h, w, 1).
-
-    Returns:
-      Scalar, float32 or better; 2 for a D that says 0 everywhere.
-    """
-    real, fake = _at_least_float32(real), _at_least_float32(fake)
-    return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))
-
-
-def hinge_generator_loss(fake: jax.Array) -> jax.Array:
-    """Hinge loss of G: −mean D(G(x)). Miyato et al., equation 17.
-
-    Args:
-      fake: patch logits of any shape.
-
-    Returns:
-      Scalar, float32 or better.
-    """
-    return -jnp.mean(_at_least_float32(fake))
-
-
 def _at_least_float32(array: jax.Array) -> jax.Array:
     array = jnp.asarray(array)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))

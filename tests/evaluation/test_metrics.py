@@ -26,14 +26,15 @@ def test_overlap_metrics_equal_hand_counts():
     truth = np.array([1, 1, 1, 0, 0, 0, 0, 0], bool)
     prediction = np.array([0, 1, 1, 1, 1, 0, 0, 0], bool)
     # TP 2 (places 1, 2), FP 2 (3, 4), FN 1 (0), TN 3 (5, 6, 7).
-    assert metrics.count_confusion(truth, prediction) == metrics.Confusion(2, 2, 1, 3)
-    assert metrics.dice(truth, prediction) == pytest.approx(4 / 7)
-    assert metrics.iou(truth, prediction) == pytest.approx(2 / 5)
-    assert metrics.sensitivity(truth, prediction) == pytest.approx(2 / 3)
-    assert metrics.precision(truth, prediction) == pytest.approx(1 / 2)
-    assert metrics.specificity(truth, prediction) == pytest.approx(3 / 5)
+    counts = metrics.count_confusion(truth, prediction)
+    assert counts == metrics.Confusion(2, 2, 1, 3)
+    assert counts.dice == pytest.approx(4 / 7)
+    assert counts.iou == pytest.approx(2 / 5)
+    assert counts.sensitivity == pytest.approx(2 / 3)
+    assert counts.precision == pytest.approx(1 / 2)
+    assert counts.specificity == pytest.approx(3 / 5)
     # Within the first five places the negatives are 3 and 4, both predicted.
-    assert metrics.specificity(truth, prediction, within=np.arange(8) < 5) == 0
+    assert metrics.count_confusion(truth, prediction, np.arange(8) < 5).specificity == 0
 
 
 def test_confusion_of_slices_adds_up_to_that_of_the_volume():
@@ -61,28 +62,30 @@ NAN = math.nan
 def test_empty_masks_follow_the_empty_rule(truth_empty, prediction_empty, expected):
     empty, voxel = np.zeros((3, 3, 3), bool), box_mask((3, 3, 3), (1, 2), (1, 2), (1, 2))
     masks = (empty if truth_empty else voxel, empty if prediction_empty else voxel)
+    counts, distances = (
+        metrics.count_confusion(*masks),
+        metrics.surface_distances(*masks, SPACING_MM),
+    )
     found = (
-        *(f(*masks) for f in (metrics.dice, metrics.iou, metrics.sensitivity)),
-        *(f(*masks) for f in (metrics.precision, metrics.specificity)),
-        *(f(*masks, SPACING_MM) for f in (metrics.hd95_mm, metrics.nsd)),
+        *(counts.dice, counts.iou, counts.sensitivity, counts.precision, counts.specificity),
+        *(distances.hd95_mm, distances.nsd(2.0)),
     )
     assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_full_truth_leaves_specificity_undefined():
     full = np.ones((2, 2, 2), bool)
-    assert math.isnan(metrics.specificity(full, full))
-    assert metrics.dice(full, full) == 1
-    assert metrics.hd95_mm(full, full, SPACING_MM) == 0
+    assert math.isnan(metrics.count_confusion(full, full).specificity)
+    assert metrics.count_confusion(full, full).dice == 1
+    assert metrics.surface_distances(full, full, SPACING_MM).hd95_mm == 0
 
 
 def test_surfaces_of_parallel_plates_lie_two_slices_apart():
     # Each voxel of a plate has its nearest straight above or below: 2 slices of 5 mm.
     truth, prediction = (box_mask((6, 7, 8), (z, z + 1), (1, 6), (1, 6)) for z in (1, 3))
-    assert metrics.hd95_mm(truth, prediction, SPACING_MM) == pytest.approx(10)
-    assert metrics.nsd(truth, prediction, SPACING_MM) == 0
-    assert metrics.nsd(truth, prediction, SPACING_MM, tolerance_mm=9.99) == 0
-    assert metrics.nsd(truth, prediction, SPACING_MM, tolerance_mm=10) == 1
+    distances = metrics.surface_distances(truth, prediction, SPACING_MM)
+    assert distances.hd95_mm == pytest.approx(10)
+    assert [distances.nsd(tolerance_mm) for tolerance_mm in (2, 9.99, 10)] == [0, 0, 1]
 
 
 def test_cube_shifted_by_one_column_has_the_hand_counted_surface_dice():
@@ -93,9 +96,9 @@ def test_cube_shifted_by_one_column_has_the_hand_counted_surface_dice():
     distances = metrics.surface_distances(truth, prediction, SPACING_MM)
     for found in (distances.from_truth_mm, distances.from_prediction_mm):
         np.testing.assert_allclose(np.sort(found), [0] * 36 + [0.7] * 20, rtol=1e-6)
-    assert metrics.hd95_mm(truth, prediction, SPACING_MM) == pytest.approx(0.7)
-    assert metrics.nsd(truth, prediction, SPACING_MM, tolerance_mm=0.5) == pytest.approx(36 / 56)
-    assert metrics.nsd(truth, prediction, SPACING_MM) == 1
+    assert distances.hd95_mm == pytest.approx(0.7)
+    assert distances.nsd(0.5) == pytest.approx(36 / 56)
+    assert distances.nsd(2.0) == 1
 
 
 def test_hd95_takes_the_worse_direction():
@@ -105,16 +108,16 @@ def test_hd95_takes_the_worse_direction():
     one_far, ten_far = truth.copy(), truth.copy()
     one_far[0, 0, 30] = True
     ten_far[0, :, 30] = True
-    assert metrics.hd95_mm(truth, one_far, (1, 1, 1)) == 0
-    assert metrics.hd95_mm(truth, ten_far, (1, 1, 1)) == 21
-    assert metrics.hd95_mm(ten_far, truth, (1, 1, 1)) == 21
+    assert metrics.surface_distances(truth, one_far, (1, 1, 1)).hd95_mm == 0
+    assert metrics.surface_distances(truth, ten_far, (1, 1, 1)).hd95_mm == 21
+    assert metrics.surface_distances(ten_far, truth, (1, 1, 1)).hd95_mm == 21
 
 
 def test_distance_equal_to_the_tolerance_counts_whatever_the_rounding():
     # 3 × 0.8 mm is 2.4 mm, which in float32 is above 2.4.
     truth = box_mask((1, 1, 9), (0, 1), (0, 1), (2, 3))
     prediction = np.roll(truth, 3, axis=2)
-    assert metrics.nsd(truth, prediction, (1, 1, 0.8), tolerance_mm=2.4) == 1
+    assert metrics.surface_distances(truth, prediction, (1, 1, 0.8)).nsd(2.4) == 1
 
 
 def random_mask_pairs():
@@ -138,28 +141,30 @@ def test_surface_metrics_equal_brute_force_on_random_masks():
     for truth, prediction, spacing_mm in pairs:
         there, back = brute_force_distances(truth, prediction, spacing_mm)
         hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
-        assert metrics.hd95_mm(truth, prediction, spacing_mm) == pytest.approx(hd95, abs=1e-4)
+        found = metrics.surface_distances(truth, prediction, spacing_mm)
+        assert found.hd95_mm == pytest.approx(hd95, abs=1e-4)
         near = (there <= 2).sum() + (back <= 2).sum()
         expected = near / (there.size + back.size)
-        assert metrics.nsd(truth, prediction, spacing_mm) == pytest.approx(expected, abs=1e-9)
+        assert found.nsd(2.0) == pytest.approx(expected, abs=1e-9)
 
 
 def test_surface_metrics_do_not_see_empty_surroundings():
     for truth, prediction, spacing_mm in list(random_mask_pairs())[:20]:
         padded = [np.pad(mask, ((3, 1), (0, 5), (2, 2))) for mask in (truth, prediction)]
-        for metric in (metrics.hd95_mm, metrics.nsd):
-            assert metric(*padded, spacing_mm) == metric(truth, prediction, spacing_mm)
+        found = metrics.surface_distances(*padded, spacing_mm)
+        expected = metrics.surface_distances(truth, prediction, spacing_mm)
+        assert (found.hd95_mm, found.nsd(2.0)) == (expected.hd95_mm, expected.nsd(2.0))
 
 
 def test_wrong_arguments_are_refused():
     mask = np.zeros((2, 3, 4), bool)
     with pytest.raises(TypeError, match='float64'):
-        metrics.dice(mask, mask.astype(float))
+        metrics.count_confusion(mask, mask.astype(float))
     with pytest.raises(ValueError, match='shapes'):
-        metrics.dice(mask, mask[:1])  # would broadcast
+        metrics.count_confusion(mask, mask[:1])  # would broadcast
     for spacing_mm in [(1, 1), (1, 0, 1), (1, math.nan, 1)]:
         with pytest.raises(ValueError, match='spacing_mm'):
-            metrics.hd95_mm(mask, mask, spacing_mm)
+            metrics.surface_distances(mask, mask, spacing_mm)
 
 
 def test_bootstrap_is_repeatable_and_leaves_out_the_undefined():

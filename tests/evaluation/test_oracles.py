@@ -48,8 +48,8 @@ def asked() -> list[Asked]:
         # Goldens of other masks than these: write them again, python -m …oracle_masks.
         assert (name, oracle_masks.checksum(*given)) == (row['name'], row['crc32'])
         distances = metrics.surface_distances(*given)
-        ours = (metrics.dice(*given[:2]), metrics.hd95_mm(*given))
-        nsd = metrics.nsd(*given, oracle_masks.TOLERANCE_MM)
+        ours = (metrics.count_confusion(*given[:2]).dice, distances.hd95_mm)
+        nsd = distances.nsd(oracle_masks.TOLERANCE_MM)
         oracle = {key: math.nan if value is None else value for key, value in row.items()}
         found.append(Asked(*given, distances, *ours, nsd, oracle))
     return found

@@ -177,14 +177,6 @@ def test_weighted_resampling_keeps_the_chest_wall_out():
     assert (model[~inside] == 0).all()
 
 
-def test_nearest_order_returns_only_labels_that_went_in(mosmed_geometry):
-    labels = np.random.default_rng(2).integers(0, 3, GRID)
-    back = geometry.to_study_grid(labels, mosmed_geometry, order='nearest')
-    assert set(np.unique(back)) == {0.0, 1.0, 2.0}
-    # The middle of the box is the middle of the grid.
-    assert back[38 - 18, 250, 255] == labels[16, 64, 64]
-
-
 def test_arrays_of_another_shape_are_refused(mosmed_geometry):
     with pytest.raises(ValueError, match='canonical grid'):
         geometry.to_model_grid(np.zeros((512, 512, 41)), mosmed_geometry)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.models import published
+from tests.reference_weights import discriminator_params, generator_params
 
 
 def test_transunet_error_lists_every_tensor_that_does_not_fit(torch_state):
@@ -46,10 +47,8 @@ def test_keras_errors_list_every_tensor_that_does_not_fit(keras_weights):
     # input and output axes of a transposed convolution exchanged
     weights['conv3d_transpose_0/kernel'] = np.zeros((2, 2, 2, 249, 256))
     with pytest.raises(ValueError, match='Generator') as error:
-        published.generator_params(weights)
+        generator_params(weights)
     assert 'conv3d_21/bias: missing' in str(error.value)
     assert 'conv3d_transpose_0/kernel: shape (2, 2, 2, 249, 256)' in str(error.value)
     with pytest.raises(ValueError, match='dense_4/kernel: not a tensor'):
-        published.discriminator_params(
-            {**keras_weights['discriminator'], 'dense_4/kernel': np.zeros((2, 2))}
-        )
+        discriminator_params({**keras_weights['discriminator'], 'dense_4/kernel': np.zeros((2, 2))})

@@ -256,22 +256,6 @@ def test_killed_parent_leaves_no_worker(data_set, tmp_path):
     assert _living_members(process.pid) == []
 
 
-def test_shards_share_the_studies_out(data_set):
-    for name in 'cde':
-        write_study(data_set, name, lesion=False)
-    found = studies.find_studies(data_set)
-    shards = [prepare_studies.take_shard(found, f'{index}/3') for index in range(3)]
-    assert [[study.study_id for study in shard] for shard in shards] == [
-        ['a', 'd'],
-        ['b', 'e'],
-        ['c'],
-    ]
-    assert prepare_studies.take_shard(found, '') == found
-    for text in ('3/3', '1', 'a/b', '-1/2', '1/0'):
-        with pytest.raises(InputError, match=r'prepare\.shard'):
-            prepare_studies.take_shard(found, text)
-
-
 def test_of_two_studies_with_one_image_one_is_set_aside(data_set):
     volume = nifti.read_volume(data_set / 'a.nii.gz')  # the copy is another file: of float32
     nifti.write_volume(data_set / 'copy.nii.gz', volume.data.astype(np.float32), volume.affine)

@@ -45,7 +45,7 @@ def test_a_checkpoint_goes_from_some_devices_to_others(tmp_path, before, after):
         return sharding.place_state(tree, mesh)
 
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
-    checkpoints.save(3, on(before)[0](), {}, {'values': {'a': 0.1}})
+    checkpoints.save(3, on(before)[0](), {'values': {'a': 0.1}})
     checkpoints.wait()
     found = checkpoints.restore(on(after)[1])
     checkpoints.close()
@@ -57,7 +57,7 @@ def test_a_checkpoint_goes_from_some_devices_to_others(tmp_path, before, after):
 
 def test_a_checkpoint_of_other_sizes_is_refused_and_stays(tmp_path):
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
-    checkpoints.save(3, tree(), {}, {})
+    checkpoints.save(3, tree(), {})
     checkpoints.close()
     other = jax.eval_shape(lambda: tree() | {'weights': jnp.zeros((4, 4))})
     with pytest.raises(InputError, match='does not fit the config'):

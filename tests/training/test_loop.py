@@ -86,7 +86,6 @@ def run(
         schedule=loop.Schedule(
             num_steps, log_every=2, evaluate_every=4, save_every=3, profile=profile, max_skipped=3
         ),
-        best='validation/score',
         first_step=first_step,
     )
 
@@ -109,7 +108,7 @@ def test_run_evaluates_logs_and_saves_on_schedule(tmp_path):
     assert evaluated == [4, 8, 12]
     assert sorted(losses_of(tmp_path)) == [2, 4, 6, 8, 10, 12]
     assert (tmp_path / 'checkpoints' / '12').is_dir()
-    # The two newest are kept, and the best, which is here the newest.
+    # The two newest are kept.
     assert kept(tmp_path) == [9, 12]
 
 
