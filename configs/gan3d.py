@@ -1,6 +1,7 @@
-"""The GAN alone: studies -> prepared cases -> GAN -> pseudo-masks.
+"""The GAN alone: studies -> prepared cases -> GAN -> pseudo-masks; variants and fields as in
+configs/transunet.py.
 
-The same variants and fields as configs/transunet.py; `published` is the public code's recipe.
+    python -m covseg_jax.main --config=configs/gan3d.py[:VARIANT]
 """
 
 import ml_collections

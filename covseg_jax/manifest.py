@@ -15,6 +15,10 @@ from typing import Any
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
 
+# Of the settings' names, in a record: 2 since fields are grouped as the dataclasses that they fill.
+_NAMES = 'names'
+_NAMES_VERSION = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -84,10 +88,17 @@ def refuse_other_settings(
 
     Raises:
       InputError: the stage was begun with other settings; names those that differ, and `remedy`.
+        Or it was begun by a version whose settings had other names.
     """
     begun = read_begun(workdir, stage)
     if begun is None:
         return
+    if begun.get(_NAMES) != _NAMES_VERSION:
+        raise InputError(
+            f'{workdir}: stage {stage} was begun by a version of covseg_jax whose settings had '
+            'other names; go on with that version (environment.json names its revision), or use '
+            'another --workdir'
+        )
     begun = _flatten(begun)
     now = _flatten(json.loads(json.dumps(settings, default=str)))
     changed = sorted(key for key in begun.keys() & now.keys() if begun[key] != now[key])
@@ -116,7 +127,8 @@ def begin(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
 
 
 def _record(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
-    atomic.write_text(_begun_path(workdir, stage), json.dumps(settings, indent=2, default=str))
+    record = {_NAMES: _NAMES_VERSION, **settings}
+    atomic.write_text(_begun_path(workdir, stage), json.dumps(record, indent=2, default=str))
 
 
 def finish(

@@ -51,7 +51,7 @@ row published_0 phantom_published
 row unrefined_0 phantom --stages=prepare,train,evaluate "$shared" \
   "--config.train.rounds=('synthetic','targets')"
 row unet_0 phantom --stages=prepare,train,evaluate "$shared" \
-  --config.network.name=unet "--config.network.unet_widths=(8,16,32,64,128)"
+  --config.network.name=unet "--config.unet.widths=(8,16,32,64,128)"
 row denoiser_0 phantom --config.gan.adversarial_every=0
 row two_refinements_0 phantom --stages=prepare,train,evaluate "$shared" \
   "--config.train.rounds=('synthetic','refined','refined')" \

@@ -1,17 +1,30 @@
 """Every variant of every config builds its networks, and traces every step that a run of it takes,
 at its real shapes and types; nothing is computed."""
 
+import dataclasses
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import gan3d, transunet
 from covseg_jax.data import feeds
+from covseg_jax.data.augment import Augmentation
+from covseg_jax.data.opacities import OpacityModel
 from covseg_jax.gan import steps as gan_steps
 from covseg_jax.gan import train as gan
+from covseg_jax.gan.steps import GANLosses
+from covseg_jax.gan.synthesize import PseudoMaskSettings
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.models.convolution import tracing_for
+from covseg_jax.models.gan3d import Generator, PatchDiscriminator
+from covseg_jax.models.transunet import TransUNet
+from covseg_jax.models.unet import UNet
+from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation import train as segmentation
-from covseg_jax.segmentation.steps import make_evaluation_step
+from covseg_jax.segmentation.steps import SegmentationLosses, make_evaluation_step
+from covseg_jax.segmentation.volumes import VolumeSettings
 from covseg_jax.stages import compile_check
 
 RECONSTRUCTION = 'reconstruction'
@@ -92,7 +105,7 @@ def test_network_of_every_variant_is_built_and_stepped(variant):
 
 @pytest.mark.parametrize('patch', [1, 2, 4])
 def test_default_generator_of_every_patch_is_built(patch):
-    config = with_changes('mosmed', {'gan.patch': patch})
+    config = with_changes('mosmed', {'gan.generator.patch': patch})
     parts = gan.build_gan(config)
     scan = jax.ShapeDtypeStruct((1, *config.prepare.grid, 1), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
@@ -104,15 +117,15 @@ def test_default_generator_of_every_patch_is_built(patch):
     ('changes', 'steps'),
     [
         *(
-            ({'gan.patch': patch, 'gan.use_norm': norm}, {ADVERSARIAL})
+            ({'gan.generator.patch': patch, 'gan.generator.use_norm': norm}, {ADVERSARIAL})
             for patch in (1, 2, 4)
             for norm in (True, False)
         ),
-        ({'gan.head': 'relu'}, {ADVERSARIAL}),
+        ({'gan.generator.head': 'relu'}, {ADVERSARIAL}),
         ({'gan.compute_dtype': 'bfloat16'}, {ADVERSARIAL}),
         ({'gan.adversarial_every': 0}, {RECONSTRUCTION}),
         ({'gan.adversarial_every': 3}, BOTH),
-        ({'gan.filters': (5, 11), 'gan.bottleneck_filters': 7}, {ADVERSARIAL}),
+        ({'gan.generator.filters': (5, 11), 'gan.generator.bottleneck_filters': 7}, {ADVERSARIAL}),
         ({'gan.schedule': 'constant', 'gan.clip_norm': 0.0}, {ADVERSARIAL}),
     ],
     ids=name_case,
@@ -133,7 +146,14 @@ def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
         ({'train.micro_batches': 4}, TWO_PHASES),
         ({'train.schedule': 'plateau'}, TWO_PHASES),
         ({'train.contrastive_steps': 0}, {'mse + sensitivity'}),
-        ({'train.augment': False, 'train.synthetic_share': 0.0, 'train.doubtful': ()}, TWO_PHASES),
+        (
+            {
+                'train.augment.enabled': False,
+                'train.synthetic_share': 0.0,
+                'train.losses.doubtful': (),
+            },
+            TWO_PHASES,
+        ),
     ],
     ids=name_case,
 )
@@ -155,3 +175,52 @@ def test_steps_are_traced_for_eight_devices():
     config = with_changes('tiny', {'gan.batch_size': 8})
     assert set(trace(config, 'gan', devices=8)) == {ADVERSARIAL, 'heal'}
     assert len(trace(config, 'train', devices=8)) == 2
+
+
+def names_of(dataclass):
+    return {field.name for field in dataclasses.fields(dataclass)} - {'name', 'parent'}
+
+
+@pytest.mark.parametrize(
+    ('group', 'dataclass', 'beside'),
+    [
+        # What stands beside them is said elsewhere: on the group, or by what was found or built.
+        ('prepare', PrepareSettings, set()),
+        ('opacities', OpacityModel, {'window_hu'}),
+        ('gan.generator', Generator, {'branch_filters', 'negative_slope', 'dtype'}),
+        ('gan.discriminator', PatchDiscriminator, {'dtype'}),
+        ('gan.losses', GANLosses, set()),
+        ('synthesize', PseudoMaskSettings, set()),
+        ('network', TransUNet, {'num_classes', 'dtype'}),
+        ('unet', UNet, {'num_classes', 'dtype'}),
+        ('train.losses', SegmentationLosses, set()),
+        ('train.augment', Augmentation, set()),
+        ('predict', VolumeSettings, set()),
+        ('masks', MaskSettings, {'threshold', 'seed_threshold'}),
+    ],
+)
+def test_a_group_is_its_dataclass_field_by_field(group, dataclass, beside):
+    fields = transunet.get_config()
+    for name in group.split('.'):
+        fields = fields[name]
+    assert {*fields, *beside} - {'name'} == names_of(dataclass)
+
+
+@pytest.mark.parametrize(
+    'dataclass',
+    [
+        PrepareSettings, OpacityModel, GANLosses, PseudoMaskSettings, SegmentationLosses,
+        Augmentation, VolumeSettings,
+    ],
+)  # fmt: skip
+def test_a_default_stands_in_the_base_config_alone(dataclass):
+    for field in dataclasses.fields(dataclass):
+        assert field.default is field.default_factory is dataclasses.MISSING, field.name
+
+
+def test_a_variant_says_what_differs_in_sixty_lines():
+    configs = pathlib.Path(transunet.__file__).parent
+    for variant in set(transunet.VARIANTS) - {'mosmed'}:
+        text = (configs / f'{variant}.py').read_text(encoding='utf-8')
+        assert len(text.splitlines()) <= 60
+        assert f'--config=configs/transunet.py:{variant}\n' in text

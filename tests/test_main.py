@@ -231,14 +231,14 @@ def call(workdir, stage, fields, **given):
     ('stage', 'field', 'value'),
     [
         ('gan', 'prepare.window_hu', (-900.0, 400.0)),  # the cases were prepared with another
-        ('synthesize', 'gan.input_shift', 0.2),
+        ('synthesize', 'gan.generator.input_shift', 0.2),
         ('synthesize', 'data.calibration_fraction', 0.6),
-        ('train', 'gan.opacities.core_share', 0.9),
+        ('train', 'opacities.core_share', 0.9),
         ('evaluate', 'network.published_attention', True),
         ('evaluate', 'data.evaluation_pattern', 'study_0001'),
         ('predict', 'network.num_heads', 4),
         ('predict', 'prepare.window_hu', (-900.0, 400.0)),
-        ('predict', 'predict.min_component_ml', 5.0),
+        ('predict', 'masks.min_component_ml', 5.0),
         ('export', 'predict.flip', False),
         ('pseudo_masks', 'synthesize.percentile', 50.0),
     ],

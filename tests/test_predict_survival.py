@@ -59,7 +59,7 @@ def write_model(folder):
         network,
         jax.jit(network.init)(jax.random.key(0), image),
         export.Exported(
-            PrepareSettings(grid=tuple(config.prepare.grid)),
+            PrepareSettings(**config.prepare),
             segmentation.volume_settings(config),
             MaskSettings(0.0475, 0.0475, 0.1),
             {'licence': 'none'},

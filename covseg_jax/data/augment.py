@@ -18,6 +18,7 @@ class Augmentation:
     """How far slices are changed.
 
     Attributes:
+      enabled: False leaves slices as they are.
       zoom: largest relative change of size of each axis, for example 0.1.
       shift: largest shift, as a share of the axis.
       gain: largest relative change of the lungs' contrast.
@@ -25,11 +26,12 @@ class Augmentation:
       noise: largest standard deviation of added noise, in units of [0, 1].
     """
 
-    zoom: float = 0.1
-    shift: float = 0.05
-    gain: float = 0.1
-    bias: float = 0.02
-    noise: float = 0.01
+    enabled: bool
+    zoom: float
+    shift: float
+    gain: float
+    bias: float
+    noise: float
 
 
 def _resampling_matrix(size: int, zoom: jax.Array, shift: jax.Array) -> jax.Array:

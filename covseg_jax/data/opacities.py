@@ -46,26 +46,28 @@ class OpacityModel:
       core_share: share of samples whose blobs have a consolidated core.
       core_hu: range of the core's density.
       clean_fraction: share of samples that stay as they are.
+      dependent_density: how far healthy lungs are varied, `augment.add_dependent_density`.
     """
 
-    window_hu: tuple[float, float] = (-1000.0, 400.0)
-    target_hu: tuple[float, float] = (-680.0, -380.0)
-    opacity: tuple[float, float] = (0.6, 1.0)
-    coverage_threshold: tuple[float, float] = (0.9, 2.9)
-    grain_voxels: tuple[float, float] = (4.0, 20.0)
-    grain_slices: tuple[float, float] = (1.5, 4.0)
-    edge: tuple[float, float] = (0.1, 0.4)
-    texture: float = 0.25
-    periphery: tuple[float, float] = (0.0, 2.0)
-    dependence: tuple[float, float] = (-0.5, 2.0)
-    core_share: float = 0.4
-    core_hu: tuple[float, float] = (-250.0, 50.0)
-    clean_fraction: float = 0.2
+    window_hu: tuple[float, float]
+    target_hu: tuple[float, float]
+    opacity: tuple[float, float]
+    coverage_threshold: tuple[float, float]
+    grain_voxels: tuple[float, float]
+    grain_slices: tuple[float, float]
+    edge: tuple[float, float]
+    texture: float
+    periphery: tuple[float, float]
+    dependence: tuple[float, float]
+    core_share: float
+    core_hu: tuple[float, float]
+    clean_fraction: float
+    dependent_density: float
 
 
 def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
     """The synthetic opacities of a config."""
-    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.gan.opacities.to_dict())
+    return OpacityModel(window_hu=tuple(config.prepare.window_hu), **config.opacities)
 
 
 def _smooth_field(key: jax.Array, shape: tuple[int, ...], spacing: tuple[float, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ from covseg_jax.data.augment import add_dependent_density
 from covseg_jax.data.feeds import COVID, COVID_LUNGS, IMAGE, LUNGS
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
+from covseg_jax.models.gan3d import Generator
 from covseg_jax.training import losses
 from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
@@ -35,21 +36,16 @@ class GANLosses:
       error_floor: of `relative_error`, a squared image value.
       aerated_below: image value under which a voxel counts as aerated (0.16 is −776 HU in the
         default window).
-      input_shift, input_scale: the scaling, as in the generator.
-      dependent_density: how far healthy scans are varied, `augment.add_dependent_density`.
     """
 
-    reconstruction: float = 1.0
-    adversarial: float = 0.02
-    identity: float = 0.2
-    aerated_below: float = 0.16
-    error_floor: float = 5e-4
-    input_shift: float = 0.12
-    input_scale: float = 6.0
-    dependent_density: float = 0.0
+    reconstruction: float
+    adversarial: float
+    identity: float
+    aerated_below: float
+    error_floor: float
 
 
-def draw_noise(generator: nn.Module, key: jax.Array, volume: jax.Array) -> jax.Array:
+def draw_noise(generator: Generator, key: jax.Array, volume: jax.Array) -> jax.Array:
     """The generator's noise for one batch: z ~ U(−0.5, 0.5), METHOD.md section 2."""
     shape = generator.noise_shape(volume.shape)
     # Drawn flat: XLA compiles draws of many axes slowly on CPU.
@@ -91,7 +87,7 @@ def relative_error(
 
 
 def init_gan(
-    generator: nn.Module,
+    generator: Generator,
     discriminator: nn.Module,
     generator_optimizer: optax.GradientTransformation,
     discriminator_optimizer: optax.GradientTransformation,
@@ -128,12 +124,13 @@ def _lung_patches(lungs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return (jax.image.resize(lungs, shape, 'linear') > 0.25).astype(jnp.float32)
 
 
-def _scaled(image: jax.Array, lungs: jax.Array, weights: GANLosses) -> jax.Array:
-    return (image - weights.input_shift) * weights.input_scale * lungs
+def _scaled(image: jax.Array, lungs: jax.Array, generator: Generator) -> jax.Array:
+    """As the generator sees it, and 0 outside the lungs: what the discriminator judges."""
+    return (image - generator.input_shift) * generator.input_scale * lungs
 
 
 def _make_generator_loss(
-    generator: nn.Module,
+    generator: Generator,
     discriminator: nn.Module,
     opacities: OpacityModel,
     weights: GANLosses,
@@ -145,7 +142,7 @@ def _make_generator_loss(
     def generator_loss(params: Any, state: GANState, batch: dict, key: jax.Array):
         vary_key, opacity_key, noise_key = jax.random.split(key, 3)
         lungs = batch[LUNGS]
-        healthy = add_dependent_density(vary_key, batch[IMAGE], lungs, weights.dependent_density)
+        healthy = add_dependent_density(vary_key, batch[IMAGE], lungs, opacities.dependent_density)
         corrupted, _ = add_opacities(opacity_key, healthy, lungs, opacities)
         # Both scans go through in one call: half the graph to compile of two calls.
         volumes = join_rows(corrupted, batch[COVID]) if adversarial else corrupted
@@ -159,12 +156,12 @@ def _make_generator_loss(
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
         logits = discriminator.apply(
             {'params': state.discriminator, **state.discriminator_stats},
-            _scaled(fake, covid_lungs, weights),
+            _scaled(fake, covid_lungs, generator),
         )
         patches = _lung_patches(covid_lungs, logits.shape)
         values['adversarial'] = losses.lsgan_generator_loss(logits, weights=patches)
         aerated = covid_lungs * (covid < weights.aerated_below)
-        change = weights.input_scale * (fake - covid)
+        change = generator.input_scale * (fake - covid)
         values['identity'] = masked_mean(jnp.square(change), aerated)
         total = sum(getattr(weights, name) * value for name, value in values.items())
         return total, (values, fake)
@@ -172,12 +169,12 @@ def _make_generator_loss(
     return generator_loss
 
 
-def _make_discriminator_loss(discriminator: nn.Module, weights: GANLosses) -> Callable:
+def _make_discriminator_loss(generator: Generator, discriminator: nn.Module) -> Callable:
     """(params, stats, batch, fake) -> loss, (share of scans judged rightly, the new stats)."""
 
     def discriminator_loss(params: Any, stats: Any, batch: dict, fake: jax.Array):
-        real = _scaled(batch[IMAGE], batch[LUNGS], weights)
-        fake = _scaled(fake, batch[COVID_LUNGS], weights)
+        real = _scaled(batch[IMAGE], batch[LUNGS], generator)
+        fake = _scaled(fake, batch[COVID_LUNGS], generator)
         logits, updated = discriminator.apply(
             {'params': params, **stats}, join_rows(real, fake), train=True, mutable=list(stats)
         )
@@ -197,7 +194,7 @@ def _make_discriminator_loss(discriminator: nn.Module, weights: GANLosses) -> Ca
 
 
 def make_gan_step(
-    generator: nn.Module,
+    generator: Generator,
     discriminator: nn.Module,
     generator_optimizer: optax.GradientTransformation,
     discriminator_optimizer: optax.GradientTransformation,
@@ -217,7 +214,7 @@ def make_gan_step(
     generator_loss = _make_generator_loss(
         generator, discriminator, opacities, weights, adversarial=adversarial
     )
-    discriminator_loss = _make_discriminator_loss(discriminator, weights)
+    discriminator_loss = _make_discriminator_loss(generator, discriminator)
 
     def update_discriminator(state: GANState, batch: dict, fake: jax.Array):
         (loss, (accuracy, stats)), gradients = jax.value_and_grad(discriminator_loss, has_aux=True)(
@@ -262,7 +259,7 @@ def make_gan_step(
     return jax.jit(skip_non_finite(step), donate_argnums=0)
 
 
-def make_heal(generator: nn.Module) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def make_heal(generator: Generator) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """A jitted (params, (B, D, H, W, 1) scans, key) -> their healthy versions."""
 
     @jax.jit

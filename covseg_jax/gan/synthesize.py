@@ -41,13 +41,13 @@ class PseudoMaskSettings:
       num_noise: how many noise inputs the healthy version is averaged over.
     """
 
-    difference: str = 'opacity'
-    share_of_max: float = 0.0
-    smoothing_mm: float = 2.0
-    erosion_mm: float = 2.0
-    percentile: float = 99.5
-    min_component_ml: float = 0.1
-    num_noise: int = 1
+    difference: str
+    share_of_max: float
+    smoothing_mm: float
+    erosion_mm: float
+    percentile: float
+    min_component_ml: float
+    num_noise: int
 
     def __post_init__(self):
         if self.difference not in ('opacity', 'published'):

@@ -53,22 +53,15 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
         raise InputError(f"gan.recipe={gan.recipe!r} is not one of 'default', 'published'")
     published = gan.recipe == 'published'
     dtype = jnp.dtype(gan.compute_dtype)
+    of = gan.generator
     generator = Generator(
-        filters=tuple(gan.filters),
-        bottleneck_filters=gan.bottleneck_filters,
+        **of,
         # The bottleneck's three branches together are as wide as what they are added to.
-        branch_filters=(gan.patch**2 + sum(gan.filters) + gan.bottleneck_filters) // 3,
-        noise_channels=gan.noise_channels,
-        head=gan.head,
-        input_shift=gan.input_shift,
-        input_scale=gan.input_scale,
-        input_clip=gan.input_clip,
-        patch=gan.patch,
-        use_norm=gan.use_norm,
+        branch_filters=(of.patch**2 + sum(of.filters) + of.bottleneck_filters) // 3,
         dtype=dtype,
     )
     make_discriminator = Discriminator if published else PatchDiscriminator
-    discriminator = make_discriminator(filters=tuple(gan.discriminator_filters), dtype=dtype)
+    discriminator = make_discriminator(**gan.discriminator, dtype=dtype)
     try:
         learning_rate = optim.learning_rate_schedule(
             peak=gan.learning_rate,
@@ -124,16 +117,7 @@ def choose_step(config: ml_collections.ConfigDict, parts: GANParts):
             PerlinModel(),
         )
         return lambda number: step
-    weights = GANLosses(
-        reconstruction=gan.reconstruction,
-        adversarial=gan.adversarial,
-        identity=gan.identity,
-        aerated_below=gan.aerated_below,
-        error_floor=gan.error_floor,
-        input_shift=gan.input_shift,
-        input_scale=gan.input_scale,
-        dependent_density=gan.dependent_density,
-    )
+    weights = GANLosses(**gan.losses)
     steps = {
         adversarial: make_gan_step(
             parts.generator,

@@ -47,11 +47,11 @@ class PrepareSettings:
         InputError: a value that cannot be used.
     """
 
-    grid: tuple[int, int, int] = (32, 128, 128)
-    window_hu: tuple[float, float] = (-1000.0, 400.0)
-    margin_mm: float = 4.0
-    lungs_source: str = 'threshold'
-    lesion_labels: tuple[int, ...] = (1,)
+    grid: tuple[int, int, int]
+    window_hu: tuple[float, float]
+    margin_mm: float
+    lungs_source: str
+    lesion_labels: tuple[int, ...]
 
     def __post_init__(self):
         # Settings from JSON or a config arrive as lists.

@@ -56,24 +56,24 @@ class SegmentationLosses:
       include_self: count a slice's pair with itself among the positives, as published.
       mse_on: 'probability' or, as published, 'logits'.
       clip_targets: to [0, 1]; not published, where a target is a signed difference.
-      binary: cut soft targets at 0.5.
+      binary_targets: cut soft targets at 0.5.
       doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
         have no weight in MSE and BCE; () counts all.
     """
 
-    contrastive: float = 1.0
-    mse: float = 1.0
-    sensitivity: float = 1.0
-    temperature: float = 0.1
-    positive_weight: float = 1.5
-    beta: float = 2.0
-    contrastive_features: str = 'projection'
-    contrastive_labels: str = 'infection'
-    include_self: bool = False
-    mse_on: str = 'probability'
-    clip_targets: bool = True
-    binary: bool = False
-    doubtful: tuple[float, float] | tuple[()] = ()
+    contrastive: float
+    mse: float
+    sensitivity: float
+    temperature: float
+    positive_weight: float
+    beta: float
+    contrastive_features: str
+    contrastive_labels: str
+    include_self: bool
+    mse_on: str
+    clip_targets: bool
+    binary_targets: bool
+    doubtful: tuple[float, float] | tuple[()]
 
     def __post_init__(self):
         for name, known in (
@@ -81,18 +81,20 @@ class SegmentationLosses:
             ('contrastive_labels', ('infection', 'one')),
         ):
             if getattr(self, name) not in known:
-                raise InputError(f'train.{name}={getattr(self, name)!r} is not one of {known}')
+                raise InputError(
+                    f'train.losses.{name}={getattr(self, name)!r} is not one of {known}'
+                )
 
 
 def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
-    """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with `binary`,
-    TARGET is cut at 0.5."""
+    """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with
+    `binary_targets`, TARGET is cut at 0.5."""
     target = batch[TARGET]
     weight = jnp.ones_like(target)
     if settings.doubtful:
         low, high = settings.doubtful
         weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
-    if settings.binary:
+    if settings.binary_targets:
         target = (target >= 0.5).astype(jnp.float32)
     return batch | {TARGET: target, WEIGHT: weight}
 

@@ -4,7 +4,7 @@ A round is a part of the training with its own targets: 'synthetic' is healthy s
 opacities alone; 'targets' adds the COVID scans with their pseudo-masks or human masks; 'refined'
 adds them too, each pseudo-mask averaged with what the network itself predicts at the round's start.
 The GAN and a network that has seen painted opacities fail in different places: where they disagree
-the mean is near one half, and `train.doubtful` takes its weight.
+the mean is near one half, and `train.losses.doubtful` takes its weight.
 """
 
 import dataclasses

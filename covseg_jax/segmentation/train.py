@@ -55,26 +55,13 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
     Raises:
       InputError: another name.
     """
-    network, dtype = config.network, jnp.dtype(config.train.compute_dtype)
-    if network.name == 'transunet':
-        return TransUNet(
-            width=network.width,
-            final_width=network.final_width,
-            num_heads=network.num_heads,
-            mlp_dim=network.mlp_dim,
-            num_blocks=network.num_blocks,
-            dropout_rate=network.dropout_rate,
-            published_attention=network.published_attention,
-            initial_logit=network.initial_logit,
-            dtype=dtype,
-        )
-    if network.name == 'unet':
-        return UNet(
-            widths=tuple(network.unet_widths),
-            initial_logit=network.initial_logit,
-            dtype=dtype,
-        )
-    raise InputError(f"network.name={network.name!r} is not one of 'transunet', 'unet'")
+    dtype, fields = jnp.dtype(config.train.compute_dtype), config.network.to_dict()
+    name = fields.pop('name')
+    if name == 'transunet':
+        return TransUNet(**fields, dtype=dtype)
+    if name == 'unet':
+        return UNet(**config.unet, dtype=dtype)
+    raise InputError(f"network.name={name!r} is not one of 'transunet', 'unet'")
 
 
 def build_segmentation(
@@ -89,7 +76,7 @@ def build_segmentation(
     """
     train = config.train
     network = make_network(config)
-    projection = ProjectionHead(dim=config.network.projection_dim)
+    projection = ProjectionHead(dim=train.projection_dim)
     try:
         learning_rate = optim.restarting_schedule(
             peak=train.learning_rate,
@@ -166,7 +153,7 @@ def _training_slices(
     ranked = feeds.rank_slices(
         slices,
         by=config.train.labels,
-        cut=0.5 if config.train.binary_targets else None,
+        cut=0.5 if config.train.losses.binary_targets else None,
         high_percent=config.train.high_percent,
     )
     # Painting gives a healthy slice its label, on the device.
@@ -178,17 +165,17 @@ def _augmentation(config: ml_collections.ConfigDict):
     through."""
     train = config.train
     opacities = opacity_model(config)
-    changes = Augmentation(train.zoom, train.shift, train.gain, train.bias, train.noise)
+    changes = Augmentation(**train.augment)
 
     def augment(key: jax.Array, batch: dict) -> dict:
         vary_key, paint_key, change_key = jax.random.split(key, 3)
-        if train.augment and config.gan.dependent_density:
+        if changes.enabled and opacities.dependent_density:
             volumes = (batch[name][:, None] for name in (feeds.IMAGE, feeds.LUNGS))
-            varied = add_dependent_density(vary_key, *volumes, config.gan.dependent_density)
+            varied = add_dependent_density(vary_key, *volumes, opacities.dependent_density)
             batch = batch | {feeds.IMAGE: varied[:, 0]}
         if train.synthetic_share:
             batch = paint_slices(paint_key, batch, opacities, train.synthetic_share)
-        return augment_slices(change_key, batch, changes) if train.augment else batch
+        return augment_slices(change_key, batch, changes) if changes.enabled else batch
 
     return augment
 
@@ -197,21 +184,7 @@ def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
     """Step number -> compiled step: METHOD.md section 4's two-phase epoch, one sum, or the
     published schedule, `steps.published_terms`."""
     train = config.train
-    settings = steps.SegmentationLosses(
-        contrastive=train.contrastive,
-        mse=train.mse,
-        sensitivity=train.sensitivity,
-        temperature=train.temperature,
-        positive_weight=train.positive_weight,
-        beta=train.beta,
-        contrastive_features=train.contrastive_features,
-        contrastive_labels=train.contrastive_labels,
-        include_self=train.include_self,
-        mse_on=train.mse_on,
-        clip_targets=train.clip_targets,
-        binary=train.binary_targets,
-        doubtful=tuple(train.doubtful),
-    )
+    settings = steps.SegmentationLosses(**train.losses)
 
     def make(terms: tuple[str, ...]):
         return steps.make_segmentation_step(
@@ -319,7 +292,7 @@ def _make_evaluation(
     evaluate_step = steps.make_evaluation_step(
         parts.network,
         output=config.predict.output,
-        share_of_max=config.predict.share_of_max,
+        share_of_max=config.masks.share_of_max,
         target_share_of_max=config.synthesize.share_of_max,
     )
     predict = steps.make_predict(parts.network, config.predict.output)
@@ -373,11 +346,8 @@ def load_variables(
 
 
 def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:
-    """How the config's `predict` group makes volumes of slices."""
-    predict = config.predict
-    return VolumeSettings(
-        predict.batch_size, predict.flip, predict.smoothing_slices, predict.output
-    )
+    """How slices become volumes."""
+    return VolumeSettings(**config.predict)
 
 
 def make_probability(

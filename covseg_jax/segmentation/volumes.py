@@ -28,7 +28,7 @@ class VolumeSettings:
     batch_size: int
     flip: bool
     smoothing_slices: float
-    output: str = 'sigmoid'
+    output: str
 
     def __post_init__(self):
         if self.output not in ('sigmoid', 'linear'):

@@ -43,13 +43,7 @@ def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 def prepare_settings(config: Config):
     from covseg_jax.prepare.prepare_studies import PrepareSettings
 
-    return PrepareSettings(
-        grid=tuple(config.prepare.grid),
-        window_hu=tuple(config.prepare.window_hu),
-        margin_mm=config.prepare.margin_mm,
-        lungs_source=config.prepare.lungs_source,
-        lesion_labels=tuple(config.prepare.lesion_labels),
-    )
+    return PrepareSettings(**config.prepare)
 
 
 def num_workers(config: Config | None) -> int:
@@ -101,8 +95,8 @@ def pseudo_mask_cuts(config: Config):
     """How masks are cut from pseudo-masks."""
     from covseg_jax.gan.synthesize import PseudoMaskSettings
 
-    cuts = PseudoMaskSettings(**config.synthesize.to_dict()).masks()
-    return dataclasses.replace(cuts, min_component_ml=config.predict.min_component_ml)
+    cuts = PseudoMaskSettings(**config.synthesize).masks()
+    return dataclasses.replace(cuts, min_component_ml=config.masks.min_component_ml)
 
 
 def pseudo_probability_reader(config: Config, workdir: pathlib.Path):
@@ -117,11 +111,7 @@ def given_cuts(config: Config):
     """The share of the maximum at which the config cuts masks; None where thresholds are found."""
     from covseg_jax.imaging.masks import MaskSettings
 
-    if not config.predict.share_of_max:
-        return None
-    return MaskSettings(
-        min_component_ml=config.predict.min_component_ml, share_of_max=config.predict.share_of_max
-    )
+    return MaskSettings(**config.masks) if config.masks.share_of_max else None
 
 
 def describe_cuts(masks) -> dict[str, float | None]:
@@ -143,12 +133,12 @@ def load_masks(config: Config, workdir: pathlib.Path):
     cuts = json.loads(calibration.read_text(encoding='utf-8'))
     if cuts.get('share_of_max'):
         return MaskSettings(
-            min_component_ml=config.predict.min_component_ml, share_of_max=cuts['share_of_max']
+            min_component_ml=config.masks.min_component_ml, share_of_max=cuts['share_of_max']
         )
     return MaskSettings(
         cuts['threshold'],
         cuts.get('seed_threshold', cuts['threshold']),
-        config.predict.min_component_ml,
+        config.masks.min_component_ml,
     )
 
 

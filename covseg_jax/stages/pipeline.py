@@ -41,18 +41,12 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
     if config.phantom.make:
         from covseg_jax.phantom.studies import write_phantom_data_set
 
+        made = config.phantom.to_dict()
+        del made['make']
+
         def make_phantoms() -> None:
             try:
-                write_phantom_data_set(
-                    folder,
-                    num_healthy=config.phantom.num_healthy,
-                    num_covid=config.phantom.num_covid,
-                    num_masked=config.phantom.num_masked,
-                    seed=config.phantom.seed,
-                    shape=tuple(config.phantom.shape),
-                    spacing_mm=tuple(config.phantom.spacing_mm),
-                    num_workers=num_workers(config),
-                )
+                write_phantom_data_set(folder, **made, num_workers=num_workers(config))
             except ValueError as error:
                 raise InputError(f'config.phantom: {error}') from error
 
@@ -136,7 +130,7 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
         splits.healthy_calibration,
         covid,
         folder,
-        PseudoMaskSettings(**config.synthesize.to_dict()),
+        PseudoMaskSettings(**config.synthesize),
         new_file,
     )
     infection = summary['infection_percent']
@@ -174,7 +168,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
             paint_scans(healthy, opacity_model(config), config.seed),
             healthy,
             max_healthy_ml=config.train.max_healthy_ml,
-            min_component_ml=config.predict.min_component_ml,
+            min_component_ml=config.masks.min_component_ml,
         )
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
@@ -314,10 +308,10 @@ def _hparams(config: Config) -> dict[str, bool | int | float | str]:
 # beside what the stages before it depend on.
 PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
-    'gan': (run_gan, ('seed', 'gan')),
+    'gan': (run_gan, ('seed', 'gan', 'opacities')),
     'synthesize': (run_synthesize, ('synthesize',)),
     # The thresholds are found on what prediction makes of the network's answer.
-    'train': (run_train, ('network', 'train', 'predict')),
+    'train': (run_train, ('network', 'unet', 'train', 'predict', 'masks')),
     'evaluate': (run_evaluate, ()),
 }
 # Those that train a network, and its folder in the work directory.

@@ -29,10 +29,10 @@ _OF_DATA = (
 )  # fmt: skip
 # What a network is as a function of scans, and with which thresholds its masks were cut.
 _OF_PREDICTION = (
-    'network', 'predict', 'train.compute_dtype', 'prepare.grid', 'prepare.window_hu',
-    'prepare.margin_mm', 'prepare.lungs_source',
+    'network', 'unet', 'predict', 'masks', 'train.compute_dtype', 'prepare.grid',
+    'prepare.window_hu', 'prepare.margin_mm', 'prepare.lungs_source',
 )  # fmt: skip
-_OF_IMPORT = ('network', 'prepare.grid', 'prepare.window_hu')
+_OF_IMPORT = ('network', 'unet', 'prepare.grid', 'prepare.window_hu')
 # The stages whose records a stage must agree with; of its own where it goes on.
 _HELD_TO = {
     'gan': ('gan', 'prepare'),

@@ -44,7 +44,7 @@ def main() -> None:
     config = transunet.get_config(options.variant)
     parts = segmentation.build_segmentation(config)
     probability = segmentation.make_probability(config, parts.network, parts.make_state().ema)
-    preparation = prepare_studies.PrepareSettings(grid=tuple(config.prepare.grid))
+    preparation = prepare_studies.PrepareSettings(**config.prepare)
     settings = MaskSettings(0.5, 0.6)
     model = Model((probability,), preparation, settings, identity='fresh weights')
     workers = os.cpu_count() or 1

@@ -22,6 +22,7 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
+from configs import transunet
 from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs, prepare_studies
@@ -34,9 +35,12 @@ def measure_peak_gb(image: pathlib.Path) -> float:
     """Peak resident memory of a fresh process that prepares the study, GB."""
     program = (
         'import pathlib, resource, sys\n'
-        'from covseg_jax.imaging import prepare, studies\n'
+        'from configs import transunet\n'
+        'from covseg_jax.imaging import studies\n'
+        'from covseg_jax.prepare import prepare_studies\n'
         'study = studies.find_inputs(pathlib.Path(sys.argv[1]))[0]\n'
-        'prepare.prepare_volume(study, prepare_studies.PrepareSettings())\n'
+        'settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)\n'
+        'prepare_studies.prepare_volume(study, settings)\n'
         'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
     )
     done = subprocess.run(
@@ -63,7 +67,7 @@ def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
     report = prepare_studies.prepare_studies(
         studies.find_studies(data),
         folder / 'prepared',
-        prepare_studies.PrepareSettings(),
+        prepare_studies.PrepareSettings(**transunet.get_config().prepare),
         num_workers=workers,
     )
     seconds = time.perf_counter() - began
@@ -91,7 +95,7 @@ def main() -> None:
         canonical = geometry.to_canonical(volume.data, volume.affine)
         spacing = geometry.canonical_spacing(volume.affine)
         found = lungs.find_lungs(canonical, spacing)
-        settings = prepare_studies.PrepareSettings()
+        settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)
         plan = geometry.fit_geometry(
             found, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
         )

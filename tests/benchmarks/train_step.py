@@ -51,7 +51,7 @@ def _transunet_config(arguments: argparse.Namespace):
         config.train.compute_dtype = 'float32'
         config.train.mode = 'combined'
         config.train.batch_size = arguments.batch_size
-        config.train.synthetic_share, config.train.augment = 0.0, False  # the network alone
+        config.train.synthetic_share, config.train.augment.enabled = 0.0, False  # the network alone
     return config
 
 
@@ -127,7 +127,11 @@ def torch_work(arguments: argparse.Namespace) -> Callable[[], None]:
     if arguments.mode == 'forward':
         return torch_peers.transunet_forward(arguments.batch_size, fields, size)
     return torch_peers.transunet_step(
-        arguments.batch_size, fields, size, network.projection_dim, config.train.contrastive
+        arguments.batch_size,
+        fields,
+        size,
+        config.train.projection_dim,
+        config.train.losses.contrastive,
     )
 
 

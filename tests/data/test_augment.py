@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
+from covseg_jax.data.augment import add_dependent_density, augment_slices
 from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
-from covseg_jax.data.opacities import OpacityModel, add_opacities, paint_slices
+from covseg_jax.data.opacities import add_opacities, paint_slices
+from tests.settings import augmentation, opacity_model
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def batch():
 
 
 def test_augment_slices_with_nothing_allowed_only_flips(batch):
-    still = Augmentation(zoom=0, shift=0, gain=0, bias=0, noise=0)
+    still = augmentation(zoom=0, shift=0, gain=0, bias=0, noise=0)
     out = augment_slices(jax.random.key(0), batch, still)
     flipped = 0
     for row in range(6):
@@ -38,7 +39,7 @@ def test_augment_slices_with_nothing_allowed_only_flips(batch):
 
 
 def test_augment_slices_stays_in_range_and_inside_the_lungs(batch):
-    strong = Augmentation(zoom=0.3, shift=0.2, gain=0.9, bias=0.5, noise=0.3)
+    strong = augmentation(zoom=0.3, shift=0.2, gain=0.9, bias=0.5, noise=0.3)
     out = augment_slices(jax.random.key(1), batch, strong)
     assert out[IMAGE].min() >= 0
     assert out[IMAGE].max() <= 1
@@ -52,7 +53,7 @@ def test_augment_slices_moves_image_and_target_together(batch):
     # The target is the image itself, so that it must be so afterwards, wherever it went.
     batch = batch | {TARGET: batch[IMAGE]}
     moved = augment_slices(
-        jax.random.key(2), batch, Augmentation(zoom=0.2, shift=0.1, gain=0, bias=0, noise=0)
+        jax.random.key(2), batch, augmentation(zoom=0.2, shift=0.1, gain=0, bias=0, noise=0)
     )
     np.testing.assert_allclose(moved[TARGET], moved[IMAGE], atol=1e-6)
     assert np.abs(np.asarray(moved[IMAGE]) - batch[IMAGE]).max() > 0.05
@@ -83,7 +84,7 @@ def opacities():
     lungs = jnp.zeros_like(image).at[:, 2:-2, 4:-4, 4:-4].set(1.0)
     image = image * lungs
     corrupted, mask = jax.jit(
-        lambda key: add_opacities(key, image, lungs, OpacityModel(clean_fraction=0.25))
+        lambda key: add_opacities(key, image, lungs, opacity_model(clean_fraction=0.25))
     )(jax.random.key(0))
     return np.asarray(image), np.asarray(lungs), np.asarray(corrupted), np.asarray(mask)
 
@@ -109,7 +110,9 @@ def test_paint_slices_adds_to_image_and_target(batch):
     aerated = 0.08 * batch[LUNGS]
     batch |= {IMAGE: aerated, HEALTHY: healthy, LABEL: np.array([0, 1, 1, 0, 1, 0], np.int32)}
     batch[TARGET] = batch[TARGET] * (healthy == 0)[:, None, None, None]
-    model = OpacityModel(grain_voxels=(3.0, 8.0), coverage_threshold=(0.2, 0.5), clean_fraction=0.0)
+    model = opacity_model(
+        grain_voxels=(3.0, 8.0), coverage_threshold=(0.2, 0.5), clean_fraction=0.0
+    )
     out = paint_slices(jax.random.key(0), batch, model, 1.0)
     assert np.all(out[LABEL] == 1)
     assert np.all(out[TARGET] >= batch[TARGET])  # what was marked in a COVID slice stays marked

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 import covseg_jax
-from covseg_jax.data.opacities import OpacityModel, paint_scans
+from covseg_jax.data.opacities import paint_scans
 from covseg_jax.data.streams import stream_key, stream_seed
+from tests.settings import opacity_model
 
 NAMES = [('gan',), ('train', 0), ('train', 1), ('high',), ('low',), ('paint', 'a'), ('paint', 'b')]
 
@@ -59,9 +60,7 @@ def test_scans_are_painted_by_study_and_seed():
         def lungs(self):
             return np.ones((4, 16, 16), np.uint8)
 
-    model = OpacityModel(
-        window_hu=(-1000.0, 400.0), grain_voxels=(2.0, 6.0), coverage_threshold=(0.5, 0.9)
-    )
+    model = opacity_model(grain_voxels=(2.0, 6.0), coverage_threshold=(0.5, 0.9))
 
     def paint(seed, *names):
         return {

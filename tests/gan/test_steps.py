@@ -11,6 +11,7 @@ from covseg_jax.gan import train as gan
 from covseg_jax.gan.perlin import PerlinModel
 from covseg_jax.gan.published_step import make_published_step
 from covseg_jax.training import sharding
+from tests.settings import gan_losses
 
 
 def volume_batch(size):
@@ -40,7 +41,7 @@ def test_gan_step_moves_both_networks_only_when_adversarial():
             *parts.optimizers,
             parts.learning_rate,
             parts.opacities,
-            steps.GANLosses(),
+            gan_losses(),
             adversarial=adversarial,
             ema_decay=0.9,
         )
@@ -74,8 +75,8 @@ def test_published_step_is_the_published_networks_three_updates():
     small = published.copy_and_resolve_references().unlock()
     small.prepare.grid = (16, 32, 32)
     small.gan.depth = 16
-    small.gan.filters, small.gan.bottleneck_filters = (4,), 4
-    small.gan.discriminator_filters = (4, 4)
+    small.gan.generator.filters, small.gan.generator.bottleneck_filters = (4,), 4
+    small.gan.discriminator.filters = (4, 4)
     parts = gan.build_gan(small.lock())
     step = make_published_step(
         parts.generator, parts.discriminator, *parts.optimizers, parts.learning_rate, PerlinModel()

@@ -10,8 +10,9 @@ from covseg_jax.gan import synthesize
 from covseg_jax.imaging.geometry import Geometry
 from covseg_jax.prepare.cases import find_cases
 from tests.conftest import write_case
+from tests.settings import pseudo_mask_settings
 
-PLAIN = synthesize.PseudoMaskSettings(smoothing_mm=0, erosion_mm=0, percentile=99)
+PLAIN = pseudo_mask_settings(smoothing_mm=0, erosion_mm=0, percentile=99)
 
 
 def test_soft_mask_is_one_half_at_the_threshold():
@@ -41,7 +42,7 @@ def test_score_difference_counts_only_brighter_voxels_inside_the_eroded_lungs():
     healthy = np.full(lungs.shape, 0.2)
     image = healthy + 0.1
     image[0, 5, 5] = 0.0
-    settings = synthesize.PseudoMaskSettings(smoothing_mm=0, erosion_mm=2.0)
+    settings = pseudo_mask_settings(smoothing_mm=0, erosion_mm=2.0)
     score = synthesize.score_difference(image, healthy, lungs, (1.0, 1.0, 1.0), settings)
     # Voxels more than 2 mm inside: the 5 × 5 about the centre; the centre is darker, so 0.
     assert (score > 0).sum() == 24
@@ -57,11 +58,11 @@ def test_score_difference_published_is_signed_and_scaled_by_each_volumes_extreme
         healthy,
         np.zeros((1, 1, 3)),  # lungs make no difference
         (1.0, 1.0, 1.0),
-        synthesize.PseudoMaskSettings(difference='published'),
+        pseudo_mask_settings(difference='published'),
     )
     np.testing.assert_allclose(score, [[[0.0, -0.5, 0.5]]], atol=1e-3)
     with pytest.raises(InputError, match='difference'):
-        synthesize.PseudoMaskSettings(difference='signed')
+        pseudo_mask_settings(difference='signed')
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_synthesize_marks_the_difference_that_healthy_scans_do_not_have(cases, t
 
 
 def test_synthesize_published_keeps_the_raw_signed_difference(cases, tmp_path):
-    settings = synthesize.PseudoMaskSettings('published', share_of_max=0.2, min_component_ml=0.0)
+    settings = pseudo_mask_settings(difference='published', share_of_max=0.2, min_component_ml=0.0)
 
     def heal_half(scan, study_id):
         """0.5 in one voxel of the box, 0.25 in another, 0 elsewhere: extremes 0 and 0.5."""

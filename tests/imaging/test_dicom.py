@@ -9,6 +9,7 @@ from covseg_jax.errors import FileFault
 from covseg_jax.imaging import dicom, geometry, nifti, studies
 from covseg_jax.prepare import prepare_studies
 from tests.imaging.chest import AFFINE, draw_chest
+from tests.settings import prepare_settings
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
@@ -74,9 +75,7 @@ def test_folders_of_series_are_studies_and_can_be_prepared(tmp_path, image):
     found = studies.find_studies(tmp_path / 'data')
     assert [study.study_id for study in found] == ['p1', 'p2']
     assert [study.study_id for study in studies.find_inputs(tmp_path / 'data' / 'p1')] == ['p1']
-    case = prepare_studies.prepare_volume(
-        found[0], prepare_studies.PrepareSettings(grid=(16, 32, 32))
-    )
+    case = prepare_studies.prepare_volume(found[0], prepare_settings(grid=(16, 32, 32)))
     assert case.lung_ml > 1000
 
 

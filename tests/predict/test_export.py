@@ -18,10 +18,10 @@ from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import export
 from covseg_jax.predict.model import Measures, average_models
-from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.steps import make_predict
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
+from tests.settings import prepare_settings
 
 GRID = (16, 32, 32)
 
@@ -46,7 +46,7 @@ def variables(config):
 
 def write(config, variables, folder, **changes):
     contents = export.Exported(
-        preparation=PrepareSettings(grid=GRID),
+        preparation=prepare_settings(grid=GRID),
         volumes=segmentation.volume_settings(config),
         masks=MaskSettings(0.5, 0.6, 0.1),
         facts={'licence': 'none'},
@@ -117,7 +117,7 @@ def test_loading_leaves_the_environment_and_gives_the_same_bits_where_xla_can(
 
 def test_export_keeps_the_raw_output_and_its_cut(config, variables, tmp_path):
     published = config.copy_and_resolve_references().unlock()
-    published.predict.output, published.predict.share_of_max = 'linear', 0.2
+    published.predict.output, published.masks.share_of_max = 'linear', 0.2
     volumes = segmentation.volume_settings(published)
     cut = MaskSettings(min_component_ml=0.0, share_of_max=0.2)
     folder = write(config, variables, tmp_path / 'export', volumes=volumes, masks=cut)
@@ -263,7 +263,7 @@ def test_ensemble_averages_probabilities_and_thresholds(config, folder, tmp_path
     assert both.masks == MaskSettings(pytest.approx(0.4), pytest.approx(0.7), 0.1)
     assert len({both.identity, *(member.identity for member in members)}) == 3
 
-    wider = dataclasses.replace(members[1], preparation=PrepareSettings(grid=(16, 48, 48)))
+    wider = dataclasses.replace(members[1], preparation=prepare_settings(grid=(16, 48, 48)))
     with pytest.raises(InputError, match='ensemble'):
         average_models([members[0], wider])
 
@@ -290,7 +290,7 @@ def test_one_call_predicts_a_scan_voxel_for_voxel(folder, tmp_path):
     def mark_opacity(image, lungs):
         return np.where(np.asarray(image, np.float32) > 0.25, 0.9, 0.0) * lungs
 
-    fine = PrepareSettings(grid=(28, 64, 64))
+    fine = prepare_settings(grid=(28, 64, 64))
     model = covseg_jax.load(folder)
     model = dataclasses.replace(model, probabilities=(mark_opacity,), preparation=fine)
     write_study(tmp_path, 'a', lesion=False)

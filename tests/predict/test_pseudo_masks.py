@@ -17,8 +17,9 @@ from covseg_jax.predict.pseudo_masks import (
     write_pseudo_masks,
 )
 from covseg_jax.prepare.cases import find_cases, split_cases
-from covseg_jax.prepare.prepare_studies import PrepareSettings, prepare_studies
+from covseg_jax.prepare.prepare_studies import prepare_studies
 from tests.imaging.chest import AFFINE, SHAPE, write_study
+from tests.settings import prepare_settings
 
 SETTINGS = MaskSettings(0.5, min_component_ml=0.1)
 
@@ -39,7 +40,7 @@ def cohort(tmp_path):
     nifti.write_volume(tmp_path / 'data/masks/e1_mask.nii.gz', volume.data > 0, AFFINE)
     studies = find_studies(tmp_path / 'data')
     prepare_studies(
-        studies, tmp_path / 'prepared', PrepareSettings(grid=(28, 64, 64)), num_workers=1
+        studies, tmp_path / 'prepared', prepare_settings(grid=(28, 64, 64)), num_workers=1
     )
     splits = split_cases(
         find_cases(tmp_path / 'prepared'), seed=0, calibration_fraction=0.3, validation_fraction=0.5

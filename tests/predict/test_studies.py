@@ -17,10 +17,10 @@ from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.predict.model import Model
 from covseg_jax.predict.studies import Wanted, predict_studies
-from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.prepare.study_files import read_image, source_crc32
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
 from tests.imaging.test_dicom import write_series
+from tests.settings import prepare_settings
 
 
 def mark_opacity(image, lungs):
@@ -31,7 +31,7 @@ def mark_opacity(image, lungs):
 MODEL = Model(
     # As on a host with two devices.
     probabilities=(mark_opacity, mark_opacity),
-    preparation=PrepareSettings(grid=(28, 64, 64)),
+    preparation=prepare_settings(grid=(28, 64, 64)),
     masks=MaskSettings(0.5, 0.6),
     identity='marks opacities',
 )

@@ -18,8 +18,9 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.prepare import prepare_studies
 from tests.imaging.chest import AFFINE, SHAPE, write_study
+from tests.settings import prepare_settings
 
-SETTINGS = prepare_studies.PrepareSettings(grid=(16, 32, 32))
+SETTINGS = prepare_settings(grid=(16, 32, 32))
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_lung_mask_file_is_used_where_the_settings_say_so(data_set):
 )
 def test_settings_that_cannot_be_used_are_refused(change):
     with pytest.raises(InputError, match=next(iter(change))):
-        prepare_studies.PrepareSettings(**change)
+        prepare_settings(**change)
 
 
 def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_set, monkeypatch):
@@ -188,7 +189,7 @@ if __name__ == '__main__':
     # A shell that puts the tests in the background has them ignore Ctrl-C, and so would this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print('started', flush=True)
-    settings = prepare_studies.PrepareSettings(grid=(16, 32, 32))
+    settings = prepare_settings(grid=(16, 32, 32))
     prepare_studies.prepare_studies(found, sys.argv[2], settings, num_workers=2)
 """
 

@@ -11,8 +11,9 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti, studies
 from covseg_jax.prepare import prepare_studies, verify
 from tests.imaging.chest import AFFINE, draw_chest, write_study
+from tests.settings import prepare_settings
 
-SETTINGS = prepare_studies.PrepareSettings(grid=(16, 32, 32))
+SETTINGS = prepare_settings(grid=(16, 32, 32))
 IMAGE, MASK = 'a.nii.gz', 'a_mask.nii.gz'
 
 
@@ -217,7 +218,7 @@ def test_stated_labels_are_lesion(tmp_path):
     write_study(tmp_path, 'a')
     wanted = prepare_studies.prepare_volume(studies.find_studies(tmp_path)[0], SETTINGS).lesion
     _mask(lambda m: m * 255)(tmp_path)
-    settings = prepare_studies.PrepareSettings(grid=(16, 32, 32), lesion_labels=(255,))
+    settings = prepare_settings(grid=(16, 32, 32), lesion_labels=(255,))
     case = prepare_studies.prepare_volume(studies.find_studies(tmp_path)[0], settings)
     np.testing.assert_array_equal(case.lesion, wanted)
 
@@ -235,7 +236,7 @@ def test_published_arrays_are_studies(tmp_path):
     first, second = studies.find_studies(folder)
     assert (first.study_id, second.study_id) == ('case_0000', 'case_0001')
     assert second.lesion_mask is None
-    settings = prepare_studies.PrepareSettings(grid=(16, 32, 32), margin_mm=0.0)
+    settings = prepare_settings(grid=(16, 32, 32), margin_mm=0.0)
     again = prepare_studies.prepare_volume(first, settings)
     assert again.lesion.sum() > 0
     inside = (again.lungs == 1) & (again.lesion == 0)

@@ -14,12 +14,13 @@ from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.training import losses, sharding
+from tests.settings import segmentation_losses
 
 
 @pytest.fixture(scope='module')
 def config():
     config = transunet.get_config('tiny').unlock()
-    config.train.augment = False
+    config.train.augment.enabled = False
     config.network.dropout_rate = 0.0
     config.train.warmup_steps = 0
     config.train.schedule = 'constant'
@@ -52,7 +53,7 @@ def train(config, terms, num_steps, mesh_size=1, repeat=1, micro_batches=1, unro
         parts.projection,
         parts.optimizer,
         parts.learning_rate,
-        steps.SegmentationLosses(),
+        segmentation_losses(contrastive=1.0, binary_targets=False, doubtful=()),
         None,
         terms=terms,
         ema_decay=0.9,
@@ -109,12 +110,16 @@ def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, me
 def test_sharpen_targets_gives_doubtful_pixels_no_weight():
     target = np.array([0.0, 0.2, 0.3, 0.49, 0.5, 1.0], np.float32).reshape(1, 1, 6, 1)
     batch = {feeds.TARGET: target}
+    plain = {'binary_targets': False, 'doubtful': ()}
 
     def sharpened(**settings):
-        out = steps.sharpen_targets(batch, steps.SegmentationLosses(**settings))
+        out = steps.sharpen_targets(batch, segmentation_losses(**plain | settings))
         return out[feeds.TARGET].ravel().tolist(), out[feeds.WEIGHT].ravel().tolist()
 
-    assert sharpened(binary=True, doubtful=(0.2, 0.5)) == ([0, 0, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1])
+    assert sharpened(binary_targets=True, doubtful=(0.2, 0.5)) == (
+        [0, 0, 0, 0, 1, 1],
+        [1, 1, 0, 0, 1, 1],
+    )
     assert sharpened() == (target.ravel().tolist(), [1] * 6)
 
 

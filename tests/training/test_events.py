@@ -91,7 +91,12 @@ def test_pr_curve_has_a_threshold_at_each_bin_edge(tmp_path):
 
 
 def test_hparams_are_listed_with_the_metrics_they_led_to(tmp_path):
-    values = {'seed': 3, 'train.learning_rate': 0.002, 'train.augment': True, 'gan.recipe': 'none'}
+    values = {
+        'seed': 3,
+        'train.learning_rate': 0.002,
+        'train.augment.enabled': True,
+        'gan.recipe': 'none',
+    }
     events = Events(tmp_path, start_step=100)
     events.hparams(values, ['validation/dice'])
     events.scalars(200, {'validation/dice': 0.75})
@@ -102,7 +107,7 @@ def test_hparams_are_listed_with_the_metrics_they_led_to(tmp_path):
     kinds = {name: value.WhichOneof('kind') for name, value in start.hparams.items()}
     listed = {name: getattr(start.hparams[name], kind) for name, kind in kinds.items()}
     assert listed == values
-    assert kinds['train.augment'] == 'bool_value'
+    assert kinds['train.augment.enabled'] == 'bool_value'
     experiment = hparams.parse_experiment_plugin_data(content[hparams.EXPERIMENT_TAG])
     assert [metric.name.tag for metric in experiment.metric_infos] == ['validation/dice']
     assert points(found, 'validation/dice') == [(200, 0.75)]
