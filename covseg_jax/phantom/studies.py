@@ -64,13 +64,13 @@ def _draw_vessels_and_airways(rng, grid, subject, lungs):
         return np.array([x * s, y * s, subject.lung_low + level * subject.height])
 
     carina, top = place(2, -14, 0.66), place(0, -8, 1.35)
-    vessels, airways = [], [np.array([[*carina, *top, 8.5 * s]], np.float32)]
+    trees, airways = [], [np.array([[*carina, *top, 8.5 * s]], np.float32)]
     for left in (False, True):
         sign = 1 if left else -1
         hilum = place(sign * 36, -12, 0.57 + 0.03 * left)
         for count, tip, shift in ((560, 0.62, (0, 4, 6)), (360, 0.62, (0, 8, -12))):
             targets = _sample_points(rng, grid, lungs, count, left=left)
-            vessels.append(vessels.grow_tree(rng, hilum + shift, targets, tip * s + 0.05))
+            trees.append(vessels.grow_tree(rng, hilum + shift, targets, tip * s + 0.05))
         main = np.array([[*carina, *hilum, 5.5 * s]], np.float32)
         targets = _sample_points(rng, grid, lungs, 120, left=left)
         airways += [main, vessels.grow_tree(rng, hilum, targets, 0.6 * s, stop=4)]
@@ -78,7 +78,7 @@ def _draw_vessels_and_airways(rng, grid, subject, lungs):
     wall = lumen.copy()
     wall[:, 6] += np.maximum(0.8, 0.15 * lumen[:, 6])
     draw = vessels.draw_tubes
-    return draw(np.concatenate(vessels), grid), draw(wall, grid), draw(lumen, grid)
+    return draw(np.concatenate(trees), grid), draw(wall, grid), draw(lumen, grid)
 
 
 def _draw_findings(rng, grid, subject, lungs, image) -> None:
