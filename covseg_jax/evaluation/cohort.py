@@ -9,7 +9,6 @@ from tqdm import tqdm
 from covseg_jax import hosts
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import board, evaluate, figures, probabilities, report, viewer
-from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study
 from covseg_jax.prepare import study_files
@@ -98,7 +97,7 @@ def evaluate_cohort(
         study = studies[case.study_id]
         volume = study_files.read_image(study)
         truth = study_files.read_mask(study, 'lesion_mask', volume, lesion_labels)
-        return geometries.to_canonical(volume.data, volume.affine), truth
+        return volume.array, truth
 
     own: list[dict] = []
     for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):

@@ -295,7 +295,7 @@ def _summarise_metric(rows: list[dict], metric: str) -> dict:
 
 
 def summarise(case_rows: list[dict], slice_rows: list[dict]) -> dict:
-    """The `protocols` object of summary.json (DESIGN.md): protocol → metric → figures.
+    """The `protocols` object of summary.json: protocol → metric → figures.
 
     Each metric has `mean`, `std` (of the sample, n − 1), `median`, `ci95` [low, high], `n` defined
     values and how many are `undefined`, which are in no other figure. `ci95` is the percentile

@@ -10,7 +10,6 @@ from tqdm import tqdm
 from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import evaluate
-from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
@@ -93,23 +92,19 @@ def score_folder(
     ):
         truth = nifti.read_volume(true_path)
         prediction = _read_on_grid(predicted_path, truth, true_path)
-        lungs = np.zeros(truth.data.shape, np.uint8)
+        lungs = np.zeros(truth.array.shape, bool)
         lungs_path = true_path.with_name(f'{study_id}_lungs.nii.gz')
         if lungs_path.exists():
-            lungs = _read_on_grid(lungs_path, truth, true_path).data
+            lungs = _read_on_grid(lungs_path, truth, true_path).array > 0
         nothing = np.zeros((0, 1, 1), bool)
-        true_mask, predicted, lungs = (
-            geometries.to_canonical(data > 0, truth.affine)
-            for data in (truth.data, prediction.data, lungs)
-        )
         row, rows = evaluate.score_case(
             evaluate.CaseArrays(
                 study_id=study_id,
                 category=None,
-                truth=true_mask,
-                prediction=predicted,
+                truth=truth.array > 0,
+                prediction=prediction.array > 0,
                 lungs=lungs,
-                spacing_mm=geometries.canonical_spacing(truth.affine),
+                spacing_mm=truth.spacing_mm,
                 truth_model=nothing,
                 probability_model=nothing.astype(np.float32),
                 lungs_model=nothing,
@@ -136,8 +131,8 @@ def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -
     if not volume.lies_on_grid_of(other):
         raise FileFault(
             path,
-            f'lies on another grid than {other_path.name} ({volume.data.shape} voxels and '
-            f'{other.data.shape}, or another place in space)',
+            f'lies on another grid than {other_path.name} ({volume.as_stored.shape} voxels and '
+            f'{other.as_stored.shape}, or another place in space)',
             "write the mask on the study's own grid",
         )
     return volume

@@ -63,13 +63,13 @@ def read_array(path: str | os.PathLike, index: int) -> Volume:
         FileFault: as open_array, or voxels that are not finite.
     """
     stored = open_array(path)[index]
-    data = np.asarray(stored, np.float32).T
-    if not np.isfinite(data).all():
+    array = np.asarray(stored, np.float32)
+    if not np.isfinite(array).all():
         raise FileFault(path, f'voxels of study {index} are not finite', 'replace them')
-    data.flags.writeable = False
+    array.flags.writeable = False
     depth, height, width = NOMINAL_SPACING_MM
     return Volume(
-        data=data,
+        array=array,
         # To Left, Posterior and Superior, as canonical arrays are.
         affine=np.diag([-width, -height, depth, 1.0]),
         crc32=array_crc32(path, index),

@@ -13,6 +13,7 @@ from isal import isal_zlib
 
 from covseg_jax import written
 from covseg_jax.errors import FileFault
+from covseg_jax.imaging.geometry import to_canonical
 from covseg_jax.imaging.volume import Volume
 
 _CONVERT = 'convert it with dcm2niix'
@@ -99,7 +100,7 @@ def read_series(folder: str | os.PathLike) -> Volume:
     affine[:3, 3] = _TO_RAS @ positions[0]
     data = _read_pixels(slices)
     data.flags.writeable = False
-    return Volume(data=data, affine=affine, crc32=series_crc32(folder))
+    return Volume(to_canonical(data, affine), affine, series_crc32(folder))
 
 
 def _find_slices(folder: pathlib.Path) -> list[tuple[pathlib.Path, pydicom.Dataset]]:

@@ -18,6 +18,7 @@ from isal import igzip, isal_zlib
 
 from covseg_jax import atomic
 from covseg_jax.errors import FileFault
+from covseg_jax.imaging.geometry import from_canonical, to_canonical
 from covseg_jax.imaging.volume import Volume
 
 SUFFIXES = ('.nii', '.nii.gz')
@@ -80,7 +81,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
         path: the file.
 
     Returns:
-        The volume, (X, Y, Z): uint8 and int16 as they are where the header scales nothing,
+        The volume: uint8 and int16 as they are where the header scales nothing,
         everything else float32.
 
     Raises:
@@ -114,12 +115,13 @@ def read_volume(path: str | os.PathLike) -> Volume:
         raise FileFault(path, 'holds voxels that are not finite (NaN or infinity)', 'replace them')
     data.flags.writeable = False
     # The stream has verified the trailer by now, so it is the content's own CRC.
-    return Volume(data=data, affine=affine, crc32=source_crc32(path), notes=notes)
+    array = to_canonical(data, affine)
+    return Volume(array=array, affine=affine, crc32=source_crc32(path), notes=notes)
 
 
 def write_volume(
     path: str | os.PathLike,
-    data: np.ndarray,
+    array: np.ndarray,
     affine: np.ndarray,
     new_file: atomic.NewFile = atomic.new_file,
 ) -> None:
@@ -130,19 +132,21 @@ def write_volume(
 
     Args:
         path: ends in .nii or .nii.gz.
-        data: (X, Y, Z), uint8, int16 or float32 (bool is written as uint8).
-        affine: (4, 4), voxel indices to mm, axes to Right, Anterior, Superior.
+        array: (Z, Y, X) canonical, uint8, int16 or float32 (bool is written as uint8).
+        affine: (4, 4), voxel indices of the file to mm, axes to Right, Anterior, Superior; the
+            array is turned to its axes.
         new_file: what puts the file there: `written.new_file` in a folder that a person named.
 
     Raises:
         ValueError: another suffix, another type, or an array that is not 3D.
     """
     path = pathlib.Path(path)
-    data = data.view(np.uint8) if data.dtype == bool else data
+    array = array.view(np.uint8) if array.dtype == bool else array
     if not is_nifti(path):
         raise ValueError(f'{path.name}: a volume is written to .nii or .nii.gz')
-    if data.dtype.type not in _WRITTEN_TYPES or data.ndim != 3:
-        raise ValueError(f'{path.name}: cannot write {data.ndim}D {data.dtype}')
+    if array.dtype.type not in _WRITTEN_TYPES or array.ndim != 3:
+        raise ValueError(f'{path.name}: cannot write {array.ndim}D {array.dtype}')
+    data = from_canonical(array, affine)
     header = nibabel.Nifti1Header(endianness='<')
     header.set_data_dtype(data.dtype.type)
     header.set_data_shape(data.shape)

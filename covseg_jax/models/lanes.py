@@ -2,8 +2,8 @@
 
 A tensor whose last axis holds 8 channels uses 8 of a TPU's 128 lanes and is padded 16 × in memory.
 In `Blocks` of depth the slices of a block are channels, and the layers compute the same from the
-same kernels, enlarged with zeros: more products than are needed, and less memory moved. KERNELS.md
-has measurements.
+same kernels, enlarged with zeros: more products than are needed, and less memory moved. On a
+v5e, by its compiler's estimate, the published generator's gradient fell from 371 to 106 ms.
 """
 
 import functools

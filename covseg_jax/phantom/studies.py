@@ -19,6 +19,7 @@ import tqdm
 
 from covseg_jax import atomic, errors
 from covseg_jax.imaging import nifti
+from covseg_jax.imaging.geometry import to_canonical
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.phantom import anatomy, lesions, vessels
 
@@ -205,10 +206,11 @@ def _list_orders(
 
 def _write_study(folder: pathlib.Path, order: _Order, shape, spacing_mm) -> None:
     phantom = make_phantom(order.seed, order.category, shape, spacing_mm)
+    image, lesion = (to_canonical(each, phantom.affine) for each in (phantom.image, phantom.lesion))
     if order.has_mask:
-        nifti.write_volume(folder / order.mask, phantom.lesion, phantom.affine)
+        nifti.write_volume(folder / order.mask, lesion, phantom.affine)
     # Last, so that a study whose image is there has its mask too.
-    nifti.write_volume(folder / order.image, phantom.image, phantom.affine)
+    nifti.write_volume(folder / order.image, image, phantom.affine)
 
 
 def _write_registry(folder: pathlib.Path, orders: list[_Order]) -> None:

@@ -66,9 +66,8 @@ def write_pseudo_masks(
         found = mask_on_study_grid(pseudo_mask, np.asarray(case.lungs()), case.geometry, settings)
         probability = geometries.to_study_grid(pseudo_mask, case.geometry) * found.lungs
         for kind, array in (('mask', found.mask.astype(np.uint8)), ('probability', probability)):
-            data = geometries.from_canonical(array, np.asarray(case.geometry.affine))
             path = folder / _PSEUDO_MASK.format(case.study_id, kind)
-            _write_where_new(path, data, case.geometry, folder)
+            _write_where_new(path, array, case.geometry, folder)
     hosts.wait_for_all('pseudo-masks are written')
 
 
@@ -116,9 +115,9 @@ def write_nnunet_data_set(
         if case.study_id not in studies:
             raise InputError(f'{case.study_id}: no such study in the data set; prepare it again')
         _write_image(data_set / _IMAGE.format(case.study_id), case, studies, data_set)
-        label = np.zeros(case.geometry.source_shape, np.uint8)
+        label = np.zeros(case.geometry.canonical_shape, np.uint8)
         if case.study_id in marked:
-            label = read_volume(masks / f'{case.study_id}_mask.nii.gz').data
+            label = read_volume(masks / f'{case.study_id}_mask.nii.gz').array
         path = data_set / _LABEL.format(case.study_id)
         _write_where_new(path, label, case.geometry, data_set)
     hosts.wait_for_all('images and labels are written')
@@ -188,7 +187,7 @@ def _write_image(
         raise FileFault(study.image, 'is not the image that was prepared', 'prepare it again')
     new_file = functools.partial(written.new_file, folder=record, is_scan=True)
     if not _reads_alike(study, volume):
-        write_volume(path, volume.data, volume.affine, new_file)
+        write_volume(path, volume.array, volume.affine, new_file)
         return
     with new_file(path) as temporary:
         shutil.copyfile(study.image, temporary)
@@ -200,7 +199,7 @@ def _reads_alike(study: Study, volume: Volume) -> bool:
         return False
     # A note tells of header fields that disagree, and readers differ in which they believe; a
     # fourth axis of length 1 is an axis to nnU-Net.
-    return not volume.notes and nibabel.load(study.image).shape == volume.data.shape
+    return not volume.notes and nibabel.load(study.image).shape == volume.as_stored.shape
 
 
 def _read_on_grid(path: pathlib.Path, geometry: Geometry) -> Volume | None:
@@ -210,17 +209,17 @@ def _read_on_grid(path: pathlib.Path, geometry: Geometry) -> Volume | None:
     except FileFault:
         return None
     is_near = np.allclose(volume.affine, geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
-    return volume if volume.data.shape == geometry.source_shape and is_near else None
+    return volume if volume.as_stored.shape == geometry.source_shape and is_near else None
 
 
 def _write_where_new(
-    path: pathlib.Path, data: np.ndarray, geometry: Geometry, record: pathlib.Path
+    path: pathlib.Path, array: np.ndarray, geometry: Geometry, record: pathlib.Path
 ) -> None:
     # Compared voxel by voxel: pseudo-masks may have been made anew since.
     there = _read_on_grid(path, geometry)
-    if there is None or not np.array_equal(there.data, data):
+    if there is None or not np.array_equal(there.array, array):
         new_file = functools.partial(written.new_file, folder=record)
-        write_volume(path, data, np.asarray(geometry.affine), new_file)
+        write_volume(path, array, np.asarray(geometry.affine), new_file)
 
 
 def _refuse_other_cases(data_set: pathlib.Path, cases: Sequence[Case]) -> None:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
-from covseg_jax.imaging import geometry as geometries
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
@@ -94,12 +93,11 @@ def write_prediction(
         _file_of(case.study_id, kind, output) for kind in ('mask', 'probability', 'preview')
     )
     if wanted.probability:
-        native = geometries.from_canonical(native_probability(case, probability, found), affine)
-        write_volume(probability_map, native, affine, written.new_file)
+        on_study_grid = native_probability(case, probability, found)
+        write_volume(probability_map, on_study_grid, affine, written.new_file)
     if wanted.preview:
         _write_preview(preview, study, case, found, measures)
-    native = geometries.from_canonical(found.mask.astype(np.uint8), affine)
-    write_volume(mask, native, affine, written.new_file)
+    write_volume(mask, found.mask, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
     row |= _cells(measures) | {'severity': measures.severity, 'mask': mask.name}
     if wanted.per_lung:
@@ -119,10 +117,9 @@ def _cells(measures: Measures) -> Row:
 def _write_preview(
     path: pathlib.Path, study: Study, case: PreparedCase, found: StudyMask, measures: Measures
 ) -> None:
-    volume = read_image(study)
     write_preview(
         path,
-        geometries.to_canonical(volume.data, volume.affine),
+        read_image(study).array,
         found.mask,
         found.lungs,
         case.geometry.spacing_mm,

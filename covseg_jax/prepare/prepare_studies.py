@@ -129,14 +129,15 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
             a mask does not fit its image. The message names the file.
     """
     volume = study_files.read_image(study)
-    image_hu = geometry_lib.to_canonical(volume.data, volume.affine)
     lungs = study_files.find_study_lungs(study, volume, settings.lungs_source)
     geometry = geometry_lib.fit_geometry(
-        lungs, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
+        lungs, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
     )
     low, high = settings.window_hu
     # The window first, so that bright bone and metal cannot outweigh their neighbours.
-    resampled = geometry_lib.to_model_grid(np.clip(image_hu, low, high), geometry, weights=lungs)
+    resampled = geometry_lib.to_model_grid(
+        np.clip(volume.array, low, high), geometry, weights=lungs
+    )
     model_lungs = geometry_lib.to_model_grid(lungs, geometry) >= 0.5
     image = np.clip((resampled - low) / (high - low), 0.0, 1.0) * model_lungs
     lesion = None

@@ -9,7 +9,6 @@ from isal import isal_zlib
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import arrays, dicom, nifti
-from covseg_jax.imaging import geometry as geometry_lib
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare import lungs as lungs_lib
@@ -44,14 +43,15 @@ def read_image(study: Study) -> Volume:
             the values cannot be HU.
     """
     volume = read_any(study.image, study.index)
-    if not all(SPACING_MM[0] <= spacing <= SPACING_MM[1] for spacing in volume.spacing_mm):
-        size = ' × '.join(f'{spacing:.3g}' for spacing in volume.spacing_mm)
+    spacings = volume.spacing_mm[::-1]  # x, y, z, as people say them
+    if not all(SPACING_MM[0] <= spacing <= SPACING_MM[1] for spacing in spacings):
+        size = ' × '.join(f'{spacing:.3g}' for spacing in spacings)
         raise FileFault(
             study.image, f'voxels of {size} mm cannot be CT', 'correct the header; it is in mm'
         )
     if study.window is not None:
         return _undo_window(study, volume)
-    fault = find_implausible_hu(volume.data)
+    fault = find_implausible_hu(volume.array)
     if fault is not None:
         raise FileFault(study.image, fault, 'give the original CT in HU')
     return volume
@@ -72,10 +72,11 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
     """
     path = getattr(study, name)
     mask = read_any(path, study.index)
-    if mask.data.shape != image.data.shape:
+    shape, image_shape = mask.as_stored.shape, image.as_stored.shape
+    if shape != image_shape:
         raise FileFault(
             path,
-            f'shape {mask.data.shape}, but its image has {image.data.shape}',
+            f'shape {shape}, but its image has {image_shape}',
             'give the mask of this image',
         )
     if not mask.lies_on_grid_of(image):
@@ -83,17 +84,18 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
             path, 'its affine is not that of its image', 'give the mask on the image grid'
         )
     if labels is None:
-        chosen = mask.data > 0
-    else:
-        chosen = np.isin(mask.data, labels)
-        if not (chosen | (mask.data == 0)).all():
-            raise _unstated_labels(path, mask.data, labels)
-    return geometry_lib.to_canonical(chosen, mask.affine)
+        return mask.array > 0
+    chosen = np.isin(mask.array, labels)
+    if not (chosen | (mask.array == 0)).all():
+        raise _unstated_labels(path, mask.array, labels)
+    return chosen
 
 
 def voxel_crc32(volume: Volume) -> int:
     """CRC-32 of a volume's voxels, whatever its header, type and format."""
-    return isal_zlib.crc32(volume.data.ravel(order='K').astype(np.float32, copy=False))
+    # In the order of memory, which is the file's.
+    voxels = volume.as_stored.ravel(order='K')
+    return isal_zlib.crc32(voxels.astype(np.float32, copy=False))
 
 
 def uses_lung_mask(study: Study, source: str) -> bool:
@@ -124,11 +126,10 @@ def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
         if not lungs.any():
             raise FileFault(study.lung_mask, 'the lung mask is empty', 'draw it again')
         return lungs
-    image_hu = geometry_lib.to_canonical(image.data, image.affine)
     try:
         if source == 'lungmask':
-            return lungs_lib.find_lungs_by_lungmask(image_hu)
-        return lungs_lib.find_lungs(image_hu, geometry_lib.canonical_spacing(image.affine))
+            return lungs_lib.find_lungs_by_lungmask(image.array)
+        return lungs_lib.find_lungs(image.array, image.spacing_mm)
     except ValueError as error:
         raise FileFault(
             study.image,
@@ -143,9 +144,9 @@ def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
         ) from error
 
 
-def find_implausible_hu(data: np.ndarray) -> str | None:
-    """Why an array cannot be a chest CT in HU, or None."""
-    low, high = float(data.min()), float(data.max())
+def find_implausible_hu(array: np.ndarray) -> str | None:
+    """Why a (Z, Y, X) array cannot be a chest CT in HU, or None."""
+    low, high = float(array.min()), float(array.max())
     values = f'values from {low:.4g} to {high:.4g}'
     if low == high:
         return f'every voxel is {low:.4g}'
@@ -153,7 +154,7 @@ def find_implausible_hu(data: np.ndarray) -> str | None:
         return f'{values}: a normalised image, not HU'
     if low >= 0 and high <= 255:
         return f'{values}: a windowed image, not HU'
-    some = data[::3, ::3]
+    some = array[:, ::3, ::3]
     if (some < LUNG_HU).mean() < LEAST_SHARE:
         if low >= -50 and high > 255:
             return f'{values}: no air; HU without their offset of -1024 (scl_inter)'
@@ -178,7 +179,7 @@ def read_any(path: pathlib.Path, index: int | None) -> Volume:
 
 def _undo_window(study: Study, volume: Volume) -> Volume:
     low, high, low_hu, high_hu = study.window
-    found = float(volume.data.min()), float(volume.data.max())
+    found = float(volume.array.min()), float(volume.array.max())
     if found[0] == found[1]:
         raise FileFault(study.image, f'every voxel is {found[0]:.4g}', 'leave the study out')
     # Published arrays overshoot: they were interpolated by splines after the window.
@@ -190,11 +191,11 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
             f'{low:g} to {high:g}',
             'download it again',
         )
-    clipped = np.clip(volume.data.astype(np.float32), low, high)
-    data = low_hu + (clipped - low) * ((high_hu - low_hu) / (high - low))
-    data.flags.writeable = False
+    clipped = np.clip(volume.array.astype(np.float32), low, high)
+    array = low_hu + (clipped - low) * ((high_hu - low_hu) / (high - low))
+    array.flags.writeable = False
     note = f'windowed: {low:g} to {high:g} stand for {low_hu:g} to {high_hu:g} HU'
-    return dataclasses.replace(volume, data=data, notes=(*volume.notes, note))
+    return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
 
 
 def _unstated_labels(path, data: np.ndarray, labels: Sequence[int]) -> FileFault:

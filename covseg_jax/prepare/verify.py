@@ -112,7 +112,7 @@ def _verify_study(
     # 32 bits alone would be few.
     voxels = (
         study_files.voxel_crc32(image),
-        image.data.shape,
-        float(image.data.mean(dtype=np.float64)),
+        image.array.shape,
+        float(image.array.mean(dtype=np.float64)),
     )
     return study.study_id, findings, voxels

@@ -27,6 +27,7 @@ from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs, prepare_studies
 from tests.benchmarks.turns import take_turns
+from tests.imaging.chest import write_stored
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -89,15 +90,15 @@ def main() -> None:
         folder = pathlib.Path(name)
         image = folder / 'study_0001.nii.gz'
         made = phantom.make_phantom(1, 'CT-1', SHAPE, SPACING_MM)
-        nifti.write_volume(image, made.image, made.affine)
+        write_stored(image, made.image, made.affine)
         study = studies.find_inputs(image)[0]
         volume = nifti.read_volume(image)
-        canonical = geometry.to_canonical(volume.data, volume.affine)
+        canonical = geometry.to_canonical(volume.as_stored, volume.affine)
         spacing = geometry.canonical_spacing(volume.affine)
         found = lungs.find_lungs(canonical, spacing)
         settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)
         plan = geometry.fit_geometry(
-            found, volume.data.shape, volume.affine, settings.grid, settings.margin_mm
+            found, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
         )
         zoom = [n / m for n, m in zip(settings.grid, canonical.shape, strict=True)]
         parts = {

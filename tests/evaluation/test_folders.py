@@ -7,7 +7,7 @@ from covseg_jax import written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation.evaluate import read_tables
 from covseg_jax.evaluation.folders import pair_masks, score_folder
-from covseg_jax.imaging.nifti import write_volume
+from tests.imaging.chest import write_stored
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
 
@@ -16,7 +16,7 @@ def write(path, *places, shape=(6, 6, 3), affine=AFFINE):
     data = np.zeros(shape, np.uint8)
     for place in places:
         data[place] = 1
-    write_volume(path, data, affine)
+    write_stored(path, data, affine)
 
 
 def test_masks_are_paired_by_study_and_scored(tmp_path):
@@ -44,7 +44,7 @@ def test_what_this_program_wrote_is_scored_and_never_the_truth(tmp_path):
         write(tmp_path / 'other' / f'{name}.nii.gz', (0, 0, 0))
     # b was predicted into the folder of human masks.
     data = np.ones((6, 6, 3), np.uint8)
-    write_volume(tmp_path / 'masks' / 'b_mask.nii.gz', data, AFFINE, written.new_file)
+    write_stored(tmp_path / 'masks' / 'b_mask.nii.gz', data, AFFINE, written.new_file)
     (tmp_path / 'masks' / 'b.nii.gz').unlink()
     pairs, alone = pair_masks(tmp_path / 'other', tmp_path / 'masks')
     assert ([name for name, _, _ in pairs], alone) == (['a'], ['b'])

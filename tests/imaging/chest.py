@@ -3,9 +3,15 @@
 import numpy as np
 
 from covseg_jax.imaging import nifti
+from covseg_jax.imaging.geometry import to_canonical
 
 AFFINE = np.diag([-4.0, 4.0, 8.0, 1.0])
 SHAPE = (80, 64, 28)  # (X, Y, Z): LAS, 320 × 256 × 224 mm
+
+
+def write_stored(path, data, affine, *new_file):
+    """Writes an array (X, Y, Z) in the file's own axis order."""
+    nifti.write_volume(path, to_canonical(data, affine), affine, *new_file)
 
 
 def _grid_mm():
@@ -33,6 +39,6 @@ def draw_chest(name, *, opacity_hu=-500):
 def write_study(folder, name, *, lesion=True, opacity_hu=-500):
     """Writes NAME.nii.gz and, where wanted, NAME_mask.nii.gz."""
     image, opacity = draw_chest(name, opacity_hu=opacity_hu)
-    nifti.write_volume(folder / f'{name}.nii.gz', image, AFFINE)
+    write_stored(folder / f'{name}.nii.gz', image, AFFINE)
     if lesion:
-        nifti.write_volume(folder / f'{name}_mask.nii.gz', opacity, AFFINE)
+        write_stored(folder / f'{name}_mask.nii.gz', opacity, AFFINE)

@@ -8,7 +8,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import dicom, geometry, nifti, studies
 from covseg_jax.prepare import prepare_studies
-from tests.imaging.chest import AFFINE, draw_chest
+from tests.imaging.chest import AFFINE, draw_chest, write_stored
 from tests.settings import prepare_settings
 
 TO_LPS = np.diag([-1.0, -1.0, 1.0])
@@ -57,12 +57,12 @@ def image():
 def test_series_is_the_volume_it_was_cut_from(tmp_path, image, affine):
     write_series(tmp_path / 's', image, affine)
     (tmp_path / 's' / 'notes.txt').write_text('not a slice')
-    nifti.write_volume(tmp_path / 'same.nii.gz', image, affine)
+    write_stored(tmp_path / 'same.nii.gz', image, affine)
     series, same = dicom.read_series(tmp_path / 's'), nifti.read_volume(tmp_path / 'same.nii.gz')
-    assert series.data.dtype == np.int16
+    assert series.as_stored.dtype == np.int16
     np.testing.assert_array_equal(
-        geometry.to_canonical(series.data, series.affine),
-        geometry.to_canonical(same.data, same.affine),
+        geometry.to_canonical(series.as_stored, series.affine),
+        geometry.to_canonical(same.as_stored, same.affine),
     )
     corner = np.linalg.inv(series.affine) @ same.affine  # voxel indices of one in the other
     np.testing.assert_allclose(np.abs(corner[:3, :3]).sum(axis=0), 1, atol=1e-5)

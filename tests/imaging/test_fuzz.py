@@ -12,6 +12,7 @@ from isal import igzip
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import nifti
+from tests.imaging.chest import write_stored
 
 AFFINE = np.array([[-0.7, 0, 0, 90], [0, 0.7, 0, -120], [0, 0, 8, 33], [0, 0, 0, 1.0]])
 DATA = np.random.default_rng(0).integers(-1024, 1500, (23, 19, 11)).astype(np.int16)
@@ -59,13 +60,13 @@ def _spoil_and_read(tmp_path, content, truth, rng, count, honest_bytes):
             refused += 1
         else:
             # A few bits of gzip's own header say nothing of the content.
-            np.testing.assert_array_equal(volume.data, truth.data)
+            np.testing.assert_array_equal(volume.as_stored, truth.as_stored)
             np.testing.assert_array_equal(volume.affine, truth.affine)
     return refused
 
 
 def test_spoilt_gzip_is_refused_or_read_right(tmp_path):
-    nifti.write_volume(tmp_path / 'good.nii.gz', DATA, AFFINE)
+    write_stored(tmp_path / 'good.nii.gz', DATA, AFFINE)
     content = (tmp_path / 'good.nii.gz').read_bytes()
     truth = nifti.read_volume(tmp_path / 'good.nii.gz')
     rng = np.random.default_rng(1)
@@ -77,7 +78,7 @@ def test_spoilt_real_scan_is_refused_or_read_right(tmp_path, shared_data):
     real = shared_data / 'chest_ct_64' / 'image.nii.gz'
     truth = nifti.read_volume(real)
     rng = np.random.default_rng(2)
-    refused = _spoil_and_read(tmp_path, real.read_bytes(), truth, rng, 300, truth.data.nbytes)
+    refused = _spoil_and_read(tmp_path, real.read_bytes(), truth, rng, 300, truth.as_stored.nbytes)
     assert refused >= 295
 
 
@@ -96,7 +97,7 @@ TOLD_LIES = st.lists(
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp('fuzz') / 'good.nii'
-    nifti.write_volume(path, DATA, AFFINE)
+    write_stored(path, DATA, AFFINE)
     return path
 
 
@@ -119,8 +120,8 @@ def _check_lies(good, lies, suffix):
             if 'invalid intercept' in str(error) or 'w2 should be' in str(error):
                 return
             raise
-        expected = np.asarray(image.dataobj, np.float64).reshape(volume.data.shape)
-        np.testing.assert_allclose(volume.data, expected, rtol=1e-5, atol=1e-4)
+        expected = np.asarray(image.dataobj, np.float64).reshape(volume.as_stored.shape)
+        np.testing.assert_allclose(volume.as_stored, expected, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(volume.affine, image.affine, rtol=1e-6, atol=1e-6)
 
 
@@ -141,7 +142,7 @@ def test_lying_header_is_refused_or_believed_as_a_whole(good, lies):
 @pytest.mark.parametrize('huge', [True, False])
 def test_small_file_cannot_make_large_arrays(tmp_path, huge):
     # 64 MB of zeros in 64 kB, under a header that promises all of it and more, or a little.
-    nifti.write_volume(tmp_path / 'a.nii', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii', DATA, AFFINE)
     header = bytearray((tmp_path / 'a.nii').read_bytes()[:352])
     shape = (30000, 30000, 30000) if huge else (2, 2, 2)
     header[42:48] = np.array(shape, '<i2').tobytes()
@@ -151,8 +152,8 @@ def test_small_file_cannot_make_large_arrays(tmp_path, huge):
 
 
 def test_gzip_of_several_members_is_read(tmp_path):
-    nifti.write_volume(tmp_path / 'a.nii', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii', DATA, AFFINE)
     content = (tmp_path / 'a.nii').read_bytes()
     parts = [content[:5000], content[5000:5001], content[5001:]]
     (tmp_path / 'a.nii.gz').write_bytes(b''.join(igzip.compress(part) for part in parts))
-    np.testing.assert_array_equal(nifti.read_volume(tmp_path / 'a.nii.gz').data, DATA)
+    np.testing.assert_array_equal(nifti.read_volume(tmp_path / 'a.nii.gz').as_stored, DATA)

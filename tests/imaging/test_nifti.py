@@ -9,6 +9,7 @@ import pytest
 
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti
+from tests.imaging.chest import write_stored
 
 AFFINE = np.array([[-0.7, 0, 0, 90], [0, 0.7, 0, -120], [0, 0, 8, 33], [0, 0, 0, 1.0]])
 DATA = np.random.default_rng(0).integers(-1024, 1500, (13, 11, 7)).astype(np.int16)
@@ -17,7 +18,7 @@ DATA = np.random.default_rng(0).integers(-1024, 1500, (13, 11, 7)).astype(np.int
 @pytest.fixture
 def content(tmp_path):
     """The uncompressed bytes of a good file."""
-    nifti.write_volume(tmp_path / 'good.nii', DATA, AFFINE)
+    write_stored(tmp_path / 'good.nii', DATA, AFFINE)
     return bytearray((tmp_path / 'good.nii').read_bytes())
 
 
@@ -29,19 +30,19 @@ def _put(content, offset, code, *values):
 @pytest.mark.parametrize('dtype', [np.uint8, np.int16, np.float32])
 def test_write_then_read_gives_the_same_volume(tmp_path, dtype, suffix):
     data = DATA.astype(dtype)
-    nifti.write_volume(tmp_path / f'a{suffix}', data, AFFINE)
+    write_stored(tmp_path / f'a{suffix}', data, AFFINE)
     volume = nifti.read_volume(tmp_path / f'a{suffix}')
-    assert volume.data.dtype == dtype
-    np.testing.assert_array_equal(volume.data, data)
+    assert volume.as_stored.dtype == dtype
+    np.testing.assert_array_equal(volume.as_stored, data)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-6)
-    np.testing.assert_allclose(volume.spacing_mm, (0.7, 0.7, 8.0), rtol=1e-6)
+    np.testing.assert_allclose(volume.spacing_mm, (8.0, 0.7, 0.7), rtol=1e-6)
     # 0.7 mm · 0.7 mm · 8 mm = 3.92 mm³
     assert volume.voxel_ml == pytest.approx(0.00392, rel=1e-6)
     assert volume.crc32 == nifti.source_crc32(tmp_path / f'a{suffix}')
 
 
 def test_written_file_says_to_nibabel_what_mosmed_says(tmp_path):
-    nifti.write_volume(tmp_path / 'a.nii.gz', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii.gz', DATA, AFFINE)
     raw = gzip.decompress((tmp_path / 'a.nii.gz').read_bytes())
     assert np.isnan(struct.unpack_from('<2f', raw, 112)).all()  # scl_slope, scl_inter
     image = nibabel.load(tmp_path / 'a.nii.gz')
@@ -53,7 +54,7 @@ def test_written_file_says_to_nibabel_what_mosmed_says(tmp_path):
 
 def test_written_file_is_the_same_each_time(tmp_path):
     for name in ('a.nii.gz', 'b.nii.gz'):
-        nifti.write_volume(tmp_path / name, DATA, AFFINE)
+        write_stored(tmp_path / name, DATA, AFFINE)
     assert (tmp_path / 'a.nii.gz').read_bytes() == (tmp_path / 'b.nii.gz').read_bytes()
 
 
@@ -63,8 +64,8 @@ def test_big_endian_file_reads_as_its_little_endian_twin(tmp_path):
     nibabel.Nifti1Image(DATA.astype('>i2'), AFFINE, header).to_filename(tmp_path / 'big.nii.gz')
     assert gzip.decompress((tmp_path / 'big.nii.gz').read_bytes())[:4] == b'\x00\x00\x01\x5c'
     volume = nifti.read_volume(tmp_path / 'big.nii.gz')
-    assert volume.data.dtype == np.dtype(np.int16)
-    np.testing.assert_array_equal(volume.data, DATA)
+    assert volume.as_stored.dtype == np.dtype(np.int16)
+    np.testing.assert_array_equal(volume.as_stored, DATA)
 
 
 @pytest.mark.parametrize(
@@ -83,13 +84,13 @@ def test_scaling_is_applied_only_where_the_header_has_one(
     _put(content, 112, '2f', slope, inter)
     (tmp_path / 'a.nii').write_bytes(content)
     volume = nifti.read_volume(tmp_path / 'a.nii')
-    assert volume.data.dtype == dtype
-    np.testing.assert_array_equal(volume.data, expected)
+    assert volume.as_stored.dtype == dtype
+    np.testing.assert_array_equal(volume.as_stored, expected)
 
 
 def test_fourth_axis_of_length_one_is_dropped(tmp_path):
     nibabel.Nifti1Image(DATA[..., None], AFFINE).to_filename(tmp_path / 'a.nii.gz')
-    assert nifti.read_volume(tmp_path / 'a.nii.gz').data.shape == DATA.shape
+    assert nifti.read_volume(tmp_path / 'a.nii.gz').as_stored.shape == DATA.shape
 
 
 def test_sform_is_preferred_and_qform_taken_without_it(tmp_path, content):
@@ -134,7 +135,7 @@ def test_header_that_lies_is_refused_with_the_reason(tmp_path, content, fault):
 
 
 def test_flipped_bit_anywhere_in_the_gzip_data_is_refused(tmp_path):
-    nifti.write_volume(tmp_path / 'a.nii.gz', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii.gz', DATA, AFFINE)
     good = (tmp_path / 'a.nii.gz').read_bytes()
     for position in np.linspace(20, len(good) - 1, 40).astype(int):
         damaged = bytearray(good)
@@ -145,7 +146,7 @@ def test_flipped_bit_anywhere_in_the_gzip_data_is_refused(tmp_path):
 
 
 def test_wrong_crc_is_called_by_its_name(tmp_path):
-    nifti.write_volume(tmp_path / 'a.nii.gz', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii.gz', DATA, AFFINE)
     damaged = bytearray((tmp_path / 'a.nii.gz').read_bytes())
     damaged[-6] ^= 1  # in the trailer's CRC
     (tmp_path / 'a.nii.gz').write_bytes(damaged)
@@ -156,7 +157,7 @@ def test_wrong_crc_is_called_by_its_name(tmp_path):
 @pytest.mark.parametrize('kept', [0, 1, 5, 100, 400, -9, -1])
 @pytest.mark.parametrize('name', ['a.nii', 'a.nii.gz'])
 def test_file_cut_short_is_refused(tmp_path, name, kept):
-    nifti.write_volume(tmp_path / name, DATA, AFFINE)
+    write_stored(tmp_path / name, DATA, AFFINE)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
     with pytest.raises(InputError, match=r'^a\.nii(\.gz)?: .*; '):
         nifti.read_volume(tmp_path / name)
@@ -165,7 +166,7 @@ def test_file_cut_short_is_refused(tmp_path, name, kept):
 def test_voxels_that_are_not_finite_are_refused(tmp_path):
     data = DATA.astype(np.float32)
     data[3, 4, 5] = np.nan
-    nifti.write_volume(tmp_path / 'a.nii.gz', data, AFFINE)
+    write_stored(tmp_path / 'a.nii.gz', data, AFFINE)
     with pytest.raises(InputError, match=r'not finite'):
         nifti.read_volume(tmp_path / 'a.nii.gz')
 
@@ -184,7 +185,7 @@ def test_missing_file_folder_and_plain_text_are_refused(tmp_path):
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    nifti.write_volume(tmp_path / 'a.nii.gz', DATA, AFFINE)
+    write_stored(tmp_path / 'a.nii.gz', DATA, AFFINE)
     before = (tmp_path / 'a.nii.gz').read_bytes()
 
     def fail(*_):
@@ -192,6 +193,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr('covseg_jax.atomic._sync', fail)
     with pytest.raises(OSError, match='disk full'):
-        nifti.write_volume(tmp_path / 'a.nii.gz', DATA + 1, AFFINE)
+        write_stored(tmp_path / 'a.nii.gz', DATA + 1, AFFINE)
     assert [path.name for path in tmp_path.iterdir()] == ['a.nii.gz']
     assert (tmp_path / 'a.nii.gz').read_bytes() == before

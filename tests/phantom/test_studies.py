@@ -222,9 +222,9 @@ def test_files_have_mosmed_headers_and_the_phantom_in_them(tmp_path):
     assert np.isnan(stored).all()
     assert (int(header['sform_code']), int(header['qform_code'])) == (1, 1)
     assert header.get_data_dtype() == np.int16
-    np.testing.assert_array_equal(nifti.read_volume(path).data, expected.image)
+    np.testing.assert_array_equal(nifti.read_volume(path).as_stored, expected.image)
     mask = nifti.read_volume(tmp_path / 'masks/study_0001_mask.nii.gz')
-    np.testing.assert_array_equal(mask.data, expected.lesion)
+    np.testing.assert_array_equal(mask.as_stored, expected.lesion)
     np.testing.assert_array_equal(mask.affine, expected.affine)
 
 

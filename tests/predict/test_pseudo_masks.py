@@ -18,7 +18,7 @@ from covseg_jax.predict.pseudo_masks import (
 )
 from covseg_jax.prepare.cases import find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import prepare_studies
-from tests.imaging.chest import AFFINE, SHAPE, write_study
+from tests.imaging.chest import AFFINE, SHAPE, write_stored, write_study
 from tests.settings import prepare_settings
 
 SETTINGS = MaskSettings(0.5, min_component_ml=0.1)
@@ -35,9 +35,9 @@ def cohort(tmp_path):
             write_study(folder / category, name, lesion=False)
     zipped = folder / 'CT-2' / 'c2.nii.gz'
     volume = nifti.read_volume(zipped)
-    nifti.write_volume(zipped.with_suffix(''), volume.data, AFFINE)
+    write_stored(zipped.with_suffix(''), volume.as_stored, AFFINE)
     zipped.unlink()
-    nifti.write_volume(tmp_path / 'data/masks/e1_mask.nii.gz', volume.data > 0, AFFINE)
+    write_stored(tmp_path / 'data/masks/e1_mask.nii.gz', volume.as_stored > 0, AFFINE)
     studies = find_studies(tmp_path / 'data')
     prepare_studies(
         studies, tmp_path / 'prepared', prepare_settings(grid=(28, 64, 64)), num_workers=1
@@ -70,16 +70,16 @@ def test_pseudo_masks_are_those_of_the_evaluation_on_each_studys_grid(cohort, tm
             nifti.read_volume(tmp_path / f'masks/{case.study_id}_{kind}.nii.gz')
             for kind in ('mask', 'probability')
         )
-        assert (mask.data.dtype, probability.data.dtype) == (np.uint8, np.float32)
+        assert (mask.as_stored.dtype, probability.as_stored.dtype) == (np.uint8, np.float32)
         for found in (mask, probability):
-            assert found.data.shape == SHAPE
+            assert found.as_stored.shape == SHAPE
             np.testing.assert_array_equal(found.affine, AFFINE)
         assert wanted.mask.any()
-        np.testing.assert_array_equal(geometries.to_canonical(mask.data, AFFINE), wanted.mask)
+        np.testing.assert_array_equal(mask.array, wanted.mask)
         inside = geometries.from_canonical(wanted.lungs, AFFINE)
-        assert not probability.data[~inside].any()
+        assert not probability.as_stored[~inside].any()
         # 2 · 500 / 1400 well inside the opacity at (-65, 10, 0) mm; the lungs around have 0.21.
-        assert probability.data[23, 34, 14] == pytest.approx(0.714, abs=0.01)
+        assert probability.as_stored[23, 34, 14] == pytest.approx(0.714, abs=0.01)
 
 
 def test_nnunet_data_set_holds_what_the_networks_learn_from_and_nothing_else(cohort, tmp_path):
@@ -104,13 +104,13 @@ def test_nnunet_data_set_holds_what_the_networks_learn_from_and_nothing_else(coh
         if source.suffix == '.gz':
             copy = data_set / 'imagesTr' / f'{name}_0000.nii.gz'
             assert copy.read_bytes() == source.read_bytes()
-        np.testing.assert_array_equal(image.data, nifti.read_volume(source).data)
-        assert label.data.shape == image.data.shape
+        np.testing.assert_array_equal(image.as_stored, nifti.read_volume(source).as_stored)
+        assert label.as_stored.shape == image.as_stored.shape
         np.testing.assert_array_equal(label.affine, image.affine)
         mask = np.zeros(SHAPE)
         if name.startswith('c'):
-            mask = nifti.read_volume(tmp_path / f'masks/{name}_mask.nii.gz').data
-        np.testing.assert_array_equal(label.data, mask)
+            mask = nifti.read_volume(tmp_path / f'masks/{name}_mask.nii.gz').as_stored
+        np.testing.assert_array_equal(label.as_stored, mask)
 
 
 def test_second_call_writes_only_what_is_missing_or_new(cohort, tmp_path):
@@ -128,7 +128,7 @@ def test_second_call_writes_only_what_is_missing_or_new(cohort, tmp_path):
     # Pseudo-masks made anew, with the same files there and whole.
     write_pseudo_masks(splits.train, lambda case: 0 * case.image(), tmp_path / 'masks', SETTINGS)
     name = splits.train[0].study_id
-    assert not nifti.read_volume(tmp_path / f'masks/{name}_mask.nii.gz').data.any()
+    assert not nifti.read_volume(tmp_path / f'masks/{name}_mask.nii.gz').as_stored.any()
 
 
 def test_what_is_not_ours_or_was_changed_is_refused_before_any_work(cohort, tmp_path):
@@ -170,7 +170,7 @@ def test_header_that_readers_take_differently_is_not_copied(cohort, tmp_path):
     source = studies['c1'].image
     volume = nifti.read_volume(source)
     # The same voxels with a fourth axis.
-    nibabel.save(nibabel.Nifti1Image(volume.data[..., None], volume.affine), source)
+    nibabel.save(nibabel.Nifti1Image(volume.as_stored[..., None], volume.affine), source)
     data_set = write_all(cohort, tmp_path)
     found = nibabel.load(data_set / 'imagesTr' / 'c1_0000.nii.gz')
     assert found.shape == SHAPE
@@ -183,6 +183,6 @@ def test_data_set_refuses_a_strangers_case_and_an_image_that_changed(cohort, tmp
     write_study(studies['c1'].image.parent, 'c1', lesion=False, opacity_hu=-400)
     with pytest.raises(InputError, match=r'c1\.nii\.gz: is not the image that was prepared'):
         write_nnunet_data_set(splits, studies, tmp_path / 'masks', tmp_path / 'raw')
-    nifti.write_volume(data_set / 'imagesTr' / 'e1_0000.nii.gz', np.zeros(SHAPE, np.uint8), AFFINE)
+    write_stored(data_set / 'imagesTr' / 'e1_0000.nii.gz', np.zeros(SHAPE, np.uint8), AFFINE)
     with pytest.raises(InputError, match=r'e1_0000\.nii\.gz: not a case of this training set'):
         write_nnunet_data_set(splits, studies, tmp_path / 'masks', tmp_path / 'raw')

@@ -18,7 +18,7 @@ from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.predict.model import Model
 from covseg_jax.predict.studies import Wanted, predict_studies
 from covseg_jax.prepare.study_files import read_image, source_crc32
-from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
+from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_stored, write_study
 from tests.imaging.test_dicom import write_series
 from tests.settings import prepare_settings
 
@@ -60,9 +60,11 @@ def test_masks_of_a_folder_are_those_of_its_studies_and_a_damaged_one_is_named(
     _, opacity = draw_chest('any')
     for name in 'abdef':
         found = nifti.read_volume(output / f'{name}_mask.nii.gz')
-        assert found.data.shape == SHAPE
+        assert found.as_stored.shape == SHAPE
         np.testing.assert_array_equal(found.affine, AFFINE)
-        overlap = 2 * (found.data[opacity] > 0).sum() / ((found.data > 0).sum() + opacity.sum())
+        overlap = (
+            2 * (found.as_stored[opacity] > 0).sum() / ((found.as_stored > 0).sum() + opacity.sum())
+        )
         assert overlap > 0.9
     # a sphere of radius 20 mm
     assert rows[0]['lesion_ml'] == pytest.approx(33.5, rel=0.15)
@@ -75,7 +77,7 @@ def test_what_is_wanted_is_written_beside_the_mask(tmp_path):
     (row,), _ = predict_studies(
         find_inputs(tmp_path / 'scans'), MODEL, tmp_path, wanted=Wanted(True, True, True)
     )
-    probability = nifti.read_volume(tmp_path / 'a_probability.nii.gz').data
+    probability = nifti.read_volume(tmp_path / 'a_probability.nii.gz').as_stored
     assert probability.shape == SHAPE
     assert probability.dtype == np.float32
     assert Image.open(tmp_path / 'a_preview.png').size[0] > 200
@@ -93,7 +95,7 @@ def test_dicom_series_in_mask_on_its_grid_out(tmp_path):
     assert not faults
     mask = nifti.read_volume(tmp_path / 'masks' / row['mask'])
     assert mask.lies_on_grid_of(read_image(find_inputs(tmp_path / 'scans')[0]))
-    assert mask.data.sum() * mask.voxel_ml == pytest.approx(33.5, rel=0.15)
+    assert mask.as_stored.sum() * mask.voxel_ml == pytest.approx(33.5, rel=0.15)
 
 
 def count_done(output):
@@ -120,7 +122,7 @@ def test_resume_does_what_is_missing_or_of_another_scan_and_keeps_the_rest(tmp_p
     again, _ = predict_studies(find_inputs(scans), MODEL, output, num_workers=0, resume=True)
     assert (output / 'a_mask.nii.gz').stat().st_mtime_ns == before
     assert again[0] == first[0]
-    assert nifti.read_volume(output / 'b_mask.nii.gz').data.any()
+    assert nifti.read_volume(output / 'b_mask.nii.gz').as_stored.any()
     assert count_done(output) == [1, 2, 2, 1]
     assert [row['study_id'] for row in read_csv(output)] == list('abcd')
 
@@ -150,7 +152,7 @@ def test_human_masks_are_not_written_over_wherever_the_studies_were_found(tmp_pa
     for name in 'ab':
         write_study(data / 'studies' / 'CT-1', name, lesion=False)
     _, opacity = draw_chest('any')
-    nifti.write_volume(data / 'masks' / 'b_mask.nii.gz', opacity, AFFINE)
+    write_stored(data / 'masks' / 'b_mask.nii.gz', opacity, AFFINE)
     write_study(tmp_path / 'plain', 'a', lesion=True)
     before = read_all(tmp_path)
     for scans, output, named in (
@@ -189,9 +191,9 @@ def test_mask_that_a_person_corrected_is_theirs(tmp_path, resume):
     studies, output = find_inputs(tmp_path / 'scans'), tmp_path / 'masks'
     predict_studies(studies, MODEL, output, num_workers=0)
     mask = output / 'a_mask.nii.gz'
-    corrected = np.array(nifti.read_volume(mask).data)
+    corrected = np.array(nifti.read_volume(mask).as_stored)
     corrected[10, 30, 14] ^= 1
-    nifti.write_volume(mask, corrected, AFFINE)
+    write_stored(mask, corrected, AFFINE)
     before = read_all(output)
     with pytest.raises(InputError, match=r'a_mask\.nii\.gz: is in the way.* changed since'):
         predict_studies(studies, MODEL, output, num_workers=0, resume=resume)
@@ -202,7 +204,7 @@ def write_predicted_plain(folder):
     """A scan with its human mask as .nii, and its prediction beside them."""
     write_study(folder, 'a', lesion=False)
     _, opacity = draw_chest('any')
-    nifti.write_volume(folder / 'a_mask.nii', opacity, AFFINE)
+    write_stored(folder / 'a_mask.nii', opacity, AFFINE)
     before = find_studies(folder)
     everything = Wanted(True, True, True)
     predict_studies(before, MODEL, folder, num_workers=0, wanted=everything)
@@ -243,13 +245,13 @@ def test_predictions_among_human_masks_are_none(tmp_path):
     for name in 'ab':
         write_study(tmp_path / 'studies' / 'CT-1', name, lesion=False)
     _, opacity = draw_chest('any')
-    nifti.write_volume(tmp_path / 'masks' / 'a_mask.nii.gz', opacity, AFFINE)
+    write_stored(tmp_path / 'masks' / 'a_mask.nii.gz', opacity, AFFINE)
     before = find_studies(tmp_path)
     predict_studies([before[1]], MODEL, tmp_path / 'masks', num_workers=0)
     assert (tmp_path / 'masks' / 'b_mask.nii.gz').exists()
     assert find_studies(tmp_path) == before
     # A person looks through it and keeps it, corrected: now it is a human mask.
-    nifti.write_volume(tmp_path / 'masks' / 'b_mask.nii.gz', opacity[::-1], AFFINE)
+    write_stored(tmp_path / 'masks' / 'b_mask.nii.gz', opacity[::-1], AFFINE)
     assert find_studies(tmp_path)[1].lesion_mask == tmp_path / 'masks' / 'b_mask.nii.gz'
 
 

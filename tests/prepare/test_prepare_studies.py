@@ -17,7 +17,7 @@ import pytest
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.prepare import prepare_studies
-from tests.imaging.chest import AFFINE, SHAPE, write_study
+from tests.imaging.chest import AFFINE, SHAPE, write_stored, write_study
 from tests.settings import prepare_settings
 
 SETTINGS = prepare_settings(grid=(16, 32, 32))
@@ -115,9 +115,9 @@ def test_bad_study_is_reported_and_the_others_are_made(data_set):
 
 
 def test_scan_without_lungs_is_refused_by_name(data_set):
-    image = nifti.read_volume(data_set / 'a.nii.gz').data.copy()
+    image = nifti.read_volume(data_set / 'a.nii.gz').as_stored.copy()
     image[10:-10, 10:-10] = 40
-    nifti.write_volume(data_set / 'a.nii.gz', image, AFFINE)
+    write_stored(data_set / 'a.nii.gz', image, AFFINE)
     with pytest.raises(InputError, match=r'^a\.nii\.gz: no lungs found .*; give a chest CT'):
         prepare_studies.prepare_volume(studies.find_studies(data_set)[0], SETTINGS)
 
@@ -131,7 +131,7 @@ def test_scan_without_lungs_is_refused_by_name(data_set):
     ],
 )
 def test_mask_that_does_not_fit_its_image_is_refused(data_set, mask, affine, words):
-    nifti.write_volume(data_set / 'a_mask.nii.gz', mask, affine)
+    write_stored(data_set / 'a_mask.nii.gz', mask, affine)
     with pytest.raises(InputError, match=rf'^a_mask\.nii\.gz: .*{words}'):
         prepare_studies.prepare_volume(studies.find_studies(data_set)[0], SETTINGS)
 
@@ -139,7 +139,7 @@ def test_mask_that_does_not_fit_its_image_is_refused(data_set, mask, affine, wor
 def test_lung_mask_file_is_used_where_the_settings_say_so(data_set):
     lungs = np.zeros(SHAPE, np.uint8)
     lungs[20:30, 30:40, 10:20], lungs[50:60, 30:40, 10:20] = 1, 2
-    nifti.write_volume(data_set / 'a_lungs.nii.gz', lungs, AFFINE)
+    write_stored(data_set / 'a_lungs.nii.gz', lungs, AFFINE)
     settings = dataclasses.replace(SETTINGS, lungs_source='file')
     first, second = studies.find_studies(data_set)
     # 2000 voxels of 4 · 4 · 8 mm³
@@ -189,7 +189,9 @@ if __name__ == '__main__':
     # A shell that puts the tests in the background has them ignore Ctrl-C, and so would this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print('started', flush=True)
-    settings = prepare_settings(grid=(16, 32, 32))
+    settings = prepare_studies.PrepareSettings(
+        (16, 32, 32), (-1000.0, 400.0), 4.0, 'threshold', (1,)
+    )
     prepare_studies.prepare_studies(found, sys.argv[2], settings, num_workers=2)
 """
 
@@ -259,7 +261,7 @@ def test_killed_parent_leaves_no_worker(data_set, tmp_path):
 
 def test_of_two_studies_with_one_image_one_is_set_aside(data_set):
     volume = nifti.read_volume(data_set / 'a.nii.gz')  # the copy is another file: of float32
-    nifti.write_volume(data_set / 'copy.nii.gz', volume.data.astype(np.float32), volume.affine)
+    write_stored(data_set / 'copy.nii.gz', volume.as_stored.astype(np.float32), volume.affine)
     report = _prepare(data_set)
     assert report.made == ['a', 'b']
     assert report.bad == {'copy': 'copy.nii.gz: the same image as study a; remove one of the two'}

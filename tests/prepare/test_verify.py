@@ -10,7 +10,7 @@ import pytest
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti, studies
 from covseg_jax.prepare import prepare_studies, verify
-from tests.imaging.chest import AFFINE, draw_chest, write_study
+from tests.imaging.chest import AFFINE, draw_chest, write_stored, write_study
 from tests.settings import prepare_settings
 
 SETTINGS = prepare_settings(grid=(16, 32, 32))
@@ -47,7 +47,7 @@ def _header(offset, code, *values):
 
     def spoil(folder):
         image, _ = draw_chest('a')
-        nifti.write_volume(folder / 'a.nii', image, AFFINE)
+        write_stored(folder / 'a.nii', image, AFFINE)
         content = bytearray((folder / 'a.nii').read_bytes())
         struct.pack_into('<' + code, content, offset, *values)
         (folder / 'a.nii').unlink()
@@ -59,7 +59,7 @@ def _header(offset, code, *values):
 def _image(change):
     def spoil(folder):
         image, _ = draw_chest('a')
-        nifti.write_volume(folder / IMAGE, change(image.astype(np.float32)), AFFINE)
+        write_stored(folder / IMAGE, change(image.astype(np.float32)), AFFINE)
 
     return spoil
 
@@ -67,7 +67,7 @@ def _image(change):
 def _mask(change, affine=AFFINE):
     def spoil(folder):
         _, opacity = draw_chest('a')
-        nifti.write_volume(folder / MASK, change(opacity.astype(np.uint8)), affine)
+        write_stored(folder / MASK, change(opacity.astype(np.uint8)), affine)
 
     return spoil
 
@@ -261,9 +261,9 @@ def test_known_windowed_data_set_is_mapped_to_hu(tmp_path):
         (tmp_path / folder).mkdir()
     windowed = np.rint((np.clip(image, -1250.0, 250.0) + 1250) / 1500 * 255).astype(np.uint8)
     name = 'radiopaedia_1.nii.gz'
-    nifti.write_volume(tmp_path / 'COVID-19-CT-Seg_20cases' / name, windowed, AFFINE)
-    nifti.write_volume(tmp_path / 'Infection_Mask' / name, opacity, AFFINE)
-    nifti.write_volume(tmp_path / 'Lung_Mask' / name, (image < -300).astype(np.uint8) * 2, AFFINE)
+    write_stored(tmp_path / 'COVID-19-CT-Seg_20cases' / name, windowed, AFFINE)
+    write_stored(tmp_path / 'Infection_Mask' / name, opacity, AFFINE)
+    write_stored(tmp_path / 'Lung_Mask' / name, (image < -300).astype(np.uint8) * 2, AFFINE)
     (study,) = studies.find_studies(tmp_path)
     case = prepare_studies.prepare_volume(study, SETTINGS)
     inside = (case.lungs == 1) & (case.lesion == 0)

@@ -12,12 +12,11 @@ from configs import transunet
 from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import cohort
-from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.stages import pipeline
 from covseg_jax.stages.inputs import Given
 from covseg_jax.stages.on_request import ON_INPUT
-from tests.imaging.chest import AFFINE, draw_chest
+from tests.imaging.chest import AFFINE, draw_chest, write_stored
 from tests.predict.test_export import make_variables, write
 
 # Of a layout's study: its image, its lesion mask.
@@ -36,10 +35,10 @@ def write_data_set(folder, layout, masked=('p1_a', 'p1_b', 'p2_a'), label=1):
         (folder / 'Lung_Mask').mkdir(parents=True)
     for name in (*masked, 'p3_a'):
         image, opacity = draw_chest(name)
-        nifti.write_volume(folder / image_name.format(name), image, AFFINE)
+        write_stored(folder / image_name.format(name), image, AFFINE)
         if name in masked:
             mask = (label * opacity).astype(np.uint8)
-            nifti.write_volume(folder / mask_name.format(name), mask, AFFINE)
+            write_stored(folder / mask_name.format(name), mask, AFFINE)
     return folder
 
 
