@@ -1,5 +1,6 @@
 """Evaluates a network, and the pseudo-masks it learned from, on every study with a true mask."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -75,48 +76,16 @@ def evaluate_cohort(
     Raises:
       InputError: a study or its true mask can no longer be read.
     """
-    tables: dict[str, tuple[list[dict], list[dict]]] = {'network': ([], [])}
-    if read_pseudo_mask is not None:
-        tables['pseudo'] = ([], [])
-
-    def masks_of(case: Case) -> dict[str, tuple[np.ndarray, StudyMask]]:
-        lungs = np.asarray(case.lungs())
-        found = predict(case)
-        masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, settings))}
-        if read_pseudo_mask is not None:
-            pseudo = np.asarray(read_pseudo_mask(case), np.float32)
-            cut = mask_on_study_grid(pseudo, lungs, case.geometry, pseudo_masks)
-            masks['pseudo'] = (pseudo, cut)
-        return masks
-
-    view_bytes = min(_VIEW_BYTES, _VIEWS_BYTES // min(max(len(cases), 1), MAX_VIEWS))
-
-    def read(case: Case) -> tuple[np.ndarray, np.ndarray]:
-        if case.study_id not in studies:
-            raise InputError(f'{case.study_id}: no such study in the data set any more')
-        study = studies[case.study_id]
-        volume = study_files.read_image(study)
-        truth = study_files.read_mask(study, 'lesion_mask', volume, lesion_labels)
-        return volume.array, truth
-
-    own: list[dict] = []
-    for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):
-        image_hu, truth = read(case)
-        masks = masks_of(case)
-        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
-        own.append({'scores': scores, 'curve': _curve(case, masks['network'][0]).tolist()})
-        if _keep_worst_views(own):
-            images = _images(case, scores['network'][0]['dice'], image_hu, truth, masks)
-            own[-1]['view'] = viewer.draw_views(images, view_bytes)
-    found = hosts.gather(own, len(cases))
+    sources = _Sources(studies, predict, read_pseudo_mask, settings, pseudo_masks, lesion_labels)
+    found = hosts.gather(_score_cases(cases, sources), len(cases))
     _keep_worst_views(found)
+    tables: dict[str, tuple[list[dict], list[dict]]] = {}
     for each in found:
         for source, (case_row, slice_rows) in each['scores'].items():
-            tables[source][0].append(case_row)
-            tables[source][1].extend(slice_rows)
-
+            case_rows, all_slice_rows = tables.setdefault(source, ([], []))
+            case_rows.append(case_row)
+            all_slice_rows.extend(slice_rows)
     case_rows, slice_rows = tables['network']
-    pseudo_rows = tables['pseudo'][0] if 'pseudo' in tables else []
     curve = np.sum([each['curve'] for each in found], axis=0)
     summary = {
         'protocols': evaluate.summarise(case_rows, slice_rows),
@@ -131,26 +100,83 @@ def evaluate_cohort(
         evaluate.write_tables(folder, case_rows, slice_rows)
         if 'pseudo' in tables:
             evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
-        chosen = {
-            role: next(case for case in cases if case.study_id == study_id)
-            for role, study_id in figures.choose_cases(case_rows).items()
-        }
-        dice = {row['study_id']: row['dice'] for row in case_rows}
-        drawn = figures.plot_against_infection(case_rows, slice_rows, folder)
-        drawn.append(figures.plot_agreement(case_rows, pseudo_rows, folder))
-        coarse = curve.reshape(len(curve), probabilities.NUM_BINS, -1).sum(axis=-1)
-        drawn.append(figures.plot_calibration(coarse, folder))
-        for role, case in chosen.items():
-            images = _images(case, dice[case.study_id], *read(case), masks_of(case))
-            drawn.append(figures.plot_overlay(role, images, folder))
+        drawn = _draw(cases, sources, tables, curve, folder)
         board.write_board(folder, summary, curve, drawn, hparams)
-        drawn += learning_curves
         views = [each['view'] for each in found if 'view' in each]
-        report.write_report(folder, summary, case_rows, drawn, run, views)
+        report.write_report(folder, summary, case_rows, [*drawn, *learning_curves], run, views)
         evaluate.write_summary(folder, summary)
 
     hosts.first_alone(write, 'the evaluation is written')
     return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sources:
+    """Where a case's image, truth and masks come from; fields as `evaluate_cohort`'s arguments."""
+
+    studies: Mapping[str, Study]
+    predict: Callable[[Case], np.ndarray]
+    read_pseudo_mask: Callable[[Case], np.ndarray] | None
+    settings: MaskSettings
+    pseudo_masks: MaskSettings | None
+    lesion_labels: Sequence[int]
+
+    def masks_of(self, case: Case) -> dict[str, tuple[np.ndarray, StudyMask]]:
+        lungs = np.asarray(case.lungs())
+        found = self.predict(case)
+        masks = {'network': (found, mask_on_study_grid(found, lungs, case.geometry, self.settings))}
+        if self.read_pseudo_mask is not None:
+            pseudo = np.asarray(self.read_pseudo_mask(case), np.float32)
+            cut = mask_on_study_grid(pseudo, lungs, case.geometry, self.pseudo_masks)
+            masks['pseudo'] = (pseudo, cut)
+        return masks
+
+    def read(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """The image in HU and the true mask, both on the study's grid."""
+        if case.study_id not in self.studies:
+            raise InputError(f'{case.study_id}: no such study in the data set any more')
+        study = self.studies[case.study_id]
+        volume = study_files.read_image(study)
+        truth = study_files.read_mask(study, 'lesion_mask', volume, self.lesion_labels)
+        return volume.array, truth
+
+
+def _score_cases(cases: Sequence[Case], sources: _Sources) -> list[dict]:
+    """This host's share: each case's scores and calibration curve, and views of the worst."""
+    view_bytes = min(_VIEW_BYTES, _VIEWS_BYTES // min(max(len(cases), 1), MAX_VIEWS))
+    own: list[dict] = []
+    for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):
+        image_hu, truth = sources.read(case)
+        masks = sources.masks_of(case)
+        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
+        own.append({'scores': scores, 'curve': _curve(case, masks['network'][0]).tolist()})
+        if _keep_worst_views(own):
+            images = _images(case, scores['network'][0]['dice'], image_hu, truth, masks)
+            own[-1]['view'] = viewer.draw_views(images, view_bytes)
+    return own
+
+
+def _draw(
+    cases: Sequence[Case],
+    sources: _Sources,
+    tables: Mapping,
+    curve: np.ndarray,
+    folder: pathlib.Path,
+) -> list[pathlib.Path]:
+    """The figures, and overlays of a few cases."""
+    case_rows, slice_rows = tables['network']
+    pseudo_rows = tables['pseudo'][0] if 'pseudo' in tables else []
+    drawn = figures.plot_against_infection(case_rows, slice_rows, folder)
+    drawn.append(figures.plot_agreement(case_rows, pseudo_rows, folder))
+    coarse = curve.reshape(len(curve), probabilities.NUM_BINS, -1).sum(axis=-1)
+    drawn.append(figures.plot_calibration(coarse, folder))
+    dice = {row['study_id']: row['dice'] for row in case_rows}
+    by_id = {case.study_id: case for case in cases}
+    for role, study_id in figures.choose_cases(case_rows).items():
+        case = by_id[study_id]
+        images = _images(case, dice[study_id], *sources.read(case), sources.masks_of(case))
+        drawn.append(figures.plot_overlay(role, images, folder))
+    return drawn
 
 
 def _images(

@@ -7,7 +7,7 @@ import functools
 import pathlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -182,22 +182,33 @@ def predict_studies(
     finish = functools.partial(
         _finish, settings=model.masks, output=output, wanted=wanted, journal=journal
     )
+    with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
+        for row in _predict_each(to_do, model, finish, num_workers):
+            rows[str(row['study_id'])] = row
+            bar.update()
+    all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
+    if hosts.is_first():
+        _write_results(results, all_rows)
+    return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
+
+
+def _predict_each(
+    to_do: Sequence[Study], model: Model, finish: Callable[..., Row], num_workers: int
+) -> Iterator[Row]:
+    """The studies' rows, in the order in which they are done. `finish` writes what was found."""
     devices = model.probabilities[: max(1, len(to_do))]
     with (
         process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool,
         _threads(len(devices)) as threads,
-        tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar,
     ):
         to_prepare, preparing, running, writing = deque(to_do), deque(), deque(), deque()
 
-        def collect(most_running: int, most_writing: int) -> None:
+        def collect(most_running: int, most_writing: int) -> Iterator[Row]:
             while len(running) > most_running:
                 study, job = running.popleft()
                 writing.append(pool.submit(finish, study, *job.result()))
             while len(writing) > most_writing:
-                row = writing.popleft().result()
-                rows[str(row['study_id'])] = row
-                bar.update()
+                yield writing.popleft().result()
 
         for number, study in enumerate(to_do):
             while to_prepare and len(preparing) <= num_workers:
@@ -205,17 +216,12 @@ def predict_studies(
             try:
                 case, seconds = preparing.popleft().result()
             except InputError as error:
-                rows[study.study_id] = {'study_id': study.study_id, 'status': str(error)}
-                bar.update()
+                yield {'study_id': study.study_id, 'status': str(error)}
                 continue
             device = number % len(devices)
             running.append((study, threads[device].submit(_run, devices[device], case, seconds)))
-            collect(len(devices) - 1, num_workers)
-        collect(0, 0)
-    all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
-    if hosts.is_first():
-        _write_results(results, all_rows)
-    return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
+            yield from collect(len(devices) - 1, num_workers)
+        yield from collect(0, 0)
 
 
 def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:
