@@ -43,7 +43,7 @@ Config = ml_collections.ConfigDict
 
 
 def run_stages(
-    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Given
+    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Request
 ) -> None:
     """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
     for name in names:
@@ -141,7 +141,7 @@ def _run(arguments: list[str]) -> None:
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache.absolute()))
     hosts.connect(config.distributed if config else {'coordinator': ''})
-    given = stages.Given(
+    given = stages.Request(
         *(_path(flag.value) for flag in (_INPUT, _OUTPUT, _REFERENCE)),
         model=_MODEL.value,
         resume=_RESUME.value,

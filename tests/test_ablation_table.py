@@ -5,23 +5,23 @@ import pathlib
 import subprocess
 import sys
 
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 
 TABLE = pathlib.Path(__file__).parents[1] / 'launch' / 'ablation_table.py'
 
 
 def write_run(folder, *, dice, slice_dice, precision, revision):
-    row = dict.fromkeys(evaluate.CASE_COLUMNS, 0.25) | {'study_id': 'a', 'category': 'CT-1'}
-    slice_row = dict.fromkeys(evaluate.SLICE_COLUMNS, 0.25) | {
+    row = dict.fromkeys(scores.CASE_COLUMNS, 0.25) | {'study_id': 'a', 'category': 'CT-1'}
+    slice_row = dict.fromkeys(scores.SLICE_COLUMNS, 0.25) | {
         'study_id': 'a',
         'protocol': 'slice_infection_over_1pct',
         'dice': slice_dice,
     }
     cases = [row | {'dice': dice, 'average_precision': precision}]
     (folder / 'evaluation').mkdir(parents=True)
-    evaluate.write_summary(
+    scores.write_summary(
         folder / 'evaluation',
-        {'protocols': evaluate.summarise(cases, [slice_row]), 'pseudo_masks': None},
+        {'protocols': scores.summarise(cases, [slice_row]), 'pseudo_masks': None},
     )
     (folder / 'environment.json').write_text(json.dumps({'git_revision': revision}))
 

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from configs import transunet
 from covseg_jax import main, stages
 from covseg_jax.errors import InputError
-from covseg_jax.stages import Given
+from covseg_jax.stages import Request
 from tests.program import ROOT, assert_one_line_error, command, environment, run
 from tests.segmentation.test_import_weights import make_variables, to_pytorch
 
@@ -224,7 +224,7 @@ def call(workdir, stage, fields, **given):
     """A stage of the tiny variant in this process."""
     config = transunet.get_config('tiny').unlock()
     config.update_from_flattened_dict(fields)
-    main.run_stages(config.lock(), workdir, [stage], Given(**given))
+    main.run_stages(config.lock(), workdir, [stage], Request(**given))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import evaluate, metrics
+from covseg_jax.evaluation import metrics, scores
 
 _ROUNDING = 1e-12  # a mean of differences that cancel out is seldom exactly 0
 
@@ -77,7 +77,7 @@ def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Differ
 
 def _read_cases(folder: pathlib.Path) -> dict[str, dict]:
     inside = folder / 'evaluation'
-    case_rows, _ = evaluate.read_tables(inside if inside.is_dir() else folder)
+    case_rows, _ = scores.read_tables(inside if inside.is_dir() else folder)
     return {row['study_id']: row for row in case_rows}
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from covseg_jax import atomic
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 from covseg_jax.predict.preview import (
     LUNG_WINDOW_HU,
     PREDICTION_COLOUR,
@@ -32,7 +32,7 @@ METRIC_TITLES = {
     'specificity_lung': 'Specificity in the lungs',
     'specificity_image': 'Specificity, whole image',
     'hd95_mm': 'HD95 (mm)',
-    'nsd': f'Surface Dice at {evaluate.NSD_TOLERANCE_MM:g} mm',
+    'nsd': f'Surface Dice at {scores.NSD_TOLERANCE_MM:g} mm',
     'iou': 'IoU',
     'precision': 'Precision',
     'lesion_f1': 'F1 of lesions',
@@ -137,7 +137,7 @@ def plot_against_infection(
     """Draws Dice, sensitivity and specificity (lungs) against infection %, a panel a protocol.
 
     Args:
-      case_rows, slice_rows: as `evaluate.score_case` makes them.
+      case_rows, slice_rows: as `scores.score_case` makes them.
       folder: the evaluation folder; the figures go into its `figures/`.
 
     Returns:
@@ -147,7 +147,7 @@ def plot_against_infection(
         protocol: case_rows
         if protocol == 'volume'
         else [row for row in slice_rows if row['protocol'] == protocol]
-        for protocol in evaluate.PROTOCOLS
+        for protocol in scores.PROTOCOLS
     }
     paths = []
     for metric, name in _FIGURES_AGAINST_INFECTION.items():

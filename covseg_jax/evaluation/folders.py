@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
@@ -97,8 +97,8 @@ def score_folder(
         if lungs_path.exists():
             lungs = _read_on_grid(lungs_path, truth, true_path).array > 0
         nothing = np.zeros((0, 1, 1), bool)
-        row, rows = evaluate.score_case(
-            evaluate.CaseArrays(
+        row, rows = scores.score_case(
+            scores.CaseArrays(
                 study_id=study_id,
                 category=None,
                 truth=truth.array > 0,
@@ -114,15 +114,15 @@ def score_folder(
         case_rows.append(row)
         slice_rows += rows
     summary = {
-        'protocols': evaluate.summarise(case_rows, slice_rows),
-        'strata': evaluate.stratify(case_rows),
+        'protocols': scores.summarise(case_rows, slice_rows),
+        'strata': scores.stratify(case_rows),
         'studies': len(case_rows),
         'subjects': len(set(subjects.values())),
     }
     if hosts.is_first():
         with written.new_files(folder) as temporary:
-            evaluate.write_tables(temporary, case_rows, slice_rows)
-            evaluate.write_summary(temporary, summary)
+            scores.write_tables(temporary, case_rows, slice_rows)
+            scores.write_summary(temporary, summary)
     return summary
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import jinja2
 
 from covseg_jax import atomic
-from covseg_jax.evaluation.evaluate import NSD_TOLERANCE_MM
 from covseg_jax.evaluation.figures import METRIC_TITLES, PROTOCOL_TITLES
+from covseg_jax.evaluation.scores import NSD_TOLERANCE_MM
 from covseg_jax.predict.preview import PREDICTION_COLOUR, PSEUDO_COLOUR, TRUTH_COLOUR
 
 _CASE_COLUMN_TITLES = {
@@ -128,7 +128,7 @@ def write_report(
     Args:
       folder: the evaluation folder.
       summary: the content of summary.json; `pseudo_masks` and `strata` are shown where they are.
-      case_rows: as `evaluate.score_case` makes them; listed worst Dice first, undefined last.
+      case_rows: as `scores.score_case` makes them; listed worst Dice first, undefined last.
       figures: PNG files, copied into the page in this order.
       run: name → value (text or anything JSON can say), shown at the top.
       views: what `viewer.draw_views` made of some or all of the cases.

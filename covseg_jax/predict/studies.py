@@ -49,7 +49,7 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class Extras:
     """What is written of a study beside its mask.
 
     Attributes:
@@ -77,7 +77,7 @@ def write_prediction(
     probability: np.ndarray,
     settings: MaskSettings,
     output: pathlib.Path,
-    wanted: Wanted,
+    wanted: Extras,
     study: Study,
 ) -> tuple[Row, list[pathlib.Path]]:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
@@ -135,7 +135,7 @@ def predict_studies(
     output: pathlib.Path,
     *,
     num_workers: int = 1,
-    wanted: Wanted = Wanted(),
+    wanted: Extras = Extras(),
     resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Segments studies and writes results.csv; a study that cannot be used is named in it and
@@ -245,7 +245,7 @@ def _finish(
     *,
     settings: MaskSettings,
     output: pathlib.Path,
-    wanted: Wanted,
+    wanted: Extras,
     journal: Journal,
 ) -> Row:
     began = time.monotonic()

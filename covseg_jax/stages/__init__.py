@@ -4,7 +4,7 @@ Stages import what they need themselves: the processes that prepare studies impo
 and must not start JAX.
 """
 
-from covseg_jax.stages.inputs import Given
+from covseg_jax.stages.inputs import Request
 from covseg_jax.stages.on_request import AFTER, BEFORE, ON_INPUT, STOPPED
 from covseg_jax.stages.outcome import show_table
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
@@ -22,7 +22,7 @@ __all__ = [
     'PIPELINE',
     'STOPPED',
     'TRAINED',
-    'Given',
+    'Request',
     'newest_step',
     'refuse_foreign_workdir',
     'refuse_other_settings',

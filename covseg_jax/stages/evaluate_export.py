@@ -9,7 +9,7 @@ import numpy as np
 
 from covseg_jax import atomic, written
 from covseg_jax.errors import InputError
-from covseg_jax.stages.inputs import Config, Given, data_folder, describe_cuts, num_workers
+from covseg_jax.stages.inputs import Config, Request, data_folder, describe_cuts, num_workers
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import prepare_shared
 
@@ -25,7 +25,7 @@ _FOLDERS = ('figures', 'tensorboard')
 _NAMES = {_PREPARED, *_TABLES, *_FOLDERS}  # all that an evaluation leaves
 
 
-def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
     """Scores --model on the masked studies of --input or of the config's data set, as `evaluate`
     does a run. They are prepared into `prepared/` of --output as the export says, and kept there.
 
@@ -43,7 +43,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Giv
             '--reference is for --input=PREDICTIONS; with --model the true masks are those of the '
             'data set'
         )
-    from covseg_jax.evaluation.cohort import evaluate_cohort
+    from covseg_jax.evaluation.evaluate_cases import evaluate_cases
     from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.predict.export import load
 
@@ -62,7 +62,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Giv
 
     run = _describe(model, given, folder, cases, num_bad)
     with written.new_files(output) as temporary:
-        summary = evaluate_cohort(
+        summary = evaluate_cases(
             cases,
             {study.study_id: study for study in studies},
             predict,
@@ -103,7 +103,7 @@ def _prepare_masked(
     prepared: pathlib.Path,
     settings: 'PrepareSettings',
     config: Config | None,
-    given: Given,
+    given: Request,
 ) -> 'tuple[tuple[Case, ...], int]':
     """The prepared cases to score, and how many of the masked studies cannot be used."""
     from covseg_jax.prepare.cases import evaluation_cases, find_cases
@@ -143,7 +143,7 @@ def _prepare_masked(
 
 
 def _describe(
-    model: 'Model', given: Given, folder: pathlib.Path, cases: 'Sequence[Case]', num_bad: int
+    model: 'Model', given: Request, folder: pathlib.Path, cases: 'Sequence[Case]', num_bad: int
 ) -> dict:
     """What summary.json and the report say beside the scores."""
     members = model.description.get('ensemble', [model.description])

@@ -16,7 +16,7 @@ Config = ml_collections.ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Request:
     """What the command line names beside the config: paths, None where not given, and what predict
     is asked for."""
 

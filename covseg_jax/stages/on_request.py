@@ -12,7 +12,7 @@ from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.stages.inputs import (
     Config,
-    Given,
+    Request,
     data_folder,
     describe_cuts,
     given_cuts,
@@ -32,7 +32,7 @@ STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, u
 _MOST_SHOWN = 25  # studies in a table
 
 
-def _claim_outputs(given: Given, paths: Sequence[pathlib.Path]) -> None:
+def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
     """Called before any work with what a stage is to write. --output is a person's folder: what
     this program did not write is refused. The work directory is its own: there its names are its
     files, by whatever version they were written."""
@@ -42,7 +42,7 @@ def _claim_outputs(given: Given, paths: Sequence[pathlib.Path]) -> None:
         written.adopt(paths)
 
 
-def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
     from covseg_jax.imaging.studies import find_inputs, find_studies
     from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
@@ -74,7 +74,7 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Given) -> None:
         )
 
 
-def run_compile_check(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_compile_check(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Compiles what the config's stages run for a TPU topology, and writes compile_check.json."""
     del given
     from covseg_jax.stages.compile_check import run_check
@@ -115,7 +115,7 @@ def _cost_cells(result: dict) -> list[str]:
     ]  # fmt: skip
 
 
-def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Published weights -> a checkpoint that train goes on from and evaluate and predict use."""
     if not given.input:
         raise InputError('--stages=import_weights needs --input=FILE (.safetensors, .npz or .pt)')
@@ -138,7 +138,7 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Given) -> N
         )
 
 
-def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
     """Scores the masks in --input against those in --reference, whatever made them; or an export,
     --model, on a data set."""
     if given.model:
@@ -160,7 +160,7 @@ def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Give
     print(f'evaluate: {len(pairs)} studies; {folder}')
 
 
-def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_compare(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Compares two evaluated runs, --input=FIRST,SECOND, study by study."""
     from covseg_jax.evaluation.compare import compare_runs
 
@@ -191,7 +191,7 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Given) -> None:
         written.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
 
 
-def run_status(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Prints where a work directory stands."""
     from covseg_jax.training.logging import read_newest
 
@@ -217,7 +217,7 @@ def _num_steps(workdir: pathlib.Path, stage: str) -> int:
     return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
 
 
-def run_export(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """The trained network as one folder that predicts without this config."""
     from covseg_jax.predict.export import Exported, refuse_other_contents, write_export
     from covseg_jax.segmentation.train import load_variables, volume_settings
@@ -274,14 +274,14 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(s, handler)
 
 
-def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> None:
+def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
     """Scans in -> NIfTI masks out on the same grids, by the work directory's network or by
     --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
     from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.predict.export import load
-    from covseg_jax.predict.studies import Wanted, predict_studies
+    from covseg_jax.predict.studies import Extras, predict_studies
 
     studies = find_inputs(given.input, config.data.layout if config else 'auto')
     if given.model:
@@ -295,7 +295,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
                 model,
                 given.output,
                 num_workers=given.num_workers or num_workers(config),
-                wanted=Wanted(given.probability, given.preview, given.per_lung),
+                wanted=Extras(given.probability, given.preview, given.per_lung),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:
@@ -314,7 +314,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Given) -> N
         raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
 
 
-def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Given) -> None:
+def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')

@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 
 @dataclasses.dataclass(frozen=True)
-class Done:
+class Outcome:
     """A finished stage of the pipeline.
 
     Attributes:

@@ -25,7 +25,7 @@ from covseg_jax.stages.inputs import (
     pseudo_probability_reader,
     split_studies,
 )
-from covseg_jax.stages.outcome import Done, table_of_summary
+from covseg_jax.stages.outcome import Outcome, table_of_summary
 
 if TYPE_CHECKING:
     from covseg_jax.imaging.studies import Study
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings
 
 
-def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
+def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
     from covseg_jax.imaging.studies import find_studies
 
@@ -64,7 +64,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Done:
         raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
     counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
-    return Done(outputs, [(name, len(named)) for name, named in counts.items()])
+    return Outcome(outputs, [(name, len(named)) for name, named in counts.items()])
 
 
 def prepare_shared(
@@ -100,7 +100,7 @@ def _pick(values: dict, names: tuple[str, ...]) -> list[tuple[str, float]]:
     return [(name, values[name]) for name in names if values.get(name) is not None]
 
 
-def run_gan(config: Config, workdir: pathlib.Path) -> Done:
+def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
     """Trains the GAN."""
     from covseg_jax.gan.train import train_gan
     from covseg_jax.training.logging import read_newest
@@ -108,10 +108,10 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Done:
     train_gan(config, split_studies(config, workdir), workdir / 'gan')
     log = workdir / 'gan' / 'metrics.jsonl'
     shown = ('step', 'loss/total', 'validation/removed', *_SPEEDS)
-    return Done([log], _pick(read_newest(log), shown))
+    return Outcome([log], _pick(read_newest(log), shown))
 
 
-def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
+def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
     """GAN -> pseudo-masks of all COVID studies."""
     from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
     from covseg_jax.gan.train import load_generator
@@ -134,7 +134,7 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
         new_file,
     )
     infection = summary['infection_percent']
-    return Done(
+    return Outcome(
         [*(folder / f'{name}.npy' for name in infection), folder / 'summary.json'],
         [
             ('studies', len(infection)),
@@ -145,7 +145,7 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Done:
     )
 
 
-def run_train(config: Config, workdir: pathlib.Path) -> Done:
+def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     """Trains the segmentation network, and finds its thresholds on held-out healthy scans where the
     config gives no share of the maximum."""
     from covseg_jax.data.opacities import opacity_model, paint_scans
@@ -194,7 +194,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Done:
         atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     log = folder / 'metrics.jsonl'
     shown = ('step', 'loss/total', 'validation/dice', *_SPEEDS)
-    return Done(
+    return Outcome(
         [log, folder / 'calibration.json'],
         [
             *_pick(read_newest(log), shown),
@@ -230,14 +230,14 @@ def _refuse_trained_subjects(cases: 'Sequence[Case]', workdir: pathlib.Path) -> 
         )
 
 
-def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
+def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     """Scores the network and the pseudo-masks on the studies with a true mask; with the network
     'none' the pseudo-masks alone.
 
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
-    from covseg_jax.evaluation.cohort import evaluate_cohort
+    from covseg_jax.evaluation.evaluate_cases import evaluate_cases
     from covseg_jax.imaging.studies import find_studies
     from covseg_jax.prepare.cases import evaluation_cases
     from covseg_jax.training.progress import draw_progress
@@ -272,7 +272,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
 
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
-    summary = evaluate_cohort(
+    summary = evaluate_cases(
         cases,
         known,
         predict,
@@ -291,7 +291,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Done:
         learning_curves=[curves] if curves else [],
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
-    return Done([folder / name for name in names], *table_of_summary(summary))
+    return Outcome([folder / name for name in names], *table_of_summary(summary))
 
 
 def _hparams(config: Config) -> dict[str, bool | int | float | str]:

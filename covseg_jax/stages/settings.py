@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from covseg_jax import manifest
 from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation.evaluate import CASE_COLUMNS, SLICE_COLUMNS
+from covseg_jax.evaluation.scores import CASE_COLUMNS, SLICE_COLUMNS
 from covseg_jax.stages.inputs import Config, data_folder
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 

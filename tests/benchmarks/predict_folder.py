@@ -24,7 +24,7 @@ from covseg_jax.imaging import studies
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.predict.model import Model
-from covseg_jax.predict.studies import Wanted, predict_studies, write_prediction
+from covseg_jax.predict.studies import Extras, predict_studies, write_prediction
 from covseg_jax.prepare import prepare_studies
 from tests.imaging.chest import write_stored
 
@@ -71,7 +71,7 @@ def main() -> None:
         steps.append(time.perf_counter())
         mask = probability(case.image, case.lungs)
         steps.append(time.perf_counter())
-        write_prediction(case, mask, settings, folder / 'masks', Wanted(), found[0])
+        write_prediction(case, mask, settings, folder / 'masks', Extras(), found[0])
         steps.append(time.perf_counter())
     alone, overlapped = (statistics.median(each) for each in seconds.values())
     prepare_s, network_s, write_s = np.diff(steps).round(3).tolist()

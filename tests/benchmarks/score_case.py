@@ -4,7 +4,7 @@
 
 Prints a JSON line for each kind of case: `moderate` (3 % infection), `severe` (30 %) and `specks`
 (a moderate truth, and a prediction strewn with single voxels). Medians and bests, in seconds, of
-runs that take turns; `whole` is `evaluate.score_case`, `peer_scipy_surfaces` the same distances as
+runs that take turns; `whole` is `scores.score_case`, `peer_scipy_surfaces` the same distances as
 `surfaces` by SciPy.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
-from covseg_jax.evaluation import evaluate, metrics
+from covseg_jax.evaluation import metrics, scores
 from tests.benchmarks.turns import take_turns
 
 SHAPE, MODEL_SHAPE, SPACING_MM = (41, 512, 512), (32, 128, 128), (8.0, 0.7, 0.7)
@@ -47,7 +47,7 @@ def take_share(field: np.ndarray, lungs: np.ndarray, percent: float) -> np.ndarr
     return lungs & (field > np.percentile(field[lungs], 100 - percent))
 
 
-def make_cases() -> Iterator[tuple[str, evaluate.CaseArrays]]:
+def make_cases() -> Iterator[tuple[str, scores.CaseArrays]]:
     """Names and arrays of the three kinds."""
     rng = np.random.default_rng(0)
     lungs = make_lungs()
@@ -65,7 +65,7 @@ def make_cases() -> Iterator[tuple[str, evaluate.CaseArrays]]:
         probability = 1 / (1 + np.exp(-8 * (field_model - middle)))
         yield (
             kind,
-            evaluate.CaseArrays(
+            scores.CaseArrays(
                 study_id='study_0001',
                 category=None,
                 truth=truth,
@@ -95,20 +95,18 @@ def main() -> None:
     for kind, case in make_cases():
         masks = (case.truth, case.prediction)
         slices = np.flatnonzero(case.truth.any(axis=(1, 2)))
-        row = evaluate.score_case(case)[0]
+        row = scores.score_case(case)[0]
         seconds = take_turns(
             {
-                'whole': lambda case=case: evaluate.score_case(case),
-                'overlap': lambda case=case, masks=masks: evaluate._score_overlap(
-                    *masks, case.lungs
-                ),
-                'slices': lambda case=case, masks=masks, slices=slices: evaluate._score_slices(
+                'whole': lambda case=case: scores.score_case(case),
+                'overlap': lambda case=case, masks=masks: scores._score_overlap(*masks, case.lungs),
+                'slices': lambda case=case, masks=masks, slices=slices: scores._score_slices(
                     'study_0001', 'slice_all', *masks, case.lungs, slices
                 ),
                 'surfaces': lambda masks=masks: metrics.surface_distances(*masks, SPACING_MM),
                 'peer_scipy_surfaces': lambda masks=masks: measure_by_scipy(*masks),
-                'lesions': lambda masks=masks: evaluate._score_lesions(*masks, voxel_ml),
-                'probability': lambda case=case: evaluate._score_probability(case),
+                'lesions': lambda masks=masks: scores._score_lesions(*masks, voxel_ml),
+                'probability': lambda case=case: scores._score_probability(case),
             },
             options.repeats,
         )

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from covseg_jax.evaluation import evaluate, figures, report, viewer
+from covseg_jax.evaluation import figures, report, scores, viewer
 
 DICE = {'study_0255': 0.5, 'study_0256': 0.125, 'study_0257': 0.875, 'study_0258': math.nan}
 
@@ -13,7 +13,7 @@ DICE = {'study_0255': 0.5, 'study_0256': 0.125, 'study_0257': 0.875, 'study_0258
 @pytest.fixture
 def case_rows():
     text = ('study_id', 'subject', 'category')
-    numbers = [column for column in evaluate.CASE_COLUMNS if column not in text]
+    numbers = [column for column in scores.CASE_COLUMNS if column not in text]
     base = dict.fromkeys(numbers, 0.25) | {'category': 'CT-1'}
     return [
         base | {'study_id': name, 'subject': name, 'dice': value} for name, value in DICE.items()
@@ -21,7 +21,7 @@ def case_rows():
 
 
 def slice_rows(num, **values):
-    base = dict.fromkeys(evaluate.SLICE_COLUMNS, 0.5) | {'study_id': 'a', 'protocol': 'slice_all'}
+    base = dict.fromkeys(scores.SLICE_COLUMNS, 0.5) | {'study_id': 'a', 'protocol': 'slice_all'}
     return [base | {'slice': z, 'infection_percent': 1.0 + z} | values for z in range(num)]
 
 
@@ -44,9 +44,9 @@ def report_path(case_rows, tmp_path):
     """A report of four cases, two of them with views."""
     drawn = [figures.plot_overlay('best', case_images(), tmp_path)]
     summary = {
-        'protocols': evaluate.summarise(case_rows, slice_rows(12, dice=0.375)),
-        'pseudo_masks': evaluate.summarise(case_rows[:1], []),
-        'strata': evaluate.stratify(case_rows),
+        'protocols': scores.summarise(case_rows, slice_rows(12, dice=0.375)),
+        'pseudo_masks': scores.summarise(case_rows[:1], []),
+        'strata': scores.stratify(case_rows),
     }
     views = [
         viewer.draw_views(case_images(study_id=name), 100_000)

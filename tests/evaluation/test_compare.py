@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 from covseg_jax.evaluation.compare import compare_runs
 
 
@@ -14,15 +14,15 @@ def write_run(folder, dice, subject_of=lambda name: name):
     mask[0, 0, 0] = True
     rows = []
     for name, value in dice.items():
-        row, _ = evaluate.score_case(
-            evaluate.CaseArrays(
+        row, _ = scores.score_case(
+            scores.CaseArrays(
                 *(name, None, mask, mask, mask, (1.0, 1.0, 1.0)),
                 *(mask, mask.astype(np.float32), mask),
                 subject=subject_of(name),
             )
         )
         rows.append(row | {'dice': value})
-    evaluate.write_tables(folder / 'evaluation', rows, [])
+    scores.write_tables(folder / 'evaluation', rows, [])
     return folder
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from covseg_jax import written
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.evaluation.evaluate import read_tables
 from covseg_jax.evaluation.folders import pair_masks, score_folder
+from covseg_jax.evaluation.scores import read_tables
 from tests.imaging.chest import write_stored
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])

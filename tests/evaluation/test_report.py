@@ -3,7 +3,7 @@ import html
 import json
 import re
 
-from covseg_jax.evaluation import evaluate, report
+from covseg_jax.evaluation import report, scores
 
 
 def test_report_lists_every_case_worst_first_and_the_undefined_last(page):
@@ -35,7 +35,7 @@ def test_report_needs_nothing_outside_itself(page, tmp_path):
 
 def test_report_escapes_names(case_rows, tmp_path):
     case_rows[0]['study_id'] = name = '<script>alert("x")</script>'
-    summary = {'protocols': evaluate.summarise(case_rows, [])}
+    summary = {'protocols': scores.summarise(case_rows, [])}
     page = report.write_report(tmp_path, summary, case_rows, [], {'input': name}).read_text()
     assert name not in page
     assert html.unescape(page).count(name) == 4  # the run; the case's row, key and text

@@ -16,7 +16,7 @@ from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.predict.model import Model
-from covseg_jax.predict.studies import Wanted, predict_studies
+from covseg_jax.predict.studies import Extras, predict_studies
 from covseg_jax.prepare.study_files import read_image, source_crc32
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_stored, write_study
 from tests.imaging.test_dicom import write_series
@@ -75,7 +75,7 @@ def test_masks_of_a_folder_are_those_of_its_studies_and_a_damaged_one_is_named(
 def test_what_is_wanted_is_written_beside_the_mask(tmp_path):
     write_study(tmp_path / 'scans', 'a', lesion=False)
     (row,), _ = predict_studies(
-        find_inputs(tmp_path / 'scans'), MODEL, tmp_path, wanted=Wanted(True, True, True)
+        find_inputs(tmp_path / 'scans'), MODEL, tmp_path, wanted=Extras(True, True, True)
     )
     probability = nifti.read_volume(tmp_path / 'a_probability.nii.gz').as_stored
     assert probability.shape == SHAPE
@@ -135,7 +135,7 @@ def test_what_an_earlier_run_left_of_a_study_goes_with_it(tmp_path):
     scans, output = tmp_path / 'scans', tmp_path / 'masks'
     for name in 'ab':
         write_study(scans, name, lesion=False)
-    predict_studies(find_inputs(scans), MODEL, output, num_workers=0, wanted=Wanted(preview=True))
+    predict_studies(find_inputs(scans), MODEL, output, num_workers=0, wanted=Extras(preview=True))
     (scans / 'b.nii.gz').write_bytes(b'broken')
     changed = dataclasses.replace(MODEL, identity='another')
     predict_studies(find_inputs(scans), changed, output, num_workers=0, resume=True)
@@ -178,7 +178,7 @@ def test_what_a_person_keeps_in_the_output_folder_stays(tmp_path):
         mine = output / name
         mine.write_text('{"mine": 1}\n')
         with pytest.raises(InputError, match=rf'{name}: is in the way'):
-            predict_studies(studies, MODEL, output, num_workers=0, wanted=Wanted(probability=True))
+            predict_studies(studies, MODEL, output, num_workers=0, wanted=Extras(probability=True))
         assert mine.read_text() == '{"mine": 1}\n'
         mine.unlink()
     predict_studies(studies, MODEL, output, num_workers=0)
@@ -206,7 +206,7 @@ def write_predicted_plain(folder):
     _, opacity = draw_chest('any')
     write_stored(folder / 'a_mask.nii', opacity, AFFINE)
     before = find_studies(folder)
-    everything = Wanted(True, True, True)
+    everything = Extras(True, True, True)
     predict_studies(before, MODEL, folder, num_workers=0, wanted=everything)
     return before, lambda: predict_studies(
         find_studies(folder), MODEL, folder, num_workers=0, wanted=everything

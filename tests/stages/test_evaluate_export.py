@@ -11,10 +11,10 @@ import covseg_jax
 from configs import transunet
 from covseg_jax import written
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import cohort
+from covseg_jax.evaluation import evaluate_cases
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.stages import pipeline
-from covseg_jax.stages.inputs import Given
+from covseg_jax.stages.inputs import Request
 from covseg_jax.stages.on_request import ON_INPUT
 from tests.imaging.chest import AFFINE, draw_chest, write_stored
 from tests.predict.test_export import make_variables, write
@@ -58,16 +58,19 @@ def export(config, tmp_path_factory):
 def undrawn(monkeypatch):
     """Evaluations without pictures, which take the time."""
     for module, name in (
-        *((cohort.figures, f'plot_{each}') for each in ('agreement', 'calibration', 'overlay')),
-        (cohort.board, 'write_board'),
-        (cohort.report, 'write_report'),
+        *(
+            (evaluate_cases.figures, f'plot_{each}')
+            for each in ('agreement', 'calibration', 'overlay')
+        ),
+        (evaluate_cases.tensorboard, 'write_board'),
+        (evaluate_cases.report, 'write_report'),
     ):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(cohort.figures, 'plot_against_infection', lambda *_: [])
+    monkeypatch.setattr(evaluate_cases.figures, 'plot_against_infection', lambda *_: [])
 
 
 def evaluate(config=None, **given):
-    ON_INPUT['evaluate'](config, pathlib.Path('no_workdir'), Given(num_workers=1, **given))
+    ON_INPUT['evaluate'](config, pathlib.Path('no_workdir'), Request(num_workers=1, **given))
 
 
 def read_rows(folder, name='cases.csv'):

@@ -6,9 +6,9 @@ import pytest
 
 from configs import transunet
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 from covseg_jax.stages import on_request
-from covseg_jax.stages.inputs import Given
+from covseg_jax.stages.inputs import Request
 from tests.evaluation.test_folders import write
 from tests.imaging.chest import write_study
 
@@ -17,13 +17,13 @@ def verify(folder, output):
     if not (folder / 'scans').exists():
         write_study(folder / 'scans', 'a')
     config = transunet.get_config('tiny')
-    on_request.run_verify(config, folder / 'w', Given(folder / 'scans', output))
+    on_request.run_verify(config, folder / 'w', Request(folder / 'scans', output))
 
 
 def evaluate_folder(folder, output):
     write(folder / 'masks' / 'a.nii.gz', (0, 0, 0))
     config = transunet.get_config('tiny')
-    given = Given(folder / 'masks', output, folder / 'masks')
+    given = Request(folder / 'masks', output, folder / 'masks')
     on_request.run_evaluate_given(config, folder / 'w', given)
 
 
@@ -31,7 +31,7 @@ def compare(folder, output):
     run = folder / 'run'
     if not run.exists():
         evaluate_folder(folder, run)
-    given = Given(f'{run},{run}', output)
+    given = Request(f'{run},{run}', output)
     on_request.run_compare(transunet.get_config('tiny'), folder / 'w', given)
 
 
@@ -73,5 +73,5 @@ def test_what_an_older_version_left_in_the_work_directory_is_replaced(tmp_path):
     with (tmp_path / 'w' / 'verify.csv').open() as file:
         assert [row['study'] for row in csv.DictReader(file)] == ['a']
     evaluate_folder(tmp_path, None)
-    rows, _ = evaluate.read_tables(tmp_path / 'w' / 'evaluation_of_folder')
+    rows, _ = scores.read_tables(tmp_path / 'w' / 'evaluation_of_folder')
     assert [row['study_id'] for row in rows] == ['a']

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import evaluate
+from covseg_jax.evaluation import scores
 
 
 def mark(shape, *places):
@@ -24,7 +24,7 @@ def case():
     probability = np.zeros(model, np.float32)
     probability[2, 9, 9] = 0.5  # the study's maximum: the original's threshold is 0.1
     probability[1, 0, :3] = 0.3, 0.08, 0.2
-    return evaluate.CaseArrays(
+    return scores.CaseArrays(
         study_id='study_0255',
         category='CT-1',
         truth=mark(native, (1, 0, 0), (1, 0, 1), (1, 0, 4)),
@@ -39,7 +39,7 @@ def case():
 
 
 def test_volume_row_equals_hand_counts(case):
-    row, _ = evaluate.score_case(case)
+    row, _ = scores.score_case(case)
     # Image: TP 1, FP 2, FN 2, TN 25 of 30. Lungs (24): TP 1, FP 2, FN 1, TN 20. Voxel 0.01 ml.
     expected = {
         'dice': 1 / 3,
@@ -62,11 +62,11 @@ def test_volume_row_equals_hand_counts(case):
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert (row['study_id'], row['subject']) == ('study_0255', 'patient_7')
     assert row['category'] == 'CT-1'
-    assert tuple(row) == evaluate.CASE_COLUMNS
+    assert tuple(row) == scores.CASE_COLUMNS
 
 
 def test_slice_all_scores_lesion_slices_of_the_native_grid(case):
-    rows = [row for row in evaluate.score_case(case)[1] if row['protocol'] == 'slice_all']
+    rows = [row for row in scores.score_case(case)[1] if row['protocol'] == 'slice_all']
     # Slice 1 only. Image: TP 1, FP 1, FN 2, TN 6. Lungs (8): TP 1, FP 1, FN 1, TN 5.
     assert [row['slice'] for row in rows] == [1]
     assert rows[0] == {
@@ -83,7 +83,7 @@ def test_slice_all_scores_lesion_slices_of_the_native_grid(case):
 
 
 def original_rows(case):
-    rows = evaluate.score_case(case)[1]
+    rows = scores.score_case(case)[1]
     return [row for row in rows if row['protocol'] == 'slice_infection_over_1pct']
 
 
@@ -133,12 +133,12 @@ def random_rows(num_studies=12):
         probability = rng.random(truth.shape).astype(np.float16)
         name = f'study, "{index}"' if index == 1 else f'study_{index:04d}'
         category = None if index == 2 else 'CT-1'
-        arrays = evaluate.CaseArrays(
+        arrays = scores.CaseArrays(
             *(name, category, truth, prediction, lungs, (8.0, 0.7, 0.7)),
             *(truth, probability, lungs),
             subject=f'subject_{index // 2}',
         )
-        row, rows = evaluate.score_case(arrays)
+        row, rows = scores.score_case(arrays)
         case_rows.append(row)
         slice_rows += rows
     return case_rows, slice_rows
@@ -150,7 +150,7 @@ def test_summary_figures_equal_hand_computed_ones():
         row | {'study_id': name, 'subject': name, 'dice': dice}
         for name, dice in [('a', 0.2), ('b', math.nan), ('c', 0.6)]
     ]
-    found = evaluate.summarise(case_rows, [])['volume']['dice']
+    found = scores.summarise(case_rows, [])['volume']['dice']
     # The sample's standard deviation of 0.2 and 0.6: √(2 · 0.2² / 1). A draw of two: 0.2, 0.4, 0.6.
     assert found == {
         'mean': pytest.approx(0.4),
@@ -168,7 +168,7 @@ def test_summary_interval_draws_a_subject_with_both_of_its_studies():
         row | {'study_id': study, 'subject': subject, 'dice': dice}
         for study, subject, dice in [('p_1', 'p', 0.2), ('p_2', 'p', 0.4), ('q_1', 'q', 0.9)]
     ]
-    found = evaluate.summarise(case_rows, [])['volume']['dice']
+    found = scores.summarise(case_rows, [])['volume']['dice']
     # Two draws of p and q: both p, (0.2 + 0.4 + 0.2 + 0.4) / 4 = 0.3; one each, 1.5 / 3 = 0.5; both
     # q, 0.9; with chances of 1/4, 1/2 and 1/4. Were studies drawn, the lowest of 27 would be 0.2.
     assert (found['mean'], found['n']) == (pytest.approx(0.5), 3)
@@ -178,21 +178,21 @@ def test_summary_interval_draws_a_subject_with_both_of_its_studies():
 def test_summary_interval_of_slices_draws_subjects():
     # 60 slices of two subjects, one with two studies, all 0 and all 1: the interval is that of two
     # subjects.
-    base = dict.fromkeys(evaluate.SLICE_COLUMNS, 0.0) | {'protocol': 'slice_all'}
+    base = dict.fromkeys(scores.SLICE_COLUMNS, 0.0) | {'protocol': 'slice_all'}
     rows = [
         base | {'study_id': f'{name}_{z % 2}', 'subject': name, 'slice': z, 'dice': dice}
         for name, dice in [('a', 0.0), ('b', 1.0)]
         for z in range(30)
     ]
-    found = evaluate.summarise([], rows)['slice_all']['dice']
+    found = scores.summarise([], rows)['slice_all']['dice']
     assert (found['mean'], found['ci95'], found['n']) == (0.5, [0, 1], 60)
 
 
 def test_summary_of_nothing_has_every_key_and_no_figure():
     nothing = {'mean': None, 'std': None, 'median': None}
     nothing |= {'ci95': [None, None], 'n': 0, 'undefined': 0}
-    assert evaluate.summarise([], []) == {
-        protocol: dict.fromkeys(evaluate.SUMMARY_METRICS, nothing)
+    assert scores.summarise([], []) == {
+        protocol: dict.fromkeys(scores.SUMMARY_METRICS, nothing)
         for protocol in ('volume', 'slice_infection_over_1pct', 'slice_all')
     }
 
@@ -200,17 +200,17 @@ def test_summary_of_nothing_has_every_key_and_no_figure():
 def test_summary_json_can_be_recomputed_from_the_tables(tmp_path):
     case_rows, slice_rows = random_rows()
     summary = {
-        'protocols': evaluate.summarise(case_rows, slice_rows),
-        'strata': evaluate.stratify(case_rows),
+        'protocols': scores.summarise(case_rows, slice_rows),
+        'strata': scores.stratify(case_rows),
         'studies': len(case_rows),
     }
-    evaluate.write_tables(tmp_path, case_rows, slice_rows)
-    evaluate.write_summary(tmp_path, summary)
+    scores.write_tables(tmp_path, case_rows, slice_rows)
+    scores.write_summary(tmp_path, summary)
 
     written = json.loads((tmp_path / 'summary.json').read_text())
-    read = evaluate.read_tables(tmp_path)
-    assert written['protocols'] == evaluate.summarise(*read)
-    assert written['strata'] == evaluate.stratify(read[0])
+    read = scores.read_tables(tmp_path)
+    assert written['protocols'] == scores.summarise(*read)
+    assert written['strata'] == scores.stratify(read[0])
     assert sum(each['n'] for each in written['strata']['lesion_size'].values()) > 0
     # And the rows were worth it: something of everything, one undefined Dice.
     assert written['protocols']['volume']['dice']['undefined'] == 1
@@ -220,10 +220,8 @@ def test_summary_json_can_be_recomputed_from_the_tables(tmp_path):
 
 def test_tables_keep_every_value(tmp_path):
     case_rows, slice_rows = random_rows()
-    evaluate.write_tables(tmp_path, case_rows, slice_rows)
-    for found, expected in zip(
-        evaluate.read_tables(tmp_path), (case_rows, slice_rows), strict=True
-    ):
+    scores.write_tables(tmp_path, case_rows, slice_rows)
+    for found, expected in zip(scores.read_tables(tmp_path), (case_rows, slice_rows), strict=True):
         # repr, because NaN equals nothing.
         assert repr(found) == repr(expected)
     assert 'np.' not in (tmp_path / 'cases.csv').read_text()
@@ -249,19 +247,19 @@ def without_subjects(text):
     ],
 )
 def test_damaged_table_is_refused_by_name(tmp_path, damage, complaint):
-    evaluate.write_tables(tmp_path, *random_rows(3))
+    scores.write_tables(tmp_path, *random_rows(3))
     path = tmp_path / 'cases.csv'
     path.write_text(damage(path.read_text()))
     with pytest.raises(InputError, match=rf'cases\.csv.*{complaint}'):
-        evaluate.read_tables(tmp_path)
+        scores.read_tables(tmp_path)
 
 
 def test_missing_table_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=r'cases\.csv'):
-        evaluate.read_tables(tmp_path)
+        scores.read_tables(tmp_path)
 
 
 def test_summary_with_nan_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match='JSON'):
-        evaluate.write_summary(tmp_path, {'threshold': math.nan})
+        scores.write_summary(tmp_path, {'threshold': math.nan})
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from covseg_jax import hosts
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import board, evaluate, figures, probabilities, report, viewer
+from covseg_jax.evaluation import figures, probabilities, report, scores, tensorboard, viewer
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study
 from covseg_jax.prepare import study_files
@@ -24,8 +24,8 @@ _FINE_BINS = 8 * probabilities.NUM_BINS  # of a curve that many cuts are read fr
 def _score(
     case: Case, probability: np.ndarray, found: StudyMask, truth: np.ndarray
 ) -> tuple[dict, list[dict]]:
-    return evaluate.score_case(
-        evaluate.CaseArrays(
+    return scores.score_case(
+        scores.CaseArrays(
             study_id=case.study_id,
             category=case.category,
             truth=truth,
@@ -40,7 +40,7 @@ def _score(
     )
 
 
-def evaluate_cohort(
+def evaluate_cases(
     cases: Sequence[Case],
     studies: Mapping[str, Study],
     predict: Callable[[Case], np.ndarray],
@@ -88,23 +88,23 @@ def evaluate_cohort(
     case_rows, slice_rows = tables['network']
     curve = np.sum([each['curve'] for each in found], axis=0)
     summary = {
-        'protocols': evaluate.summarise(case_rows, slice_rows),
-        'pseudo_masks': evaluate.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
-        'strata': evaluate.stratify(case_rows),
+        'protocols': scores.summarise(case_rows, slice_rows),
+        'pseudo_masks': scores.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
+        'strata': scores.stratify(case_rows),
         'studies': len(cases),
         'subjects': len({case.subject for case in cases}),
         **run,
     }
 
     def write() -> None:
-        evaluate.write_tables(folder, case_rows, slice_rows)
+        scores.write_tables(folder, case_rows, slice_rows)
         if 'pseudo' in tables:
-            evaluate.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
+            scores.write_tables(folder / 'pseudo_masks', *tables['pseudo'])
         drawn = _draw(cases, sources, tables, curve, folder)
-        board.write_board(folder, summary, curve, drawn, hparams)
+        tensorboard.write_board(folder, summary, curve, drawn, hparams)
         views = [each['view'] for each in found if 'view' in each]
         report.write_report(folder, summary, case_rows, [*drawn, *learning_curves], run, views)
-        evaluate.write_summary(folder, summary)
+        scores.write_summary(folder, summary)
 
     hosts.first_alone(write, 'the evaluation is written')
     return summary
@@ -112,7 +112,7 @@ def evaluate_cohort(
 
 @dataclasses.dataclass(frozen=True)
 class _Sources:
-    """Where a case's image, truth and masks come from; fields as `evaluate_cohort`'s arguments."""
+    """Where a case's image, truth and masks come from; fields as `evaluate_cases`'s arguments."""
 
     studies: Mapping[str, Study]
     predict: Callable[[Case], np.ndarray]
@@ -148,10 +148,10 @@ def _score_cases(cases: Sequence[Case], sources: _Sources) -> list[dict]:
     for case in tqdm(hosts.share(cases), desc='evaluate', unit='study', disable=None):
         image_hu, truth = sources.read(case)
         masks = sources.masks_of(case)
-        scores = {source: _score(case, *each, truth) for source, each in masks.items()}
-        own.append({'scores': scores, 'curve': _curve(case, masks['network'][0]).tolist()})
+        scored = {source: _score(case, *each, truth) for source, each in masks.items()}
+        own.append({'scores': scored, 'curve': _curve(case, masks['network'][0]).tolist()})
         if _keep_worst_views(own):
-            images = _images(case, scores['network'][0]['dice'], image_hu, truth, masks)
+            images = _images(case, scored['network'][0]['dice'], image_hu, truth, masks)
             own[-1]['view'] = viewer.draw_views(images, view_bytes)
     return own
 
