@@ -212,7 +212,7 @@ def plot_calibration(curve: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     filled = counts > 0
     figure = Figure(figsize=(5, 5.2), layout='constrained')
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot((0, 1), (0, 1), color='0.7', linewidth=0.8, label='as good as its word')
+    upper.plot((0, 1), (0, 1), color='0.7', linewidth=0.8, label='perfectly calibrated')
     upper.plot(
         sums[filled] / counts[filled], hits[filled] / counts[filled], 'o-', color=POINT_COLOUR,
         label='observed',

@@ -98,7 +98,7 @@ def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study
         )
     repeated = [name for name, number in Counter(s.study_id for s in studies).items() if number > 1]
     if repeated:
-        raise InputError(f'{folder}: study {min(repeated)} is there twice; remove one of the two')
+        raise InputError(f'{folder}: study {min(repeated)} occurs twice; remove one of the two')
     return tuple(sorted(studies, key=lambda study: study.study_id))
 
 

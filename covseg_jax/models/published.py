@@ -1,9 +1,8 @@
-"""Weights of the published PyTorch and Keras models as variables of the models here.
+"""Weights of the published PyTorch TransUNet as variables of the model here.
 
-Pure functions on mappings of names to arrays; reading files is somebody else's work. Layouts:
-PyTorch has convolutions (O, I, H, W) and linear layers (O, I), Keras convolutions (D, H, W, I, O)
-and transposed convolutions (D, H, W, O, I). Names: mkara44/transunet_pytorch's own, and for Keras
-the layers numbered in the order in which they are applied.
+Pure functions on mappings of names to arrays; `segmentation/import_weights.py` reads the files.
+PyTorch has convolutions (O, I, H, W) and linear layers (O, I). Names are mkara44/transunet_pytorch's
+own. The Keras GAN has convolutions (D, H, W, I, O), as here, and transposed ones (D, H, W, O, I).
 """
 
 from collections import Counter

@@ -44,7 +44,7 @@ def write_pseudo_masks(
 ) -> None:
     """Brings pseudo-masks onto the studies' own grids: `<study_id>_mask.nii.gz` (uint8, 0 or 1) and
     `<study_id>_probability.nii.gz` (float32 in [0, 1], 0 outside the lungs), each with its study's
-    shape and affine. A file that is there and the same is kept. Of several hosts each writes its
+    shape and affine. A file that is there and the same is kept. With several hosts, each writes its
     share. `refuse_foreign_files` is to be called before.
 
     The mask is not the probability cut: it comes from a sharper resampling, and without small
@@ -82,7 +82,7 @@ def write_nnunet_data_set(
 ) -> pathlib.Path:
     """Writes what the networks learn from in nnU-Net v2's raw layout: the COVID studies of training
     and validation with their pseudo-masks, and the healthy ones of training with empty labels;
-    dataset.json last. What is there and whole is kept. Of several hosts each writes its share.
+    dataset.json last. What is there and whole is kept. With several hosts, each writes its share.
     `refuse_foreign_files` is to be called before.
 
     An image is its source's file, byte for byte, where other readers take that for what

@@ -139,7 +139,7 @@ def predict_studies(
     resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Segments studies and writes results.csv; a study that cannot be used is named in it and
-    passed over. Of several hosts each takes its share of them.
+    passed over. With several hosts, each does its share of them.
 
     While each device is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their

@@ -88,7 +88,7 @@ def _refuse_other_contents(output: pathlib.Path) -> None:
     names = {name for name in names if not name.startswith('.')}
     if names and (_PREPARED not in names or not names <= _NAMES):
         raise InputError(
-            f'{output}: holds what is not the evaluation of an export '
+            f'{output}: holds other files than the evaluation of an export '
             f'({min(names - _NAMES, default=min(names))}); name a new folder, such as one in it'
         )
     files = [output / name for name in _TABLES]
@@ -112,7 +112,7 @@ def _prepare_masked(
     if not masked:
         raise InputError(
             f'{folder}: none of its {len(studies)} studies has a lesion mask, so there is nothing '
-            'to evaluate against; the README says where each layout has them'
+            'to evaluate against; the README says where each layout keeps them'
         )
     good, _ = prepare_shared(
         masked,
@@ -122,7 +122,7 @@ def _prepare_masked(
         on_bad_study=config.data.on_bad_study if config else 'skip',
     )
     if not good:
-        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
+        raise InputError(f'{folder}: no study can be used; the faults are listed above')
     patterns = (
         {
             'subject_pattern': config.data.subject_pattern,

@@ -61,7 +61,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
         on_bad_study=config.data.on_bad_study,
     )
     if not good:
-        raise InputError(f'{folder}: no study can be used; what is wrong with each stands above')
+        raise InputError(f'{folder}: no study can be used; the faults are listed above')
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
     counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
     return Outcome(outputs, [(name, len(named)) for name, named in counts.items()])

@@ -99,7 +99,7 @@ class MetricsLog(SilentLog):
 
 
 def open_log(folder: pathlib.Path, *, start_step: int) -> SilentLog:
-    """The `MetricsLog` of a run; of several hosts the first has it."""
+    """The `MetricsLog` of a run; only host 0 writes it."""
     return MetricsLog(folder, start_step=start_step) if hosts.is_first() else SilentLog()
 
 

@@ -141,7 +141,7 @@ def test_registry_that_is_no_text_is_refused(tmp_path, content):
 
 def test_study_that_is_there_twice_is_refused(tmp_path):
     _touch(tmp_path, 'a.nii', 'a.nii.gz')
-    with pytest.raises(InputError, match='study a is there twice'):
+    with pytest.raises(InputError, match='study a occurs twice'):
         studies.find_studies(tmp_path)
 
 
