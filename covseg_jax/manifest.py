@@ -55,6 +55,11 @@ def read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
 
 def read_begun(workdir: pathlib.Path, stage: str) -> dict | None:
     """The settings that the stage was begun with, or None where nobody knows them."""
+    record = _read_record(workdir, stage)
+    return None if record is None else {k: v for k, v in record.items() if k != _NAMES}
+
+
+def _read_record(workdir: pathlib.Path, stage: str) -> dict | None:
     path = _begun_path(workdir, stage)
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
@@ -90,10 +95,10 @@ def refuse_other_settings(
       InputError: the stage was begun with other settings; names those that differ, and `remedy`.
         Or it was begun by a version whose settings had other names.
     """
-    begun = read_begun(workdir, stage)
+    begun = _read_record(workdir, stage)
     if begun is None:
         return
-    if begun.get(_NAMES) != _NAMES_VERSION:
+    if begun.pop(_NAMES, None) != _NAMES_VERSION:
         raise InputError(
             f'{workdir}: stage {stage} was begun by a version of covseg_jax whose settings had '
             'other names; go on with that version (environment.json names its revision), or use '

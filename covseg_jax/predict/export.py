@@ -219,7 +219,8 @@ def _load_one(folder: pathlib.Path) -> Model:
     # On a CPU computed as the program computes, whatever the caller's process has set.
     options = cpu.compiler_options() if platform == 'cpu' else {}
     call = jax.jit(function.call, compiler_options=options or None)
-    volumes = VolumeSettings(**description['volumes'])
+    # Version 1 knew no other output.
+    volumes = VolumeSettings(**{'output': 'sigmoid', **description['volumes']})
     return Model(
         probabilities=tuple(
             predict_volumes(functools.partial(call, jax.device_put(variables, device)), volumes)

@@ -142,11 +142,12 @@ class Pixelwise(nn.Module):
         return Segmentation(nn.Dense(1)(nn.relu(nn.Dense(4)(normal))), normal.mean((1, 2)))
 
 
-def published_step(config, monkeypatch, **changes):
+def published_step(config, monkeypatch, **losses):
     """The first step of the published training, and the state before and after it."""
     monkeypatch.setattr(segmentation, 'make_network', lambda config: Pixelwise())
     config = config.copy_and_resolve_references().unlock()
-    config.train.update(transunet.get_config('published').train.to_dict() | changes)
+    config.train.update(transunet.get_config('published').train.to_dict())
+    config.train.losses.update(losses)
     parts = segmentation.build_segmentation(config)
     step = segmentation.choose_step(config, parts)(0)
     state = parts.make_state()

@@ -1,5 +1,7 @@
 """What a run may take for its own work directory."""
 
+import json
+
 import pytest
 
 from configs import transunet
@@ -30,3 +32,13 @@ def test_work_directory_is_known_without_its_manifests(tmp_path):
     assert is_work_directory(run)
     (run / 'config.json').write_text('{"stages": "mine"}')
     assert not is_work_directory(run)
+
+
+def test_settings_under_the_names_of_an_earlier_version_are_refused(tmp_path):
+    settings = {'gan': {'patch': 2}}
+    manifest.begin(tmp_path, 'gan', settings)
+    manifest.refuse_other_settings(tmp_path, 'gan', settings, 'use those')
+    assert manifest.read_begun(tmp_path, 'gan') == settings
+    (tmp_path / 'manifests' / 'gan.begun.json').write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r'stage gan was begun by a version .* other names'):
+        manifest.refuse_other_settings(tmp_path, 'gan', settings, 'use those')
