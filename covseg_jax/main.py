@@ -28,7 +28,9 @@ _INPUT = flags.DEFINE_string(
 )
 _REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for --input's masks")
 _OUTPUT = flags.DEFINE_string(
-    'output', None, 'predict, verify, pseudo_masks, evaluate: the folder for what they write'
+    'output',
+    None,
+    'predict, verify, export, pseudo_masks, evaluate, compare: the folder for what they write',
 )
 _MODEL = flags.DEFINE_string(
     'model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'
@@ -36,7 +38,9 @@ _MODEL = flags.DEFINE_string(
 _RESUME = flags.DEFINE_bool('resume', False, 'predict: keep the studies that are done')
 _PREVIEW = flags.DEFINE_bool('preview', False, 'predict: a PNG a study, lesions outlined')
 _PER_LUNG = flags.DEFINE_bool('per_lung', False, 'predict: volumes of either lung too')
-_NUM_WORKERS = flags.DEFINE_integer('num_workers', None, 'predict: processes; default: one a core')
+_NUM_WORKERS = flags.DEFINE_integer(
+    'num_workers', None, 'predict, evaluate with --model: processes; default: one a core'
+)
 _PROBABILITY = flags.DEFINE_bool('probability', False, 'predict: probability maps too')
 
 Config = ml_collections.ConfigDict

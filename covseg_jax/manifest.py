@@ -104,8 +104,8 @@ def refuse_other_settings(
             'other names; go on with that version (environment.json names its revision), or use '
             'another --workdir'
         )
-    begun = _flatten(begun)
-    now = _flatten(json.loads(json.dumps(settings, default=str)))
+    begun = flatten(begun)
+    now = flatten(json.loads(json.dumps(settings, default=str)))
     changed = sorted(key for key in begun.keys() & now.keys() if begun[key] != now[key])
     if changed:
         listed = ', '.join(f'{key} was {begun[key]}, is {now[key]}' for key in changed[:5])
@@ -115,11 +115,12 @@ def refuse_other_settings(
         )
 
 
-def _flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
+def flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
+    """Nested values by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f'{prefix}{key}.')
+            flat |= flatten(value, f'{prefix}{key}.')
         else:
             flat[prefix + key] = value
     return flat

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Copies a run's results from a TPU VM: everything but checkpoints, prepared cases and what XLA
-# compiled; with --checkpoints those too.
+# Copies a run's results from a TPU VM: everything but checkpoints, studies, prepared cases and what
+# XLA compiled; with --checkpoints the checkpoints too.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"

@@ -1,7 +1,8 @@
 """The steps of launch/rehearse.sh, commands as a person types them, with their time and memory.
 
-What is overridden of the default variant is how many steps there are, how large a batch is, and
-where files lie; sizes and types of data and networks are the default's.
+What is overridden of the default variant is how many steps there are and of which phase, how often
+they are logged, how large a batch is, and where files lie; sizes and types of data and networks are
+the default's.
 """
 
 import json

@@ -77,7 +77,7 @@ class Slices:
 
 
 def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> Slices:
-    """Every slice that shows lung, in order, with label 0; for evaluation."""
+    """Every slice that shows lung, in order, with label 0; `rank_slices` gives others."""
     index = [
         (number, z)
         for number, case in enumerate(cases)

@@ -4,10 +4,12 @@ beside what they reached."""
 import contextlib
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import image
 
+from covseg_jax.manifest import flatten
 from covseg_jax.training.events import Events
 
 _HPARAMS_METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd')
@@ -24,8 +26,8 @@ def write_board(
 
     Args:
       folder: the evaluation folder.
-      summary: the content of summary.json; its means become scalars `<protocol>/<metric>` at its
-        `checkpoint_step`.
+      summary: the content of summary.json; its means become scalars
+        `evaluation_<protocol>/<metric>` at its `checkpoint_step`.
       curve: (3, B), as `probabilities.calibration_curve` gives it for many bins.
       pictures: PNG files.
       hparams: the run's settings, for the HPARAMS tab.
@@ -46,3 +48,11 @@ def write_board(
         events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
         for path in pictures:
             events.image(step, f'pictures/{path.stem}', image.imread(path)[..., :3])
+
+
+def list_hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Nested settings by dotted names, as TensorBoard takes them."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flatten(settings).items()
+    }

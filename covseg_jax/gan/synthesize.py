@@ -30,7 +30,7 @@ class PseudoMaskSettings:
     Attributes:
       difference: 'opacity', relu(scan − healthy) inside the lungs; or 'published', the signed
         difference of the two volumes after each is scaled to [0, 1] by its own extremes, anywhere
-        and as it is: the next two are not used.
+        and as it is: smoothing_mm and erosion_mm are not used.
       share_of_max: 0, or above 0 no threshold is found and the pseudo-mask is the difference
         itself, in [-1, 1]; where a mask is wanted, it is what exceeds this share of the study's
         maximum.

@@ -50,7 +50,10 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
     """
     gan = config.gan
     if gan.recipe not in ('default', 'published'):
-        raise InputError(f"gan.recipe={gan.recipe!r} is not one of 'default', 'published'")
+        raise InputError(
+            f"gan.recipe={gan.recipe!r} is not one of 'default', 'published'; with 'none' leave "
+            'gan out of --stages'
+        )
     published = gan.recipe == 'published'
     dtype = jnp.dtype(gan.compute_dtype)
     of = gan.generator

@@ -44,7 +44,8 @@ class Study:
     Attributes:
         study_id: unique in its data set, usable as a folder's name.
         image: the NIfTI file, the folder of the DICOM series, or the .npy file.
-        lesion_mask: the human (or phantom) mask, for evaluation only, or None.
+        lesion_mask: the human (or phantom) mask, or None; for evaluation, and for training
+            where train.targets says so.
         lung_mask: lungs drawn or computed elsewhere, or None.
         category: 'CT-0' (healthy) to 'CT-4', or None where nobody says.
         data_set: 'MosMedData' or the folder's name.

@@ -3,7 +3,6 @@
 Pure functions on mappings of names to arrays; `segmentation/import_weights.py` reads the files.
 PyTorch has convolutions (O, I, H, W) and linear layers (O, I). Names are those of
 mkara44/transunet_pytorch.
-The Keras GAN has convolutions (D, H, W, I, O), as here, and transposed ones (D, H, W, O, I).
 """
 
 from collections import Counter

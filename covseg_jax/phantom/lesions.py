@@ -14,7 +14,7 @@ from covseg_jax.phantom import anatomy
 # Infected share of the lungs by class (Morozov et al. 2020, MosMedData, arXiv 2005.06465).
 _INFECTION = {'CT-2': (0.25, 0.5), 'CT-3': (0.5, 0.75), 'CT-4': (0.75, 0.9)}
 CATEGORIES = ('CT-0', 'CT-1', *_INFECTION)
-# Mean density of a study's ground glass; patches spread it over METHOD.md's −700 to −300 HU.
+# Mean density of a study's ground glass; patches spread it over −700 to −300 HU.
 GROUND_GLASS_HU = (-640, -460)
 
 

@@ -1,4 +1,4 @@
-"""NIfTI in -> NIfTI out on the same grid, with lesion ml, lung ml and infection %."""
+"""Studies in -> NIfTI out on the same grid, with lesion ml, lung ml and infection %."""
 
 import contextlib
 import csv

@@ -48,7 +48,7 @@ class Case:
         return _open(self.folder / 'lungs.npy')
 
     def lesion(self) -> np.ndarray:
-        """(D, H, W) uint8 human (or phantom) mask, memory-mapped; for evaluation only."""
+        """(D, H, W) uint8 human (or phantom) mask, memory-mapped."""
         return _open(self.folder / 'lesion.npy')
 
 

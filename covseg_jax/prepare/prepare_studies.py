@@ -28,7 +28,7 @@ from covseg_jax.prepare import study_files
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings would give another result: old cases are made anew.
-_VERSION = 2
+CASE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def _is_current(
 def _identity(study: Study, settings: PrepareSettings, sources: dict[str, int | None]) -> dict:
     # What a kept case must agree with; through JSON, so that tuples compare as lists.
     identity = {
-        'version': _VERSION,
+        'version': CASE_VERSION,
         'study_id': study.study_id,
         'category': study.category,
         'data_set': study.data_set,

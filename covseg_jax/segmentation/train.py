@@ -61,7 +61,10 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
         return TransUNet(**fields, dtype=dtype)
     if name == 'unet':
         return UNet(**config.unet, dtype=dtype)
-    raise InputError(f"network.name={name!r} is not one of 'transunet', 'unet'")
+    raise InputError(
+        f"network.name={name!r} is not one of 'transunet', 'unet'; with 'none' leave train out of "
+        '--stages'
+    )
 
 
 def build_segmentation(

@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
             'data set'
         )
     from covseg_jax.evaluation.evaluate_cases import evaluate_cases
+    from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.predict.export import load
 
@@ -61,6 +62,8 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
         return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
 
     run = _describe(model, given, folder, cases, num_bad)
+    groups = ('network', 'preparation', 'volumes', 'masks')
+    made_with = {name: model.description.get(name, {}) for name in groups}  # {} of several exports
     with written.new_files(output) as temporary:
         summary = evaluate_cases(
             cases,
@@ -71,7 +74,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
             temporary,
             run,
             lesion_labels=labels,
-            hparams={'model': given.model} | _hparams(model.description),
+            hparams={'model': given.model} | list_hparams(made_with),
         )
         # Its name is another each time.
         written.remove((output / 'tensorboard').glob('events.out.tfevents.*'))
@@ -156,13 +159,3 @@ def _describe(
         'data_sets': sorted({case.description['data_set'] for case in cases}),
         'studies_set_aside': num_bad,
     }
-
-
-def _hparams(description: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """The settings of an export, one level deep, as TensorBoard takes them; none of several."""
-    found: dict[str, bool | int | float | str] = {}
-    for group in ('network', 'preparation', 'volumes', 'masks'):
-        for name, value in description.get(group, {}).items():
-            is_plain = isinstance(value, bool | int | float | str)
-            found[f'{group}.{name}'] = value if is_plain else str(value)
-    return found

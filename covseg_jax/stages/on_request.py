@@ -251,9 +251,12 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
             metrics = {name: summary.get(name) for name in names}
+    network = config.network.to_dict()
+    if network['name'] == 'unet':
+        network = {'name': 'unet', **config.unet}
     return {
         'config': f'{config.name}:{config.variant}',
-        'network': config.network.to_dict(),
+        'network': network,
         'checkpoint_step': step,
         'metrics': metrics,
         'training_data': calibration.get('training_data'),  # none is known of imported weights

@@ -238,6 +238,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
     from covseg_jax.evaluation.evaluate_cases import evaluate_cases
+    from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.imaging.studies import find_studies
     from covseg_jax.prepare.cases import evaluation_cases
     from covseg_jax.training.progress import draw_progress
@@ -287,22 +288,17 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
         },
         pseudo_masks=pseudo_mask_cuts(config),
         lesion_labels=tuple(config.prepare.lesion_labels),
-        hparams=_hparams(config),
+        hparams=list_hparams(
+            {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
+        ),
         learning_curves=[curves] if curves else [],
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
     return Outcome([folder / name for name in names], *table_of_summary(summary))
 
 
-def _hparams(config: Config) -> dict[str, bool | int | float | str]:
-    """The settings of both models, one level deep, as TensorBoard takes them."""
-    found: dict[str, bool | int | float | str] = {'seed': config.seed}
-    for group in ('gan', 'synthesize', 'network', 'train', 'predict'):
-        for name, value in config[group].items():
-            is_plain = isinstance(value, bool | int | float | str)
-            found[f'{group}.{name}'] = value if is_plain else str(value)
-    return found
-
+# The groups that both models come from.
+_OF_MODELS = ('gan', 'opacities', 'synthesize', 'network', 'unet', 'train', 'predict', 'masks')
 
 # The pipeline in its order, with the groups of the config that each stage's result depends on,
 # beside what the stages before it depend on.

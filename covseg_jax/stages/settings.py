@@ -12,6 +12,7 @@ from covseg_jax import manifest
 from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation.scores import CASE_COLUMNS, SLICE_COLUMNS
+from covseg_jax.prepare.prepare_studies import CASE_VERSION
 from covseg_jax.stages.inputs import Config, data_folder
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 
@@ -21,10 +22,10 @@ _HARMLESS = (
     'profile_steps', 'max_skipped_steps', 'predict.batch_size',
     'data.folder',  # its files count, wherever they lie
 )  # fmt: skip
-_DATA_SET = 'data_set'
+_DATA_SET, _CASES = 'data_set', 'case_version'
 # Of these evaluate may have others than the training: other data, or masks that were mended.
 _OF_DATA = (
-    'phantom', _DATA_SET, 'data.layout', 'data.prepared', 'data.pseudo_masks',
+    'phantom', _DATA_SET, _CASES, 'data.layout', 'data.prepared', 'data.pseudo_masks',
     'prepare.lesion_labels',
 )  # fmt: skip
 # What a network is as a function of scans, and with which thresholds its masks were cut.
@@ -55,6 +56,7 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         so_far = so_far | {group: values[group] for group in groups}
         if stage == 'prepare':
             so_far[_DATA_SET] = describe_data_set(data_folder(config, workdir), known)
+            so_far[_CASES] = CASE_VERSION  # raised when the same files give other cases
         settings[stage] = so_far
         if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
             settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}

@@ -7,6 +7,7 @@ import pytest
 from configs import transunet
 from covseg_jax import manifest
 from covseg_jax.errors import InputError
+from covseg_jax.stages import settings
 from covseg_jax.stages.settings import is_work_directory, refuse_foreign_workdir
 
 
@@ -35,10 +36,19 @@ def test_work_directory_is_known_without_its_manifests(tmp_path):
 
 
 def test_settings_under_the_names_of_an_earlier_version_are_refused(tmp_path):
-    settings = {'gan': {'patch': 2}}
-    manifest.begin(tmp_path, 'gan', settings)
-    manifest.refuse_other_settings(tmp_path, 'gan', settings, 'use those')
-    assert manifest.read_begun(tmp_path, 'gan') == settings
-    (tmp_path / 'manifests' / 'gan.begun.json').write_text(json.dumps(settings))
+    values = {'gan': {'patch': 2}}
+    manifest.begin(tmp_path, 'gan', values)
+    manifest.refuse_other_settings(tmp_path, 'gan', values, 'use those')
+    assert manifest.read_begun(tmp_path, 'gan') == values
+    (tmp_path / 'manifests' / 'gan.begun.json').write_text(json.dumps(values))
     with pytest.raises(InputError, match=r'stage gan was begun by a version .* other names'):
-        manifest.refuse_other_settings(tmp_path, 'gan', settings, 'use those')
+        manifest.refuse_other_settings(tmp_path, 'gan', values, 'use those')
+
+
+def test_cases_of_an_earlier_way_to_prepare_them_are_not_done(tmp_path, monkeypatch):
+    config = transunet.get_config('tiny')
+    (tmp_path / 'studies').mkdir()
+    before = settings.stage_settings(config, tmp_path)
+    monkeypatch.setattr(settings, 'CASE_VERSION', settings.CASE_VERSION + 1)
+    after = settings.stage_settings(config, tmp_path)
+    assert all(before[stage] != after[stage] for stage in ('prepare', 'gan', 'train'))
