@@ -3,8 +3,7 @@
 import json
 import os
 import pathlib
-import shutil
-import tempfile
+import time
 import zlib
 
 from tests.program import COMPILED_QUICKLY
@@ -16,12 +15,10 @@ os.environ['XLA_FLAGS'] = (
     + ' --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'  # as `cpu` does
     + f' {COMPILED_QUICKLY}'
 ).strip()
-# Tests, and the commands that they start, compile the same programs again and again. All of
-# pytest's processes share what was compiled.
-os.environ['JAX_COMPILATION_CACHE_DIR'] = (
-    os.environ['JAX_COMPILATION_CACHE_DIR']
-    if 'PYTEST_XDIST_WORKER' in os.environ
-    else tempfile.mkdtemp(prefix='covseg_jax_tests_')
+# Tests, and the commands that they start, compile the same programs again and again: compilation is
+# most of their time. All processes share what was compiled, and it stays for the next call.
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+    os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'covseg_jax_tests'
 )
 
 import hypothesis
@@ -35,9 +32,12 @@ hypothesis.settings.load_profile('fixed')
 SHARED = pathlib.Path(__file__).resolve().parents[2] / 'shared'
 
 
-def pytest_unconfigure() -> None:
+def pytest_configure() -> None:
+    """Programs of two weeks ago are compiled anew: code has changed since, and disks fill up."""
     if 'PYTEST_XDIST_WORKER' not in os.environ:
-        shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+        for file in pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('*'):
+            if time.time() - file.stat().st_mtime > 14 * 24 * 3600:
+                file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope='session')

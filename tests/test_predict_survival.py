@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -25,6 +26,8 @@ from covseg_jax.segmentation import train as segmentation
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_STUDIES, BROKEN = 100, (7, 50, 93)
 ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}  # one device
+# A process that is killed may leave half a program in the tests' cache: they have one of their own.
+ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_killed_')
 
 
 def write_studies(folder):

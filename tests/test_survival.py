@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -37,6 +38,8 @@ SETTINGS = {
     },
 }
 ENVIRONMENT = os.environ | {'XLA_FLAGS': COMPILED_QUICKLY}  # one device
+# A process that is killed may leave half a program in the tests' cache: they have one of their own.
+ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_killed_')
 FOLDERS = {'gan': 'gan', 'train': 'transunet'}
 
 
