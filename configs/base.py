@@ -113,7 +113,7 @@ def _train() -> ml_collections.ConfigDict:
     losses.temperature = 0.1  # of the contrastive loss
     losses.positive_weight = 1.5  # w of the contrastive loss, of pairs of high-infection slices
     losses.contrastive_features = 'projection'  # or, as published, 'logits', the flattened map
-    losses.contrastive_labels = 'infection'  # high or low; or, as published, 'one', the same
+    losses.contrastive_labels = 'infection'  # high or low; or, as published, 'one': all are 1
     losses.include_self = False  # published True: a slice and itself are a positive pair
     losses.mse_on = 'probability'  # or, as published, 'logits'
     losses.clip_targets = True  # to [0, 1]; published False, a target is a signed difference

@@ -2,7 +2,8 @@
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 
-2 CPU cores: 17 minutes, 3 GB. Dice of 12 held-out phantoms about 0.65 (README, What it reaches).
+2 CPU cores: 17 minutes. Dice of 12 held-out phantoms about 0.65 (earlier code; README, What it
+reaches).
 """
 
 import ml_collections

@@ -2,7 +2,7 @@
 
     python -m covseg_jax.main --config=configs/transunet.py:tiny
 
-2 CPU cores: 3 minutes, most of them compilation. No score.
+2 CPU cores: 3 to 5 minutes, most of them compilation. No score.
 """
 
 import ml_collections

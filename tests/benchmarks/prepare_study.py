@@ -93,8 +93,8 @@ def main() -> None:
         write_stored(image, made.image, made.affine)
         study = studies.find_inputs(image)[0]
         volume = nifti.read_volume(image)
-        canonical = geometry.to_canonical(volume.as_stored, volume.affine)
-        spacing = geometry.canonical_spacing(volume.affine)
+        canonical = volume.array
+        spacing = volume.spacing_mm
         found = lungs.find_lungs(canonical, spacing)
         settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)
         plan = geometry.fit_geometry(

@@ -150,14 +150,14 @@ def _read(path):
 def test_real_chest_agrees_with_its_lung_mask(shared_data):
     image, volume = _read(shared_data / 'chest_ct_64' / 'image.nii.gz')
     truth, _ = _read(shared_data / 'chest_ct_64' / 'lung_mask.nii.gz')
-    found = lungs.find_lungs(image, geometry.canonical_spacing(volume.affine))
+    found = lungs.find_lungs(image, volume.spacing_mm)
     assert _dice(found, truth > 0) >= 0.97
 
 
 def test_real_chest_has_both_lungs_and_most_of_a_tumour_at_the_pleura(shared_data):
     image, volume = _read(shared_data / 'chest_ct_512' / 'image.nii.gz')
     tumour, _ = _read(shared_data / 'chest_ct_512' / 'tumour_mask.nii.gz')
-    found = lungs.find_lungs(image, geometry.canonical_spacing(volume.affine))
+    found = lungs.find_lungs(image, volume.spacing_mm)
     right, left = (side.sum() * volume.voxel_ml for side in np.split(found, 2, axis=2))
     # Seen on a montage of contours: both lungs, 4.1 l together, the left one smaller.
     assert 2200 < right < 2600
@@ -167,7 +167,7 @@ def test_real_chest_has_both_lungs_and_most_of_a_tumour_at_the_pleura(shared_dat
 
 def test_real_crop_keeps_lungs_at_its_edge(shared_data):
     image, volume = _read(shared_data / 'thorax_crop_lps.nii.gz')
-    found = lungs.find_lungs(image, geometry.canonical_spacing(volume.affine))
+    found = lungs.find_lungs(image, volume.spacing_mm)
     assert found[:, :, 0].any()
     assert found[:, :, -1].any()
     # Aerated voxels in slices without room air or stomach: nearly all are found.
@@ -229,7 +229,7 @@ def test_split_lungs_of_a_phantom_cuts_at_its_midline():
 
 def test_split_lungs_of_a_real_chest_are_of_like_size(shared_data):
     image, volume = _read(shared_data / 'chest_ct_512' / 'image.nii.gz')
-    spacing_mm = geometry.canonical_spacing(volume.affine)
+    spacing_mm = volume.spacing_mm
     found = lungs.find_lungs(image, spacing_mm)
     right, left = lungs.split_lungs(found, spacing_mm)
     np.testing.assert_array_equal(right ^ left, found)
