@@ -2,8 +2,8 @@
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 
-2 CPU cores: 17 minutes. Dice of 12 held-out phantoms about 0.65 (earlier code; README, What it
-reaches).
+2 slow CPU cores: 32 minutes. Dice of 12 held-out phantoms: 0.69 of seed 0, on which settings were
+chosen, and 0.47 of seed 2026 (README, What it reaches).
 """
 
 import ml_collections
