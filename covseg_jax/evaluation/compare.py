@@ -12,10 +12,9 @@ from scipy import stats
 
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import metrics, scores
+from covseg_jax.evaluation.metric_table import metrics_shown
 
 _ROUNDING = 1e-12  # a mean of differences that cancel out is seldom exactly 0
-
-METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd', 'lesion_f1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +67,7 @@ def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Differ
                 'with the same data.subject_pattern'
             )
     found = []
-    for metric in METRICS:
+    for metric in metrics_shown('compare'):
         a, b = (np.array([each[name][metric] for name in shared], np.float64) for each in rows)
         both = ~np.isnan(a) & ~np.isnan(b)
         found.append(_difference(metric, a[both], b[both], np.array(subjects)[both]))

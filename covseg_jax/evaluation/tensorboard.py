@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib import image
 
+from covseg_jax.evaluation.metric_table import metrics_shown
 from covseg_jax.manifest import flatten
 from covseg_jax.training.events import Events
-
-_HPARAMS_METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd')
 
 
 def write_board(
@@ -43,7 +42,8 @@ def write_board(
     }
     counts, _, hits = curve
     with contextlib.closing(Events(board, start_step=0)) as events:
-        events.hparams(hparams, [f'evaluation_volume/{metric}' for metric in _HPARAMS_METRICS])
+        compared = [f'evaluation_volume/{metric}' for metric in metrics_shown('hparams')]
+        events.hparams(hparams, compared)
         events.scalars(step, means)
         events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
         for path in pictures:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from covseg_jax.evaluation.metric_table import metrics_shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -35,18 +37,15 @@ def show_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> No
 
 def table_of_summary(summary: dict) -> tuple[list[tuple], tuple[str, ...]]:
     """The chief figures of a summary.json: rows and head of a table."""
-    rows = []
+    rows, chief = [], metrics_shown('headline')
     for source, protocols in (
         ('network', summary['protocols']),
         ('pseudo-masks', summary.get('pseudo_masks')),
     ):
         for protocol, metrics in (protocols or {}).items():
-            means = [_mean(metrics[name]) for name in _METRICS]
+            means = [_mean(metrics[name]) for name in chief]
             rows.append((source, protocol, metrics['dice']['n'], *means))
-    return rows, ('of', 'protocol', 'n', *_METRICS)
-
-
-_METRICS = ('dice', 'sensitivity', 'specificity_lung')
+    return rows, ('of', 'protocol', 'n', *chief)
 
 
 def _mean(figures: dict) -> str:

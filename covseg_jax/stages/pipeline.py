@@ -2,15 +2,19 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
+from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
+from covseg_jax.imaging.studies import Study, find_studies
+from covseg_jax.prepare.cases import Case, evaluation_cases
+from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
 from covseg_jax.stages.inputs import (
     Config,
+    case_predictor,
     data_folder,
     describe_cuts,
     given_cuts,
@@ -27,16 +31,9 @@ from covseg_jax.stages.inputs import (
 )
 from covseg_jax.stages.outcome import Outcome, table_of_summary
 
-if TYPE_CHECKING:
-    from covseg_jax.imaging.studies import Study
-    from covseg_jax.prepare.cases import Case
-    from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings
-
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    from covseg_jax.imaging.studies import find_studies
-
     folder = data_folder(config, workdir)
     if config.phantom.make:
         from covseg_jax.phantom.studies import write_phantom_data_set
@@ -55,42 +52,46 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
     studies = find_studies(folder, config.data.layout)
     good, report = prepare_shared(
         studies,
+        folder,
         prepared,
         prepare_settings(config),
         num_workers=num_workers(config),
         on_bad_study=config.data.on_bad_study,
     )
-    if not good:
-        raise InputError(f'{folder}: no study can be used; the faults are listed above')
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
     counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
     return Outcome(outputs, [(name, len(named)) for name, named in counts.items()])
 
 
 def prepare_shared(
-    studies: 'Sequence[Study]',
+    studies: Sequence[Study],
     folder: pathlib.Path,
-    settings: 'PrepareSettings',
+    prepared: pathlib.Path,
+    settings: PrepareSettings,
     *,
     num_workers: int,
     on_bad_study: str,
-) -> 'tuple[list[Study], PrepareReport]':
-    """Prepares this host's share of the studies and prints what there is to say of them. Returns
-    those of all hosts that can be used, and the report of this one."""
-    from covseg_jax.prepare.prepare_studies import prepare_studies
+) -> tuple[list[Study], PrepareReport]:
+    """Prepares this host's share of a folder's studies and prints what there is to say of them.
+    Returns the studies of all hosts that can be used, and the report of this one.
 
+    Raises:
+      InputError: no study can be used.
+    """
     own = hosts.share(studies)
     report = prepare_studies(
-        own, folder, settings, num_workers=num_workers, on_bad_study=on_bad_study
+        own, prepared, settings, num_workers=num_workers, on_bad_study=on_bad_study
     )
     for study_id, notes in report.notes.items():
         for note in notes:
             print(f'prepare: note: {study_id}: {note}')
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
-    # One host's share may hold none that can be used.
-    good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
-    return [study for study, is_good in zip(studies, good, strict=True) if is_good], report
+    is_good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
+    good = [study for study, kept in zip(studies, is_good, strict=True) if kept]
+    if not good:
+        raise InputError(f'{folder}: no study can be used; the faults are listed above')
+    return good, report
 
 
 _SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')
@@ -113,11 +114,10 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
 
 def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
     """GAN -> pseudo-masks of all COVID studies."""
-    from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
     from covseg_jax.gan.train import load_generator
 
-    recipe = config.gan.recipe
-    heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
+    is_none = config.gan.recipe == 'none'
+    heal = empty_lungs if is_none else load_generator(config, workdir / 'gan')
     splits = split_studies(config, workdir)
     folder, new_file = pseudo_mask_folder(config, workdir), atomic.new_file
     covid = splits.train + splits.validation + splits.evaluation
@@ -158,6 +158,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.training.logging import read_newest
 
     splits, folder = split_studies(config, workdir), workdir / 'transunet'
+    log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
     train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
     network, variables, step = load_variables(config, folder)
     healthy = splits.healthy_calibration
@@ -186,16 +187,18 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             'human_masks': config.train.targets != 'pseudo',
         },
         _TRAINED_ON: sorted(
-            {case.subject for side in (splits.train, splits.validation) for case in side}
-            | {case.subject for side in (splits.healthy_train, healthy) for case in side}
+            {
+                case.subject
+                for side in (splits.train, splits.validation, splits.healthy_train, healthy)
+                for case in side
+            }
         ),
     }
     if hosts.is_first():
-        atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
-    log = folder / 'metrics.jsonl'
+        atomic.write_text(calibration_path, json.dumps(calibration, indent=2))
     shown = ('step', 'loss/total', 'validation/dice', *_SPEEDS)
     return Outcome(
-        [log, folder / 'calibration.json'],
+        [log, calibration_path],
         [
             *_pick(read_newest(log), shown),
             # Found on held-out healthy scans with painted opacities, or given.
@@ -211,11 +214,10 @@ _CUTS = {
     'share_of_max': "cut at this share of a study's maximum",
 }
 
-
 _TRAINED_ON = 'subjects'  # of calibration.json; it stays in the work directory, no export has it
 
 
-def _refuse_trained_subjects(cases: 'Sequence[Case]', workdir: pathlib.Path) -> None:
+def _refuse_trained_subjects(cases: Sequence[Case], workdir: pathlib.Path) -> None:
     """Masks may have come since the training, of subjects that it learned from."""
     calibration = workdir / 'transunet' / 'calibration.json'
     if not calibration.exists():
@@ -237,23 +239,13 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
-    from covseg_jax.evaluation.evaluate_cases import evaluate_cases
+    from covseg_jax.evaluation.evaluate_cases import Sources, evaluate_cases
     from covseg_jax.evaluation.tensorboard import list_hparams
-    from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.prepare.cases import evaluation_cases
     from covseg_jax.training.progress import draw_progress
 
     studies = find_studies(data_folder(config, workdir), config.data.layout)
     known = {study.study_id: study for study in studies}
-    # The folder may hold cases of another data set, that the network learned from.
-    prepared = prepared_cases(config, workdir, only=known)
-    cases = evaluation_cases(prepared, config.data.evaluation_pattern)
-    if not cases:
-        raise InputError(
-            f'{data_folder(config, workdir)}: no prepared study has a lesion mask and is kept for '
-            'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
-            'evaluate out of --stages'
-        )
+    cases = _cases_to_score(config, workdir, known)
     read_pseudo_mask, pseudo_masks = None, pseudo_mask_folder(config, workdir)
     # A data set that the run was not made from has none.
     if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
@@ -266,19 +258,14 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     else:
         _refuse_trained_subjects(cases, workdir)
         model, step = load_model(config, workdir, num_devices=1)
-        settings = model.masks
-
-        def predict(case):
-            return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
-
+        settings, predict = model.masks, case_predictor(model)
+    labels = tuple(config.prepare.lesion_labels)
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
+    hparams = {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
     summary = evaluate_cases(
         cases,
-        known,
-        predict,
-        read_pseudo_mask,
-        settings,
+        Sources(known, predict, settings, labels, read_pseudo_mask, pseudo_mask_cuts(config)),
         folder,
         {
             'config': f'{config.name}:{config.variant}',
@@ -286,22 +273,33 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             'checkpoint_step': step,
             'data_sets': sorted({case.description['data_set'] for case in cases}),
         },
-        pseudo_masks=pseudo_mask_cuts(config),
-        lesion_labels=tuple(config.prepare.lesion_labels),
-        hparams=list_hparams(
-            {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
-        ),
+        hparams=list_hparams(hparams),
         learning_curves=[curves] if curves else [],
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
     return Outcome([folder / name for name in names], *table_of_summary(summary))
 
 
-# The groups that both models come from.
+def _cases_to_score(
+    config: Config, workdir: pathlib.Path, known: Container[str]
+) -> tuple[Case, ...]:
+    # The folder may hold cases of another data set, that the network learned from.
+    prepared = prepared_cases(config, prepared_folder(config, workdir), only=known)
+    cases = evaluation_cases(prepared, config.data.evaluation_pattern)
+    if not cases:
+        raise InputError(
+            f'{data_folder(config, workdir)}: no prepared study has a lesion mask and is kept for '
+            'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
+            'evaluate out of --stages'
+        )
+    return cases
+
+
+# The groups of the config that both models depend on.
 _OF_MODELS = ('gan', 'opacities', 'synthesize', 'network', 'unet', 'train', 'predict', 'masks')
 
-# The pipeline in its order, with the groups of the config that each stage's result depends on,
-# beside what the stages before it depend on.
+# The pipeline in its order. Each stage's result depends on these groups of the config, and on those
+# of the stages before it.
 PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
     'gan': (run_gan, ('seed', 'gan', 'opacities')),

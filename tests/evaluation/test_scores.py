@@ -191,8 +191,15 @@ def test_summary_interval_of_slices_draws_subjects():
 def test_summary_of_nothing_has_every_key_and_no_figure():
     nothing = {'mean': None, 'std': None, 'median': None}
     nothing |= {'ci95': [None, None], 'n': 0, 'undefined': 0}
-    assert scores.summarise([], []) == {
-        protocol: dict.fromkeys(scores.SUMMARY_METRICS, nothing)
+    names = (  # other programs read them
+        'dice', 'sensitivity', 'specificity_lung', 'specificity_image', 'hd95_mm', 'nsd', 'iou',
+        'precision', 'lesion_f1', 'volume_error_ml', 'volume_error_percent', 'average_precision',
+        'ece', 'brier',
+    )  # fmt: skip
+    found = scores.summarise([], [])
+    assert tuple(found['volume']) == names
+    assert found == {
+        protocol: dict.fromkeys(names, nothing)
         for protocol in ('volume', 'slice_infection_over_1pct', 'slice_all')
     }
 
