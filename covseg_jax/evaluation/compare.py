@@ -14,7 +14,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.evaluation import metrics, scores
 from covseg_jax.evaluation.metric_table import metrics_shown
 
-_ROUNDING = 1e-12  # a mean of differences that cancel out is seldom exactly 0
+_ROUNDING = 1e-12  # the mean of differences that cancel out is seldom exactly 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,8 @@ class Difference:
 
     Attributes:
       metric: its name in cases.csv.
-      n: the studies.
-      subjects: whose they are.
-      first, second: the runs' means over them.
-      difference: second − first.
+      n, subjects: how many studies, of how many subjects.
+      first, second: the runs' means over the studies. difference: second − first.
       ci95: percentile bootstrap interval of the difference, over subjects; NaN of fewer than two.
       wilcoxon_p: two-sided p of Wilcoxon's signed-rank test (Wilcoxon 1945) of each subject's mean
         difference; differences of zero are left out; NaN where all are zero.
@@ -43,13 +41,8 @@ class Difference:
 
 
 def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Difference], list[str]]:
-    """Compares two runs study by study.
-
-    Args:
-      first, second: work directories, or folders with a cases.csv.
-
-    Returns:
-      The differences, and the studies that only one of them has.
+    """Compares two runs, work directories or folders with a cases.csv, study by study. Returns the
+    differences, and the studies that only one run has.
 
     Raises:
       InputError: a run has no cases.csv, or one without subjects; the two share no study, or give
@@ -84,17 +77,16 @@ def _difference(
     metric: str, first: np.ndarray, second: np.ndarray, subjects: np.ndarray
 ) -> Difference:
     change = second - first
+    means = [float(each.mean()) if len(each) else math.nan for each in (first, second, change)]
     # Studies of one subject resemble each other: the test's independent figures are the subjects'.
     names = np.unique(subjects)
     of_subject = np.array([change[subjects == name].mean() for name in names])
     moved = of_subject[np.abs(of_subject) > _ROUNDING]
     return Difference(
         metric,
-        n=len(change),
-        subjects=len(names),
-        first=float(first.mean()) if len(change) else math.nan,
-        second=float(second.mean()) if len(change) else math.nan,
-        difference=float(change.mean()) if len(change) else math.nan,
+        len(change),
+        len(names),
+        *means,
         ci95=metrics.bootstrap_interval(change, subjects=subjects),
         wilcoxon_p=float(stats.wilcoxon(moved).pvalue) if len(moved) else math.nan,
     )

@@ -129,8 +129,7 @@ class CaseArrays:
         return 100 * self.volume_error_ml / true_ml if true_ml else math.nan
 
     def count_lesions(self, low_ml: float, high_ml: float, *, found: bool = False) -> int:
-        """True lesions in [low_ml, high_ml), all or those that were found: a voxel of a found one is
-        predicted."""
+        """True lesions in [low_ml, high_ml): all, or those of which a voxel is predicted."""
         size_ml = self.lesion_match.true_voxels * self.voxel_ml
         counted = (size_ml >= low_ml) & (size_ml < high_ml)
         return int((counted & (self.lesion_match.covered > 0) if found else counted).sum())

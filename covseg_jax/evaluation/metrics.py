@@ -26,17 +26,12 @@ def _ratio(part: int, whole: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Voxel counts of a prediction against a truth. Counts of several regions add up with `+`."""
+    """Voxel counts of a prediction against a truth."""
 
     tp: int
     fp: int
     fn: int
     tn: int
-
-    def __add__(self, other: 'Confusion') -> 'Confusion':
-        return Confusion(
-            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn
-        )
 
     @property
     def dice(self) -> float:
@@ -50,17 +45,14 @@ class Confusion:
 
     @property
     def sensitivity(self) -> float:
-        """TP / (TP + FN)."""
         return _ratio(self.tp, self.tp + self.fn)
 
     @property
     def specificity(self) -> float:
-        """TN / (TN + FP)."""
         return _ratio(self.tn, self.tn + self.fp)
 
     @property
     def precision(self) -> float:
-        """TP / (TP + FP)."""
         return _ratio(self.tp, self.tp + self.fp)
 
 
@@ -75,18 +67,16 @@ def _check_masks(*masks: np.ndarray) -> None:
 def count_confusion(
     truth: np.ndarray, prediction: np.ndarray, within: np.ndarray | None = None
 ) -> Confusion:
-    """Counts the voxels of two boolean masks, all of them or those of the region `within`.
-
-    Args:
-      truth, prediction: boolean, any shape, the same.
-      within: None, or boolean of that shape: voxels outside it are not counted.
+    """Counts the voxels of two boolean masks of one shape: all, or those in the mask `within`.
 
     Raises:
       TypeError: a mask is not boolean. ValueError: the shapes differ.
     """
-    _check_masks(truth, prediction, *(() if within is None else (within,)))
     total = truth.size
-    if within is not None:
+    if within is None:
+        _check_masks(truth, prediction)
+    else:
+        _check_masks(truth, prediction, within)
         truth, prediction = truth & within, prediction & within
         total = np.count_nonzero(within)
     tp = int(np.count_nonzero(truth & prediction))

@@ -1,7 +1,7 @@
 """The stages: each takes its settings from the config and calls what does the work.
 
-Stages import what they need themselves: the processes that prepare studies import this package too
-and must not start JAX.
+What needs JAX or Matplotlib is imported inside the stages: the processes that prepare studies
+import this package too.
 """
 
 from covseg_jax.stages.inputs import Request

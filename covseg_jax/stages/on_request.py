@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
+from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
+from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+from covseg_jax.stages.evaluate_export import run_evaluate_export
 from covseg_jax.stages.inputs import (
+    NO_CONFIG,
     Config,
     Request,
     data_folder,
@@ -33,9 +38,8 @@ _MOST_SHOWN = 25  # studies in a table
 
 
 def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
-    """Called before any work with what a stage is to write. --output is a person's folder: what
-    this program did not write is refused. The work directory is its own: there its names are its
-    files, by whatever version they were written."""
+    """To be called before any work with what a stage is to write. --output is a person's folder: a
+    file that this program did not write is refused. In the work directory all is the program's."""
     if given.output:
         written.refuse_foreign(paths)
     elif hosts.is_first():
@@ -44,9 +48,6 @@ def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
 
 def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
-    from covseg_jax.imaging.studies import find_inputs, find_studies
-    from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
-
     if given.input:
         studies = find_inputs(given.input, config.data.layout)
     else:
@@ -89,19 +90,16 @@ def run_compile_check(config: Config, workdir: pathlib.Path, given: Request) -> 
         for stage, programs in found.items()
         for name, result in programs.items()
     ]
-    print(f'compile_check: {topology}, a chip')
-    show_table(
-        rows,
-        (
-            'stage', 'program', 'batch', 'GiB', 'of', 'GFLOP', 'GB', 'ms, estimated',
-            'ms, arithmetic', 'ms, bytes', 'collectives',
-        ),
+    head = (
+        'stage', 'program', 'batch', 'GiB', 'of', 'GFLOP', 'GB', 'ms, estimated',
+        'ms, arithmetic', 'ms, bytes', 'collectives',
     )  # fmt: skip
+    print(f'compile_check: {topology}, costs of one chip')
+    show_table(rows, head)
     print(f'compile_check: {path}')
 
 
 def _cost_cells(result: dict) -> list[str]:
-    """What a program costs, as the table shows it."""
     if not result['fits']:
         return [f'does not fit; the largest batch that does: {result["largest_batch_size"]}']
     collectives = [
@@ -142,12 +140,8 @@ def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Requ
     """Scores the masks in --input against those in --reference, whatever made them; or an export,
     --model, on a data set."""
     if given.model:
-        from covseg_jax.stages.evaluate_export import run_evaluate_export
-
         run_evaluate_export(config, workdir, given)
         return
-    from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
-
     if not given.reference:
         raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
     pairs, alone = pair_masks(given.input, given.reference)
@@ -171,23 +165,13 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Request) -> None:
         written.refuse_foreign([given.output / 'compare.json'])
     differences, alone = compare_runs(*map(pathlib.Path, names))
     print(f'compare: second minus first; first {names[0]}, second {names[1]}')
-    show_table(
-        [
-            (
-                each.metric, each.n, each.subjects, each.first, each.second, each.difference,
-                '[{:+.3f}, {:+.3f}]'.format(*each.ci95), each.wilcoxon_p,
-            )
-            for each in differences
-        ],
-        (
-            'metric', 'n', 'subjects', 'first', 'second', 'difference', '95 % interval',
-            "Wilcoxon's p",
-        ),
-    )  # fmt: skip
+    rows = [dataclasses.asdict(each) for each in differences]
+    cells = [row | {'ci95': '[{:+.3f}, {:+.3f}]'.format(*row['ci95'])} for row in rows]
+    head = ('metric', 'n', 'subjects', 'first', 'second', 'difference')
+    show_table([[*row.values()] for row in cells], (*head, '95 % interval', "Wilcoxon's p"))
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
     if given.output and hosts.is_first():
-        rows = [dataclasses.asdict(each) for each in differences]
         written.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
 
 
@@ -211,7 +195,8 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
 
 def _num_steps(workdir: pathlib.Path, stage: str) -> int:
-    """Of a training, by the config that it began with; older runs have that of the last stage."""
+    """Steps of a whole training, by the config that it began with. Older runs have only that of
+    their last stage."""
     path = workdir / TRAINED[stage] / 'config.json'
     path = path if path.exists() else workdir / 'config.json'
     return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
@@ -266,8 +251,8 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
 
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM raise KeyboardInterrupt, in the background too, where a
-    shell has a program ignore the first."""
+    """Within the block, Ctrl-C and SIGTERM raise KeyboardInterrupt. Set for both, for a shell lets
+    a program in the background ignore Ctrl-C."""
     chosen = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, signal.default_int_handler) for s in chosen}
     try:
@@ -282,11 +267,10 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
-    from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.predict.export import load
     from covseg_jax.predict.studies import Extras, predict_studies
 
-    studies = find_inputs(given.input, config.data.layout if config else 'auto')
+    studies = find_inputs(given.input, (config or NO_CONFIG).data.layout)
     if given.model:
         model = load(*given.model.split(','))
     else:
@@ -321,7 +305,6 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> N
     """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')
-    from covseg_jax.imaging.studies import find_studies
     from covseg_jax.predict.pseudo_masks import (
         refuse_foreign_files,
         write_nnunet_data_set,
@@ -364,5 +347,5 @@ AFTER: dict[str, Callable] = {
     'compare': run_compare,
     'status': run_status,
 }
-# What a stage of the pipeline does with --input or --model instead.
+# What runs in place of a stage of the pipeline where --input or --model is given.
 ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_given}
