@@ -9,18 +9,19 @@ import sys
 import time
 from collections.abc import Iterable
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, hosts, manifest, stages
+from covseg_jax import atomic, cpu, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
+from covseg_jax.stages import on_request, outcome, pipeline, settings
+from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
 _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
-# The fields of stages.Request.
+# The fields of Request.
 _PATHS = {
     'input': 'predict, verify: scans; evaluate: masks, or with --model a data set; compare: '
     'RUN,RUN; import_weights: a weights file',
@@ -43,56 +44,54 @@ _REQUEST = [
     ),
 ]
 
-Config = ml_collections.ConfigDict
-
 
 def run_stages(
-    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Request
+    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: Request
 ) -> None:
     """Runs stages in order; skips one that is done and unchanged, with a line that says so."""
     for name in names:
-        on_request = stages.BEFORE | stages.AFTER
+        alone = on_request.BEFORE | on_request.AFTER
         if given.input or given.model:
-            on_request |= stages.ON_INPUT
-        if name in on_request:
-            if name in stages.AFTER and not given.model:
-                hold = functools.partial(stages.refuse_other_settings, config, workdir, name)
+            alone |= on_request.ON_INPUT
+        if name in alone:
+            if name in on_request.AFTER and not given.model:
+                hold = functools.partial(settings.refuse_other_settings, config, workdir, name)
                 hosts.first_alone(hold, f'{name} uses what was made')
-            on_request[name](config, workdir, given)
+            alone[name](config, workdir, given)
             continue
         begin = functools.partial(_begin_unless_done, config, workdir, name)
         if not hosts.first_decides(begin, f'{name} begins'):
             print(f'{name}: done before with the same settings, skipped')
             continue
         began = time.monotonic()
-        done = stages.PIPELINE[name][0](config, workdir)
+        done = pipeline.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
         finish = functools.partial(_finish, config, workdir, name, done.outputs, seconds)
         hosts.first_alone(finish, f'{name} is done')
         print(f'{name}: done in {seconds:.0f} s')
-        stages.show_table(done.rows, done.head)
+        outcome.show_table(done.rows, done.head)
 
 
 def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
     """Records that a stage begins; False if it is done. Changes nothing if the stage is refused."""
-    stages.refuse_foreign_workdir(workdir)
-    settings = stages.stage_settings(config, workdir)[name]
-    is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
+    settings.refuse_foreign_workdir(workdir)
+    made_with = settings.stage_settings(config, workdir)[name]
+    is_done = manifest.is_done(workdir, name, manifest.fingerprint(made_with))
     if not is_done:
-        stages.refuse_other_settings(config, workdir, name)
-    (workdir / stages.STOPPED).unlink(missing_ok=True)
+        settings.refuse_other_settings(config, workdir, name)
+    (workdir / on_request.STOPPED).unlink(missing_ok=True)
     if is_done:
         return False
-    manifest.begin(workdir, name, settings)  # first: from here on the folder is a run's
+    manifest.begin(workdir, name, made_with)  # first: from here on the folder is a run's
     texts = {
         'config.json': config.to_json_best_effort(indent=2),
         'environment.json': json.dumps(describe_environment(), indent=2),
     }
     folders = [workdir]
-    if name in stages.TRAINED:
-        folder = workdir / stages.TRAINED[name]
+    if name in pipeline.TRAINED:
+        folder = workdir / pipeline.TRAINED[name]
         # A training that goes on keeps the records of its beginning.
-        if not (stages.newest_step(workdir, name) and (folder / 'config.json').exists()):
+        if not (settings.newest_step(workdir, name) and (folder / 'config.json').exists()):
             folders.append(folder)
     for folder in folders:
         for file, text in texts.items():
@@ -104,15 +103,15 @@ def _finish(
     config: Config, workdir: pathlib.Path, name: str, outputs: list[pathlib.Path], seconds: float
 ) -> None:
     if name == 'prepare' and config.phantom.make:  # only now are the studies there to describe
-        settings = stages.stage_settings(config, workdir)[name]
+        made_with = settings.stage_settings(config, workdir)[name]
     else:  # files may have changed since
-        settings = manifest.read_begun(workdir, name)
-    manifest.finish(workdir, name, settings, outputs, seconds)
+        made_with = manifest.read_begun(workdir, name)
+    manifest.finish(workdir, name, made_with, outputs, seconds)
 
 
 def _check_stages(text: str) -> list[str]:
     # the order in which they run
-    known = [*stages.BEFORE, *stages.PIPELINE, *stages.AFTER]
+    known = [*on_request.BEFORE, *pipeline.PIPELINE, *on_request.AFTER]
     names = [name.strip() for name in text.split(',') if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -121,10 +120,10 @@ def _check_stages(text: str) -> list[str]:
     return sorted(names, key=known.index)
 
 
-def _read_request() -> stages.Request:
+def _read_request() -> Request:
     given = {flag.name: flag.value for flag in _REQUEST}
     paths = {name: pathlib.Path(given[name]) if given[name] else None for name in _PATHS}
-    return stages.Request(**given | paths)
+    return Request(**given | paths)
 
 
 def _run(arguments: list[str]) -> None:
@@ -152,14 +151,14 @@ def _run(arguments: list[str]) -> None:
             os.environ['TQDM_DISABLE'] = '1'
             nowhere = stack.enter_context(open(os.devnull, 'w'))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        in_workdir = not given.model and any(name in stages.PIPELINE for name in names)
+        in_workdir = not given.model and any(name in pipeline.PIPELINE for name in names)
         if in_workdir:
             atomic.remove_leftovers(workdir)  # each host its own
         try:
             run_stages(config, workdir, names, given)
         except Stopped as stop:
             if hosts.is_first() and in_workdir:
-                atomic.write_text(workdir / stages.STOPPED, f'{stop}\n')
+                atomic.write_text(workdir / on_request.STOPPED, f'{stop}\n')
             raise
 
 
@@ -191,8 +190,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    # config_flags wraps errors in errors, and puts whole tracebacks into its messages. The last line
-    # of a traceback says what was wrong.
+    # config_flags wraps errors in errors, and puts whole tracebacks into its messages: their last
+    # line says what was wrong.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)

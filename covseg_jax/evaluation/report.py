@@ -10,18 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import jinja2
 
 from covseg_jax import atomic
+from covseg_jax.evaluation import metric_table
 from covseg_jax.evaluation.figures import MASK_COLOURS
-from covseg_jax.evaluation.metric_table import (
-    COLUMNS,
-    INFECTION_STRATA,
-    LESION_STRATA,
-    PROTOCOLS,
-    TITLES,
-    Column,
-    metrics_shown,
-)
 
-_CASE_COLUMNS = [column for column in COLUMNS if column.digits is not None]
+_CASE_COLUMNS = [column for column in metric_table.COLUMNS if column.digits is not None]
 
 
 def _format_number(value: float | None, digits: int = 3) -> str:
@@ -36,11 +28,11 @@ def _protocol_table(protocol: str, metrics: Mapping[str, Mapping]) -> dict:
         low, high = figures['ci95']
         interval = '–' if low is None else f'{low:.3f} … {high:.3f}'
         rows.append(
-            [TITLES[metric]]
+            [metric_table.TITLES[metric]]
             + [_format_number(figures[name]) for name in ('mean', 'std', 'median')]
             + [interval, figures['n'], figures['undefined']]
         )
-    return {'name': protocol, 'title': PROTOCOLS[protocol], 'rows': rows}
+    return {'name': protocol, 'title': metric_table.PROTOCOLS[protocol], 'rows': rows}
 
 
 def _mean_cell(figures: Mapping) -> str:
@@ -50,19 +42,19 @@ def _mean_cell(figures: Mapping) -> str:
 
 
 def _strata_tables(strata: Mapping) -> list[dict]:
-    shown = metrics_shown('strata')
+    shown = metric_table.metrics_shown('strata')
     infection, size = [], []
-    for name, title, *_ in INFECTION_STRATA:
+    for name, title, *_ in metric_table.INFECTION_STRATA:
         metrics = strata['infection'][name]
         means = [_mean_cell(metrics[metric]) for metric in shown]
         infection.append([title, metrics['dice']['n'], *means])
-    for name, title, *_ in LESION_STRATA:
+    for name, title, *_ in metric_table.LESION_STRATA:
         each = strata['lesion_size'][name]
         size.append([title, each['n'], each['found'], _format_number(each['share'])])
     return [
         {
             'title': 'Studies by infection of the lungs',
-            'head': ['Infection', 'n', *(TITLES[metric] for metric in shown)],
+            'head': ['Infection', 'n', *(metric_table.TITLES[metric] for metric in shown)],
             'rows': infection,
         },
         {
@@ -73,7 +65,7 @@ def _strata_tables(strata: Mapping) -> list[dict]:
     ]
 
 
-def _case_cell(column: Column, value: str | float | None) -> dict:
+def _case_cell(column: metric_table.Column, value: str | float | None) -> dict:
     """Text to show and key to sort by; an empty key sorts last in either direction."""
     if column.kind is str:
         return {'text': value or '–', 'key': value or '', 'number': False}
@@ -133,7 +125,8 @@ def write_report(
             for name, value in run.items()
         ],
         headline=[
-            (TITLES[metric], _mean_cell(volume[metric])) for metric in metrics_shown('headline')
+            (metric_table.TITLES[metric], _mean_cell(volume[metric]))
+            for metric in metric_table.metrics_shown('headline')
         ],
         sections=[
             (title, [_protocol_table(*each) for each in protocols.items()])

@@ -20,15 +20,8 @@ import numpy as np
 
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import metrics
-from covseg_jax.evaluation.metric_table import (
-    COLUMNS,
-    INFECTION_STRATA,
-    LESION_STRATA,
-    METRICS,
-    PROTOCOLS,
-    CaseArrays,
-)
+from covseg_jax.evaluation import metric_table, metrics
+from covseg_jax.evaluation.metric_table import COLUMNS, CaseArrays
 
 ORIGINAL_MIN_INFECTION_PERCENT = 1.0
 ORIGINAL_SHARE_OF_MAX = 0.2
@@ -92,12 +85,12 @@ def rows_by_protocol(case_rows: list[dict], slice_rows: list[dict]) -> dict[str,
         name: case_rows
         if name == 'volume'
         else [row for row in slice_rows if row['protocol'] == name]
-        for name in PROTOCOLS
+        for name in metric_table.PROTOCOLS
     }
 
 
 def _summarise_rows(rows: list[dict]) -> dict[str, dict]:
-    return {metric.name: _summarise_metric(rows, metric.name) for metric in METRICS}
+    return {metric.name: _summarise_metric(rows, metric.name) for metric in metric_table.METRICS}
 
 
 def _summarise_metric(rows: list[dict], metric: str) -> dict:
@@ -136,10 +129,10 @@ def stratify(case_rows: list[dict]) -> dict:
     infected = [row for row in case_rows if row['volume_ml_true']]
     by_infection = {
         name: _summarise_rows([row for row in infected if low <= row['infection_percent'] < high])
-        for name, _, low, high in INFECTION_STRATA
+        for name, _, low, high in metric_table.INFECTION_STRATA
     }
     by_size = {}
-    for name, *_ in LESION_STRATA:
+    for name, *_ in metric_table.LESION_STRATA:
         count = int(sum(row[f'lesions_{name}'] for row in case_rows))
         found = int(sum(row[f'lesions_found_{name}'] for row in case_rows))
         by_size[name] = {'n': count, 'found': found, 'share': found / count if count else None}

@@ -9,16 +9,8 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging.studies import Study, find_inputs
 from covseg_jax.prepare.cases import Case, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
-from covseg_jax.stages.inputs import (
-    NO_CONFIG,
-    Config,
-    Request,
-    case_predictor,
-    data_folder,
-    describe_cuts,
-    num_workers,
-    prepared_cases,
-)
+from covseg_jax.stages import inputs
+from covseg_jax.stages.inputs import Config, Request
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import prepare_shared
 
@@ -50,8 +42,8 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
     from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.predict.export import load
 
-    folder = (given.input or data_folder(config, workdir)).absolute()
-    config, output = config or NO_CONFIG, given.output
+    folder = (given.input or inputs.data_folder(config, workdir)).absolute()
+    config, output = config or inputs.NO_CONFIG, given.output
     _refuse_other_contents(output)
     atomic.remove_leftovers(output)
     studies = find_inputs(folder, config.data.layout)
@@ -64,7 +56,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
     run = {
         'config': ', '.join(str(each.get('config', 'not stated')) for each in members),
         'model': given.model,
-        **describe_cuts(model.masks),
+        **inputs.describe_cuts(model.masks),
         'checkpoint_step': max(each.get('checkpoint_step') or 0 for each in members),
         'data': str(folder),
         'data_sets': sorted({case.description['data_set'] for case in cases}),
@@ -75,7 +67,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
     with written.new_files(output) as temporary:
         summary = evaluate_cases(
             cases,
-            Sources(known, case_predictor(model), model.masks, labels),
+            Sources(known, inputs.case_predictor(model), model.masks, labels),
             temporary,
             run,
             hparams={'model': given.model} | list_hparams(made_with),
@@ -123,11 +115,11 @@ def _prepare_masked(
         folder,
         prepared,
         settings,
-        num_workers=given.num_workers or num_workers(config),
+        num_workers=given.num_workers or inputs.num_workers(config),
         on_bad_study=config.data.on_bad_study,
     )
     # An earlier call may have left cases of another data set here.
-    cases = prepared_cases(config, prepared, only={study.study_id for study in good})
+    cases = inputs.prepared_cases(config, prepared, only={study.study_id for study in good})
     cases = evaluation_cases(cases, config.data.evaluation_pattern)
     if not cases:
         raise InputError(

@@ -13,22 +13,9 @@ from covseg_jax.errors import InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+from covseg_jax.stages import inputs
 from covseg_jax.stages.evaluate_export import run_evaluate_export
-from covseg_jax.stages.inputs import (
-    NO_CONFIG,
-    Config,
-    Request,
-    data_folder,
-    describe_cuts,
-    given_cuts,
-    load_masks,
-    load_model,
-    num_workers,
-    prepare_settings,
-    pseudo_mask_cuts,
-    pseudo_probability_reader,
-    split_studies,
-)
+from covseg_jax.stages.inputs import Config, Request
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 from covseg_jax.stages.settings import import_settings
@@ -51,10 +38,12 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     if given.input:
         studies = find_inputs(given.input, config.data.layout)
     else:
-        studies = find_studies(data_folder(config, workdir), config.data.layout)
+        studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
     path = (given.output or workdir) / 'verify.csv'
     _claim_outputs(given, [path])
-    findings = verify_studies(studies, prepare_settings(config), num_workers=num_workers(config))
+    findings = verify_studies(
+        studies, inputs.prepare_settings(config), num_workers=inputs.num_workers(config)
+    )
     if hosts.is_first():
         with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -121,8 +110,8 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) ->
 
     folder = workdir / 'transunet'
     import_transunet(config, read_tensors(given.input), folder)
-    cuts = given_cuts(config)
-    calibration = describe_cuts(cuts) if cuts else {'threshold': 0.5}
+    cuts = inputs.given_cuts(config)
+    calibration = inputs.describe_cuts(cuts) if cuts else {'threshold': 0.5}
     calibration['checkpoint_step'] = 0
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     hosts.first_alone(
@@ -209,10 +198,10 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
     folder = given.output or workdir / 'export'
     refuse_other_contents(folder)
-    masks = load_masks(config, workdir)
+    masks = inputs.load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
     contents = Exported(
-        prepare_settings(config),
+        inputs.prepare_settings(config),
         volume_settings(config),
         masks,
         _facts(config, workdir, step),
@@ -270,18 +259,18 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     from covseg_jax.predict.export import load
     from covseg_jax.predict.studies import Extras, predict_studies
 
-    studies = find_inputs(given.input, (config or NO_CONFIG).data.layout)
+    studies = find_inputs(given.input, (config or inputs.NO_CONFIG).data.layout)
     if given.model:
         model = load(*given.model.split(','))
     else:
-        model, _ = load_model(config, workdir)
+        model, _ = inputs.load_model(config, workdir)
     try:
         with _interrupted_by_signals():
             rows, faults = predict_studies(
                 studies,
                 model,
                 given.output,
-                num_workers=given.num_workers or num_workers(config),
+                num_workers=given.num_workers or inputs.num_workers(config),
                 wanted=Extras(given.probability, given.preview, given.per_lung),
                 resume=given.resume,
             )
@@ -311,16 +300,16 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> N
         write_pseudo_masks,
     )
 
-    splits = split_studies(config, workdir)
-    studies = find_studies(data_folder(config, workdir), config.data.layout)
+    splits = inputs.split_studies(config, workdir)
+    studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
     masks, raw = given.output / 'pseudo_masks', given.output / 'nnUNet_raw'
     covid = splits.train + splits.validation
     refuse_foreign_files(covid + splits.evaluation, masks, splits, raw)
     write_pseudo_masks(
         covid + splits.evaluation,
-        pseudo_probability_reader(config, workdir),
+        inputs.pseudo_probability_reader(config, workdir),
         masks,
-        pseudo_mask_cuts(config),
+        inputs.pseudo_mask_cuts(config),
     )
     data_set = write_nnunet_data_set(
         splits, {study.study_id: study for study in studies}, masks, raw

@@ -12,29 +12,14 @@ from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesiz
 from covseg_jax.imaging.studies import Study, find_studies
 from covseg_jax.prepare.cases import Case, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
-from covseg_jax.stages.inputs import (
-    Config,
-    case_predictor,
-    data_folder,
-    describe_cuts,
-    given_cuts,
-    load_model,
-    num_workers,
-    prepare_settings,
-    prepared_cases,
-    prepared_folder,
-    pseudo_mask_cuts,
-    pseudo_mask_folder,
-    pseudo_mask_reader,
-    pseudo_probability_reader,
-    split_studies,
-)
+from covseg_jax.stages import inputs
+from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
 
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    folder = data_folder(config, workdir)
+    folder = inputs.data_folder(config, workdir)
     if config.phantom.make:
         from covseg_jax.phantom.studies import write_phantom_data_set
 
@@ -43,19 +28,19 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
 
         def make_phantoms() -> None:
             try:
-                write_phantom_data_set(folder, **made, num_workers=num_workers(config))
+                write_phantom_data_set(folder, **made, num_workers=inputs.num_workers(config))
             except ValueError as error:
                 raise InputError(f'config.phantom: {error}') from error
 
         hosts.first_alone(make_phantoms, 'phantoms are made')
-    prepared = prepared_folder(config, workdir)
+    prepared = inputs.prepared_folder(config, workdir)
     studies = find_studies(folder, config.data.layout)
     good, report = prepare_shared(
         studies,
         folder,
         prepared,
-        prepare_settings(config),
-        num_workers=num_workers(config),
+        inputs.prepare_settings(config),
+        num_workers=inputs.num_workers(config),
         on_bad_study=config.data.on_bad_study,
     )
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
@@ -106,7 +91,7 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.gan.train import train_gan
     from covseg_jax.training.logging import read_newest
 
-    train_gan(config, split_studies(config, workdir), workdir / 'gan')
+    train_gan(config, inputs.split_studies(config, workdir), workdir / 'gan')
     log = workdir / 'gan' / 'metrics.jsonl'
     shown = ('step', 'loss/total', 'validation/removed', *_SPEEDS)
     return Outcome([log], _pick(read_newest(log), shown))
@@ -118,8 +103,8 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
 
     is_none = config.gan.recipe == 'none'
     heal = empty_lungs if is_none else load_generator(config, workdir / 'gan')
-    splits = split_studies(config, workdir)
-    folder, new_file = pseudo_mask_folder(config, workdir), atomic.new_file
+    splits = inputs.split_studies(config, workdir)
+    folder, new_file = inputs.pseudo_mask_folder(config, workdir), atomic.new_file
     covid = splits.train + splits.validation + splits.evaluation
     if config.data.pseudo_masks:  # a person's folder
         files = [*(folder / f'{case.study_id}.npy' for case in covid), folder / 'summary.json']
@@ -157,12 +142,12 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     )
     from covseg_jax.training.logging import read_newest
 
-    splits, folder = split_studies(config, workdir), workdir / 'transunet'
+    splits, folder = inputs.split_studies(config, workdir), workdir / 'transunet'
     log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
-    train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
+    train_segmentation(config, splits, inputs.pseudo_mask_reader(config, workdir), folder)
     network, variables, step = load_variables(config, folder)
     healthy = splits.healthy_calibration
-    probability, settings = make_probability(config, network, variables), given_cuts(config)
+    probability, settings = make_probability(config, network, variables), inputs.given_cuts(config)
     if settings is None:
         settings, false_positive_ml = calibrate_mask(
             probability,
@@ -173,7 +158,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
         )
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
-    cuts = describe_cuts(settings)
+    cuts = inputs.describe_cuts(settings)
     calibration = {
         **cuts,
         'checkpoint_step': step,
@@ -243,33 +228,35 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.training.progress import draw_progress
 
-    studies = find_studies(data_folder(config, workdir), config.data.layout)
+    studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
     known = {study.study_id: study for study in studies}
     cases = _cases_to_score(config, workdir, known)
-    read_pseudo_mask, pseudo_masks = None, pseudo_mask_folder(config, workdir)
+    read_pseudo_mask, pseudo_masks = None, inputs.pseudo_mask_folder(config, workdir)
     # A data set that the run was not made from has none.
     if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
-        read_pseudo_mask = pseudo_probability_reader(config, workdir)
+        read_pseudo_mask = inputs.pseudo_probability_reader(config, workdir)
     if config.network.name == 'none':
         if read_pseudo_mask is None:
             raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
         predict, read_pseudo_mask = read_pseudo_mask, None
-        settings, step = pseudo_mask_cuts(config), 0
+        settings, step = inputs.pseudo_mask_cuts(config), 0
     else:
         _refuse_trained_subjects(cases, workdir)
-        model, step = load_model(config, workdir, num_devices=1)
-        settings, predict = model.masks, case_predictor(model)
+        model, step = inputs.load_model(config, workdir, num_devices=1)
+        settings, predict = model.masks, inputs.case_predictor(model)
     labels = tuple(config.prepare.lesion_labels)
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
     hparams = {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
     summary = evaluate_cases(
         cases,
-        Sources(known, predict, settings, labels, read_pseudo_mask, pseudo_mask_cuts(config)),
+        Sources(
+            known, predict, settings, labels, read_pseudo_mask, inputs.pseudo_mask_cuts(config)
+        ),
         folder,
         {
             'config': f'{config.name}:{config.variant}',
-            **describe_cuts(settings),
+            **inputs.describe_cuts(settings),
             'checkpoint_step': step,
             'data_sets': sorted({case.description['data_set'] for case in cases}),
         },
@@ -284,11 +271,12 @@ def _cases_to_score(
     config: Config, workdir: pathlib.Path, known: Container[str]
 ) -> tuple[Case, ...]:
     # The folder may hold cases of another data set, that the network learned from.
-    prepared = prepared_cases(config, prepared_folder(config, workdir), only=known)
+    prepared = inputs.prepared_cases(config, inputs.prepared_folder(config, workdir), only=known)
     cases = evaluation_cases(prepared, config.data.evaluation_pattern)
     if not cases:
+        folder = inputs.data_folder(config, workdir)
         raise InputError(
-            f'{data_folder(config, workdir)}: no prepared study has a lesion mask and is kept for '
+            f'{folder}: no prepared study has a lesion mask and is kept for '
             'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
             'evaluate out of --stages'
         )
