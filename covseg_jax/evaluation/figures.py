@@ -1,4 +1,4 @@
-"""The figures of an evaluation."""
+"""The figures of an evaluation: PNG files in `figures/` of the evaluation folder."""
 
 import dataclasses
 import math
@@ -69,19 +69,12 @@ def _style(axes: Axes) -> None:
 def running_quartiles(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quartiles of y over windows of neighbouring x: a fifth of the points each, five at least.
 
-    Args:
-      x, y: (N,) finite, N >= 5.
-
-    Returns:
-      (N - w + 1,) the median x, and (3, N - w + 1) the quartiles of y, of each window of w points.
+    From (N,) finite x and y, N >= 5: the (N - w + 1,) median x, and the (3, N - w + 1) quartiles of
+    y, of each window of w points.
     """
-    order = np.argsort(x, kind='stable')
-    width = max(5, len(x) // 5)
-    windows = np.lib.stride_tricks.sliding_window_view
-    return (
-        np.median(windows(x[order], width), axis=1),
-        np.percentile(windows(y[order], width), (25, 50, 75), axis=1),
-    )
+    order, width = np.argsort(x, kind='stable'), max(5, len(x) // 5)
+    x, y = (np.lib.stride_tricks.sliding_window_view(each[order], width) for each in (x, y))
+    return np.median(x, axis=1), np.percentile(y, (25, 50, 75), axis=1)
 
 
 def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
@@ -91,10 +84,8 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
     shown = (x > 0) & np.isfinite(y)
     x, y = x[shown], y[shown]
     unit = 'studies' if protocol == 'volume' else 'slices'
-    axes.set_title(
-        f'{PROTOCOLS[protocol]}\nprotocol {protocol}, n = {len(x)} of {len(rows)} {unit}',
-        fontsize=9,
-    )
+    points = f'protocol {protocol}, n = {len(x)} of {len(rows)} {unit}'
+    axes.set_title(f'{PROTOCOLS[protocol]}\n{points}', fontsize=9)
     axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=TITLES[metric])
     _style(axes)
     if not len(x):
@@ -122,15 +113,8 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
 def plot_against_infection(
     case_rows: list[dict], slice_rows: list[dict], folder: pathlib.Path
 ) -> list[pathlib.Path]:
-    """Draws each headline metric against infection %, with a panel for each protocol.
-
-    Args:
-      case_rows, slice_rows: as `scores.score_case` makes them.
-      folder: the evaluation folder; the figures go into its `figures/`.
-
-    Returns:
-      The PNG files: dice_vs_infection, sensitivity_vs_infection, specificity_vs_infection.
-    """
+    """Draws each headline metric against infection %, in one file, with a panel for each protocol.
+    Rows are as `scores.score_case` makes them."""
     rows_of = scores.rows_by_protocol(case_rows, slice_rows)
     paths = []
     for metric in metrics_shown('headline'):
@@ -146,14 +130,9 @@ def plot_agreement(
     case_rows: list[dict], pseudo_rows: list[dict], folder: pathlib.Path
 ) -> pathlib.Path:
     """Draws predicted minus true lesion volume against their mean, one point for each study (Bland
-    and Altman 1986), with the mean difference and mean ± 1.96 standard deviations.
-
-    Args:
-      case_rows, pseudo_rows: the network's and the pseudo-masks' (may be empty).
-      folder: the evaluation folder; figures/bland_altman.png is written into it.
-    """
-    sources = {'prediction': case_rows, 'pseudo-masks': pseudo_rows}
-    sources = {name: rows for name, rows in sources.items() if rows}
+    and Altman 1986), with the mean difference and mean ± 1.96 standard deviations, for the network
+    and, if they have rows, the pseudo-masks."""
+    sources = {'prediction': case_rows} | ({'pseudo-masks': pseudo_rows} if pseudo_rows else {})
     figure = Figure(figsize=(1 + 5.5 * len(sources), 4), layout='constrained')
     panels = figure.subplots(1, len(sources), squeeze=False)[0]
     for axes, (name, rows) in zip(panels, sources.items(), strict=True):
@@ -184,12 +163,8 @@ def plot_agreement(
 
 def plot_calibration(curve: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     """Draws the observed share of lesion against the predicted probability, over the voxels inside
-    the lungs of all studies together, above how many voxels there are of each probability.
-
-    Args:
-      curve: (3, B), as `probabilities.calibration_curve` gives it.
-      folder: the evaluation folder; figures/calibration.png is written into it.
-    """
+    the lungs of all studies together, and below it how many voxels have each probability. `curve`
+    is (3, B), as `probabilities.calibration_curve` gives it."""
     counts, sums, hits = curve
     filled = counts > 0
     figure = Figure(figsize=(5, 5.2), layout='constrained')
@@ -246,22 +221,14 @@ def _body_box(image_hu: np.ndarray, slices: list[int]) -> tuple[slice, slice]:
     for axis in (0, 1):
         # At least 2 % of a line, so that a thread of the table does not count as body.
         filled = np.flatnonzero(body.mean(axis=1 - axis) > 0.02)
-        if filled.size:
-            box.append(slice(max(0, int(filled[0]) - 4), int(filled[-1]) + 5))
-        else:
-            box.append(slice(None))
+        ends = (max(0, int(filled[0]) - 4), int(filled[-1]) + 5) if filled.size else (None,)
+        box.append(slice(*ends))
     return box[0], box[1]
 
 
 def plot_overlay(role: str, case: CaseImages, folder: pathlib.Path) -> pathlib.Path:
     """Draws scan | truth | pseudo-mask (where given) | prediction of the three slices with most
-    lesion, one in a row, in the lung window.
-
-    Args:
-      role: one of those of `choose_cases`.
-      case: the study.
-      folder: the evaluation folder; figures/case_<role>.png is written into it.
-    """
+    lesion, one in a row, in the lung window. `role` is one of those of `choose_cases`."""
     slices, columns = _choose_slices(case), {'scan': None, **case.masks}
     rows, cols = _body_box(case.image_hu, slices)
     aspect = float(case.spacing_mm[1]) / float(case.spacing_mm[2])

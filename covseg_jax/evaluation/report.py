@@ -3,9 +3,8 @@
 import base64
 import json
 import math
-import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jinja2
 
@@ -73,36 +72,22 @@ def _case_cell(column: metric_table.Column, value: str | float | None) -> dict:
     return {'text': _format_number(value, column.digits), 'key': key, 'number': True}
 
 
-def _embed(paths: Iterable[str | os.PathLike]) -> list[dict]:
-    return [
-        {
-            'name': path.stem.replace('_', ' '),
-            'base64': base64.b64encode(path.read_bytes()).decode('ascii'),
-        }
-        for path in map(pathlib.Path, paths)
-    ]
-
-
 def write_report(
     folder: pathlib.Path,
     summary: Mapping,
     case_rows: list[dict],
-    figures: Sequence[str | os.PathLike],
+    figures: Sequence[pathlib.Path],
     run: Mapping,
     views: Sequence[Mapping] = (),
 ) -> pathlib.Path:
-    """Writes report.html: one file that opens from disk without a network.
+    """Writes report.html into the folder: one file that opens from disk without a network.
 
     Args:
-      folder: the evaluation folder.
       summary: the content of summary.json; `pseudo_masks` and `strata` are shown where they are.
       case_rows: as `scores.score_case` makes them; listed worst Dice first, undefined last.
       figures: PNG files, copied into the page in this order.
       run: name → value (text or anything JSON can say), shown at the top.
       views: what `viewer.draw_views` made of some or all of the cases.
-
-    Returns:
-      The path of report.html.
     """
     # Not select_autoescape: it goes by the ending, and .j2 is not one that it escapes.
     environment = jinja2.Environment(
@@ -134,7 +119,10 @@ def write_report(
             if protocols
         ],
         strata=_strata_tables(summary['strata']) if 'strata' in summary else [],
-        figures=_embed(figures),
+        figures=[
+            (path.stem.replace('_', ' '), base64.b64encode(path.read_bytes()).decode('ascii'))
+            for path in figures
+        ],
         columns=_CASE_COLUMNS,
         cases=[[_case_cell(each, row[each.name]) for each in _CASE_COLUMNS] for row in worst_first],
         undefined=[row['study_id'] for row in worst_first if math.isnan(row['dice'])],
@@ -142,7 +130,7 @@ def write_report(
         viewed={view['study_id'] for view in views},
         colours=MASK_COLOURS,
     )
-    path = pathlib.Path(folder) / 'report.html'
+    path = folder / 'report.html'
     atomic.write_text(path, page)
     return path
 

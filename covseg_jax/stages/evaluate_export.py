@@ -110,14 +110,7 @@ def _prepare_masked(
             f'{folder}: none of its {len(studies)} studies has a lesion mask, so there is nothing '
             'to evaluate against; the README says where each layout keeps them'
         )
-    good, _ = prepare_shared(
-        masked,
-        folder,
-        prepared,
-        settings,
-        num_workers=given.num_workers or inputs.num_workers(config),
-        on_bad_study=config.data.on_bad_study,
-    )
+    good, _ = prepare_shared(config, masked, folder, prepared, settings, given.num_workers)
     # An earlier call may have left cases of another data set here.
     cases = inputs.prepared_cases(config, prepared, only={study.study_id for study in good})
     cases = evaluation_cases(cases, config.data.evaluation_pattern)

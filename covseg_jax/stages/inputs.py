@@ -18,6 +18,7 @@ from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 
 Config = ml_collections.ConfigDict
+_CALIBRATION = 'transunet/calibration.json'
 # What an export, which needs no config, takes in its place.
 NO_CONFIG = Config(
     {
@@ -60,10 +61,6 @@ def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
-
-
-def prepare_settings(config: Config) -> PrepareSettings:
-    return PrepareSettings(**config.prepare)
 
 
 def num_workers(config: Config | None) -> int:
@@ -130,14 +127,20 @@ def describe_cuts(masks: MaskSettings) -> dict[str, float | None]:
     return {'threshold': masks.threshold, 'seed_threshold': masks.seed_threshold}
 
 
+def read_calibration(workdir: pathlib.Path) -> dict | None:
+    """What `train` wrote beside its network; None where it did not end yet."""
+    path = workdir / _CALIBRATION
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
 def load_masks(config: Config, workdir: pathlib.Path) -> MaskSettings:
     """How the trained network's probabilities become masks, as train found it."""
-    calibration = workdir / 'transunet' / 'calibration.json'
-    if not calibration.exists():
+    cuts = read_calibration(workdir)
+    if cuts is None:
         raise InputError(
-            f'{calibration}: no trained network in {workdir}; run the stages up to train first'
+            f'{workdir / _CALIBRATION}: no trained network in {workdir}; run the stages up to '
+            'train first'
         )
-    cuts = json.loads(calibration.read_text(encoding='utf-8'))
     least = config.masks.min_component_ml
     if cuts.get('share_of_max'):
         return MaskSettings(min_component_ml=least, share_of_max=cuts['share_of_max'])
@@ -159,13 +162,13 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
             make_probability(config, network, jax.device_put(variables, device))
             for device in jax.local_devices()[:num_devices]
         ),
-        preparation=prepare_settings(config),
+        preparation=PrepareSettings(**config.prepare),
         masks=masks,
         identity=fingerprint(
             [config.network.to_dict(), config.predict.to_dict(), config.prepare.to_dict(),
              dataclasses.asdict(masks), step, str(workdir.resolve()),
              # another training of the same length
-             (workdir / 'transunet' / 'calibration.json').stat().st_mtime_ns]
+             (workdir / _CALIBRATION).stat().st_mtime_ns]
         ),
     )  # fmt: skip
     return model, step

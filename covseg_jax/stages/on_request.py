@@ -12,6 +12,7 @@ from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
 from covseg_jax.stages import inputs
 from covseg_jax.stages.evaluate_export import run_evaluate_export
@@ -42,7 +43,7 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     path = (given.output or workdir) / 'verify.csv'
     _claim_outputs(given, [path])
     findings = verify_studies(
-        studies, inputs.prepare_settings(config), num_workers=inputs.num_workers(config)
+        studies, PrepareSettings(**config.prepare), num_workers=inputs.num_workers(config)
     )
     if hosts.is_first():
         with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
@@ -201,7 +202,7 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
     masks = inputs.load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
     contents = Exported(
-        inputs.prepare_settings(config),
+        PrepareSettings(**config.prepare),
         volume_settings(config),
         masks,
         _facts(config, workdir, step),
@@ -216,7 +217,7 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
 def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     """What an export says of the run that it comes from."""
-    calibration = json.loads((workdir / 'transunet' / 'calibration.json').read_text('utf-8'))
+    calibration = inputs.read_calibration(workdir)
     summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
     if summary_path.exists():
         summary = json.loads(summary_path.read_text(encoding='utf-8'))

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,27 +35,20 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
         hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = inputs.prepared_folder(config, workdir)
     studies = find_studies(folder, config.data.layout)
-    good, report = prepare_shared(
-        studies,
-        folder,
-        prepared,
-        inputs.prepare_settings(config),
-        num_workers=inputs.num_workers(config),
-        on_bad_study=config.data.on_bad_study,
-    )
+    settings = PrepareSettings(**config.prepare)
+    good, report = prepare_shared(config, studies, folder, prepared, settings)
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
     counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
     return Outcome(outputs, [(name, len(named)) for name, named in counts.items()])
 
 
 def prepare_shared(
+    config: Config,
     studies: Sequence[Study],
     folder: pathlib.Path,
     prepared: pathlib.Path,
     settings: PrepareSettings,
-    *,
-    num_workers: int,
-    on_bad_study: str,
+    num_workers: int | None = None,
 ) -> tuple[list[Study], PrepareReport]:
     """Prepares this host's share of a folder's studies and prints what there is to say of them.
     Returns the studies of all hosts that can be used, and the report of this one.
@@ -65,7 +58,11 @@ def prepare_shared(
     """
     own = hosts.share(studies)
     report = prepare_studies(
-        own, prepared, settings, num_workers=num_workers, on_bad_study=on_bad_study
+        own,
+        prepared,
+        settings,
+        num_workers=num_workers or inputs.num_workers(config),
+        on_bad_study=config.data.on_bad_study,
     )
     for study_id, notes in report.notes.items():
         for note in notes:
@@ -135,19 +132,16 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     config gives no share of the maximum."""
     from covseg_jax.data.opacities import opacity_model, paint_scans
     from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
-    from covseg_jax.segmentation.train import (
-        load_variables,
-        make_probability,
-        train_segmentation,
-    )
+    from covseg_jax.segmentation import train as segmentation
     from covseg_jax.training.logging import read_newest
 
     splits, folder = inputs.split_studies(config, workdir), workdir / 'transunet'
     log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
-    train_segmentation(config, splits, inputs.pseudo_mask_reader(config, workdir), folder)
-    network, variables, step = load_variables(config, folder)
-    healthy = splits.healthy_calibration
-    probability, settings = make_probability(config, network, variables), inputs.given_cuts(config)
+    read_pseudo_mask = inputs.pseudo_mask_reader(config, workdir)
+    segmentation.train_segmentation(config, splits, read_pseudo_mask, folder)
+    network, variables, step = segmentation.load_variables(config, folder)
+    probability = segmentation.make_probability(config, network, variables)
+    healthy, settings = splits.healthy_calibration, inputs.given_cuts(config)
     if settings is None:
         settings, false_positive_ml = calibrate_mask(
             probability,
@@ -159,6 +153,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
     cuts = inputs.describe_cuts(settings)
+    sides = (splits.train, splits.validation, splits.healthy_train, healthy)
     calibration = {
         **cuts,
         'checkpoint_step': step,
@@ -171,13 +166,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             'healthy_studies': len(splits.healthy_train) + len(healthy),
             'human_masks': config.train.targets != 'pseudo',
         },
-        _TRAINED_ON: sorted(
-            {
-                case.subject
-                for side in (splits.train, splits.validation, splits.healthy_train, healthy)
-                for case in side
-            }
-        ),
+        _TRAINED_ON: sorted({case.subject for side in sides for case in side}),
     }
     if hosts.is_first():
         atomic.write_text(calibration_path, json.dumps(calibration, indent=2))
@@ -204,10 +193,7 @@ _TRAINED_ON = 'subjects'  # of calibration.json; it stays in the work directory,
 
 def _refuse_trained_subjects(cases: Sequence[Case], workdir: pathlib.Path) -> None:
     """Masks may have come since the training, of subjects that it learned from."""
-    calibration = workdir / 'transunet' / 'calibration.json'
-    if not calibration.exists():
-        return
-    trained = set(json.loads(calibration.read_text(encoding='utf-8')).get(_TRAINED_ON, ()))
+    trained = set((inputs.read_calibration(workdir) or {}).get(_TRAINED_ON, ()))
     both = sorted({case.subject for case in cases} & trained)
     if both:
         raise InputError(
@@ -228,9 +214,17 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.training.progress import draw_progress
 
-    studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
-    known = {study.study_id: study for study in studies}
-    cases = _cases_to_score(config, workdir, known)
+    data = inputs.data_folder(config, workdir)
+    known = {study.study_id: study for study in find_studies(data, config.data.layout)}
+    # The folder may hold cases of another data set, that the network learned from.
+    prepared = inputs.prepared_cases(config, inputs.prepared_folder(config, workdir), only=known)
+    cases = evaluation_cases(prepared, config.data.evaluation_pattern)
+    if not cases:
+        raise InputError(
+            f'{data}: no prepared study has a lesion mask and is kept for evaluation '
+            '(data.evaluation_pattern), so there is nothing to evaluate against; leave evaluate '
+            'out of --stages'
+        )
     read_pseudo_mask, pseudo_masks = None, inputs.pseudo_mask_folder(config, workdir)
     # A data set that the run was not made from has none.
     if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
@@ -248,11 +242,10 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
     hparams = {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
+    cuts = inputs.pseudo_mask_cuts(config)
     summary = evaluate_cases(
         cases,
-        Sources(
-            known, predict, settings, labels, read_pseudo_mask, inputs.pseudo_mask_cuts(config)
-        ),
+        Sources(known, predict, settings, labels, read_pseudo_mask, cuts),
         folder,
         {
             'config': f'{config.name}:{config.variant}',
@@ -265,22 +258,6 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
     return Outcome([folder / name for name in names], *table_of_summary(summary))
-
-
-def _cases_to_score(
-    config: Config, workdir: pathlib.Path, known: Container[str]
-) -> tuple[Case, ...]:
-    # The folder may hold cases of another data set, that the network learned from.
-    prepared = inputs.prepared_cases(config, inputs.prepared_folder(config, workdir), only=known)
-    cases = evaluation_cases(prepared, config.data.evaluation_pattern)
-    if not cases:
-        folder = inputs.data_folder(config, workdir)
-        raise InputError(
-            f'{folder}: no prepared study has a lesion mask and is kept for '
-            'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
-            'evaluate out of --stages'
-        )
-    return cases
 
 
 # The groups of the config that both models depend on.
