@@ -52,8 +52,9 @@ def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Differ
     shared = sorted(rows[0].keys() & rows[1].keys())
     if not shared:
         raise InputError(f'{first} and {second} have no study in common; evaluate both on the same')
-    of_first, subjects = ([each[name]['subject'] for name in shared] for each in rows)
-    for name, one, other in zip(shared, of_first, subjects, strict=True):
+    subjects = [rows[0][name]['subject'] for name in shared]
+    for name, one in zip(shared, subjects, strict=True):
+        other = rows[1][name]['subject']
         if one != other:
             raise InputError(
                 f'{name}: a study of {one} in {first} and of {other} in {second}; evaluate both '

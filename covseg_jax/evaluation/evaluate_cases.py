@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -68,7 +69,7 @@ def evaluate_cases(
     folder: pathlib.Path,
     run: dict,
     *,
-    hparams: Mapping[str, bool | int | float | str],
+    made_with: Mapping[str, Any],
     learning_curves: Sequence[pathlib.Path] = (),
 ) -> dict:
     """Scores all cases in the three protocols and writes the tables, figures, report and summary.
@@ -79,7 +80,7 @@ def evaluate_cases(
       folder: gets cases.csv, slices.csv, their pseudo_masks/ twins, figures/, report.html,
         tensorboard/, and summary.json last.
       run: what else the summary and the report say: threshold, checkpoint_step, and so on.
-      hparams: the run's settings, for TensorBoard.
+      made_with: the run's settings, nested, for TensorBoard.
       learning_curves: pictures that the report ends with.
 
     Returns:
@@ -112,7 +113,7 @@ def evaluate_cases(
             if source in tables:
                 scores.write_tables(place, *tables[source])
         drawn = _draw(cases, sources, tables, curve, folder)
-        tensorboard.write_board(folder, summary, curve, drawn, hparams)
+        tensorboard.write_board(folder, summary, curve, drawn, made_with)
         views = [each['view'] for each in found if 'view' in each]
         report.write_report(folder, summary, case_rows, [*drawn, *learning_curves], run, views)
         scores.write_summary(folder, summary)

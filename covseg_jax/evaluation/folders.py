@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -30,37 +30,31 @@ def pair_masks(
     Raises:
       InputError: a folder is not there, has two masks of one study, or they share none.
     """
-    found = [
-        _masks_by_study(_nifti_files(predictions)),
-        _masks_by_study(p for p in _nifti_files(references) if not written.is_output(p)),
-    ]
-    shared = sorted(found[0].keys() & found[1].keys())
+    predicted = _masks_by_study(predictions, are_true=False)
+    true = _masks_by_study(references, are_true=True)
+    shared = sorted(predicted.keys() & true.keys())
     if not shared:
         raise InputError(
             f'{predictions} and {references} have no study in common; files are paired by name: '
             'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study; '
             'a mask that this program wrote is never a true mask'
         )
-    alone = sorted(found[0].keys() ^ found[1].keys())
-    return [(name, found[0][name], found[1][name]) for name in shared], alone
+    alone = sorted(predicted.keys() ^ true.keys())
+    return [(name, predicted[name], true[name]) for name in shared], alone
 
 
-def _nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _masks_by_study(folder: pathlib.Path, *, are_true: bool) -> dict[str, pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder of NIfTI masks')
-    return sorted(p for p in folder.iterdir() if nifti.is_nifti(p))
-
-
-def _masks_by_study(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
-    for path in paths:
+    for path in sorted(filter(nifti.is_nifti, folder.iterdir())):
         name = nifti.strip_suffix(path)
-        if _NO_MASK.search(name):
+        if _NO_MASK.search(name) or (are_true and written.is_output(path)):
             continue
         study_id = _ENDINGS.sub('', name)
         if study_id in found:
             raise InputError(
-                f'{path.parent}: {found[study_id].name} and {path.name} are both masks of '
+                f'{folder}: {found[study_id].name} and {path.name} are both masks of '
                 f'{study_id}; leave one'
             )
         found[study_id] = path
@@ -88,9 +82,8 @@ def score_folder(
     """
     subjects = {study_id: name_subject(study_id, subject_pattern) for study_id, _, _ in pairs}
     case_rows, slice_rows = [], []
-    for study_id, predicted_path, true_path in tqdm(
-        pairs, desc='evaluate', unit='study', disable=None
-    ):
+    progress = tqdm(pairs, desc='evaluate', unit='study', disable=None)
+    for study_id, predicted_path, true_path in progress:
         truth = nifti.read_volume(true_path)
         prediction = _read_on_grid(predicted_path, truth, true_path)
         lungs = np.zeros(truth.array.shape, bool)

@@ -31,6 +31,7 @@ CASE_COLUMNS = tuple(column.name for column in COLUMNS)
 SLICE_COLUMNS = (
     'study_id', 'subject', 'protocol', 'slice', *(column.name for column in _SLICE_SCORES)
 )  # fmt: skip
+_TABLES = {'cases.csv': CASE_COLUMNS, 'slices.csv': SLICE_COLUMNS}
 _KINDS = {column.name: column.kind for column in COLUMNS} | {'protocol': str, 'slice': int}
 
 
@@ -141,10 +142,7 @@ def stratify(case_rows: list[dict]) -> dict:
 
 def write_tables(folder: pathlib.Path, case_rows: list[dict], slice_rows: list[dict]) -> None:
     """Writes cases.csv and slices.csv: full precision, an empty cell where a score is undefined."""
-    for name, columns, rows in (
-        ('cases.csv', CASE_COLUMNS, case_rows),
-        ('slices.csv', SLICE_COLUMNS, slice_rows),
-    ):
+    for (name, columns), rows in zip(_TABLES.items(), (case_rows, slice_rows), strict=True):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator='\n')
         writer.writerow(columns)
@@ -187,17 +185,12 @@ def read_tables(folder: pathlib.Path) -> tuple[list[dict], list[dict]]:
     Raises:
       InputError: a table is missing, lacks a column or holds something that is not a number.
     """
-    return (
-        _read_table(folder / 'cases.csv', CASE_COLUMNS),
-        _read_table(folder / 'slices.csv', SLICE_COLUMNS),
-    )
+    case_rows, slice_rows = (_read_table(folder / name, each) for name, each in _TABLES.items())
+    return case_rows, slice_rows
 
 
 def write_summary(folder: pathlib.Path, summary: dict) -> None:
-    """Writes summary.json, in JSON's strict form.
-
-    Raises:
-      ValueError: a figure is NaN or infinite; None is the way to say "undefined".
-    """
+    """Writes summary.json. Raises ValueError where a figure is NaN or infinite: strict JSON has
+    neither, and "undefined" is None."""
     text = json.dumps(summary, indent=2, allow_nan=False)
-    atomic.write_text(pathlib.Path(folder) / 'summary.json', text + '\n')
+    atomic.write_text(folder / 'summary.json', text + '\n')

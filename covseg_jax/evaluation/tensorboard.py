@@ -19,17 +19,16 @@ def write_board(
     summary: Mapping,
     curve: np.ndarray,
     pictures: Sequence[pathlib.Path],
-    hparams: Mapping[str, bool | int | float | str],
+    settings: Mapping[str, Any],
 ) -> None:
-    """Writes `folder`/tensorboard/; an earlier evaluation's events go.
+    """Writes tensorboard/ of the evaluation folder; the events of an earlier evaluation go.
 
     Args:
-      folder: the evaluation folder.
       summary: the content of summary.json; its means become scalars
         `evaluation_<protocol>/<metric>` at its `checkpoint_step`.
       curve: (3, B), as `probabilities.calibration_curve` gives it for many bins.
       pictures: PNG files.
-      hparams: the run's settings, for the HPARAMS tab.
+      settings: of the run, nested, for the HPARAMS tab.
     """
     board, step = folder / 'tensorboard', summary['checkpoint_step']
     for earlier in board.glob('events.out.tfevents.*'):
@@ -42,17 +41,12 @@ def write_board(
     }
     counts, _, hits = curve
     with contextlib.closing(Events(board, start_step=0)) as events:
-        compared = [f'evaluation_volume/{metric}' for metric in metrics_shown('hparams')]
-        events.hparams(hparams, compared)
+        hparams = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flatten(settings).items()
+        }
+        events.hparams(hparams, [f'evaluation_volume/{name}' for name in metrics_shown('hparams')])
         events.scalars(step, means)
         events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
         for path in pictures:
             events.image(step, f'pictures/{path.stem}', image.imread(path)[..., :3])
-
-
-def list_hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Nested settings by dotted names, as TensorBoard takes them."""
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in flatten(settings).items()
-    }

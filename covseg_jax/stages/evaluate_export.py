@@ -39,7 +39,6 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
             'data set'
         )
     from covseg_jax.evaluation.evaluate_cases import Sources, evaluate_cases
-    from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.predict.export import load
 
     folder = (given.input or inputs.data_folder(config, workdir)).absolute()
@@ -70,7 +69,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
             Sources(known, inputs.case_predictor(model), model.masks, labels),
             temporary,
             run,
-            hparams={'model': given.model} | list_hparams(made_with),
+            made_with={'model': given.model} | made_with,
         )
         # Event files have another name each time: the new one would not replace the old.
         written.remove((output / 'tensorboard').glob('events.out.tfevents.*'))

@@ -20,19 +20,13 @@ from covseg_jax.prepare.prepare_studies import PrepareSettings
 Config = ml_collections.ConfigDict
 _CALIBRATION = 'transunet/calibration.json'
 # What an export, which needs no config, takes in its place.
-NO_CONFIG = Config(
-    {
-        'data': {
-            'layout': 'auto',
-            'subject_pattern': '(.*)',
-            'healthy_pattern': '',
-            'evaluation_pattern': '.*',
-            'on_bad_study': 'skip',
-            'num_workers': 0,
-        },
-        'prepare': {'lesion_labels': (1,)},
-    }
-)
+NO_CONFIG = Config({
+    'data': {
+        'layout': 'auto', 'subject_pattern': '(.*)', 'healthy_pattern': '',
+        'evaluation_pattern': '.*', 'on_bad_study': 'skip', 'num_workers': 0,
+    },
+    'prepare': {'lesion_labels': (1,)},
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,13 +80,16 @@ def run_compile_check(config: Config, workdir: pathlib.Path, given: Request) -> 
         for stage, programs in found.items()
         for name, result in programs.items()
     ]
-    head = (
-        'stage', 'program', 'batch', 'GiB', 'of', 'GFLOP', 'GB', 'ms, estimated',
-        'ms, arithmetic', 'ms, bytes', 'collectives',
-    )  # fmt: skip
     print(f'compile_check: {topology}, costs of one chip')
-    show_table(rows, head)
+    show_table(rows, ('stage', 'program', 'batch', *_COSTS, 'collectives'))
     print(f'compile_check: {path}')
+
+
+_COSTS = {
+    'GiB': '{peak_gib:.2f}', 'of': '{memory_gib:g}', 'GFLOP': '{gflops:.0f}',
+    'GB': '{gbytes:.1f}', 'ms, estimated': '{estimated_ms:.1f}',
+    'ms, arithmetic': '{arithmetic_ms:.1f}', 'ms, bytes': '{bytes_ms:.1f}',
+}  # fmt: skip
 
 
 def _cost_cells(result: dict) -> list[str]:
@@ -96,11 +99,7 @@ def _cost_cells(result: dict) -> list[str]:
         f'{kind} {each["count"]}, {each["bytes"] / 1e6:.1f} MB'
         for kind, each in result['collectives'].items()
     ]
-    return [
-        f'{result["peak_gib"]:.2f}', f'{result["memory_gib"]:g}', f'{result["gflops"]:.0f}',
-        f'{result["gbytes"]:.1f}', f'{result["estimated_ms"]:.1f}',
-        f'{result["arithmetic_ms"]:.1f}', f'{result["bytes_ms"]:.1f}', '; '.join(collectives),
-    ]  # fmt: skip
+    return [*(cost.format(**result) for cost in _COSTS.values()), '; '.join(collectives)]
 
 
 def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) -> None:
@@ -115,9 +114,8 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) ->
     calibration = inputs.describe_cuts(cuts) if cuts else {'threshold': 0.5}
     calibration['checkpoint_step'] = 0
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
-    hosts.first_alone(
-        lambda: manifest.begin(workdir, 'train', import_settings(config)), 'the import is recorded'
-    )
+    settings = import_settings(config)
+    hosts.first_alone(lambda: manifest.begin(workdir, 'train', settings), 'the import is recorded')
     print(f'import_weights: {given.input} is checkpoint 0 of {folder}')
     if not config.network.published_attention:
         print(
@@ -185,10 +183,8 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
 
 def _num_steps(workdir: pathlib.Path, stage: str) -> int:
-    """Steps of a whole training, by the config that it began with. Older runs have only that of
-    their last stage."""
     path = workdir / TRAINED[stage] / 'config.json'
-    path = path if path.exists() else workdir / 'config.json'
+    path = path if path.exists() else workdir / 'config.json'  # older runs have this one alone
     return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
 
 
@@ -201,13 +197,9 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
     refuse_other_contents(folder)
     masks = inputs.load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
-    contents = Exported(
-        PrepareSettings(**config.prepare),
-        volume_settings(config),
-        masks,
-        _facts(config, workdir, step),
-        onnx=config.export.onnx,
-    )
+    preparation, facts = PrepareSettings(**config.prepare), _facts(config, workdir, step)
+    volumes = volume_settings(config)
+    contents = Exported(preparation, volumes, masks, facts, onnx=config.export.onnx)
     hosts.first_alone(
         lambda: write_export(folder, network, variables, contents), 'the export is written'
     )
@@ -221,7 +213,7 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
     if summary_path.exists():
         summary = json.loads(summary_path.read_text(encoding='utf-8'))
-        cuts = ('threshold', 'share_of_max')
+        cuts = ('threshold', 'seed_threshold', 'share_of_max')
         same_cuts = all(summary.get(name) == calibration.get(name) for name in cuts)
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
@@ -253,8 +245,7 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 
 def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
-    """Scans in -> NIfTI masks out on the same grids, by the work directory's network or by
-    --model."""
+    """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
     from covseg_jax.predict.export import load
@@ -276,9 +267,8 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:
-        raise Stopped(
-            'predict: stopped; run it again with --resume to go on', exit_code=130
-        ) from stop
+        message = 'predict: stopped; run it again with --resume to go on'
+        raise Stopped(message, exit_code=130) from stop
     columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent', 'severity', 'seconds')
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)
@@ -295,34 +285,24 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> N
     """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')
-    from covseg_jax.predict.pseudo_masks import (
-        refuse_foreign_files,
-        write_nnunet_data_set,
-        write_pseudo_masks,
-    )
+    from covseg_jax.predict import pseudo_masks
 
     splits = inputs.split_studies(config, workdir)
     studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
+    known = {study.study_id: study for study in studies}
     masks, raw = given.output / 'pseudo_masks', given.output / 'nnUNet_raw'
-    covid = splits.train + splits.validation
-    refuse_foreign_files(covid + splits.evaluation, masks, splits, raw)
-    write_pseudo_masks(
-        covid + splits.evaluation,
-        inputs.pseudo_probability_reader(config, workdir),
-        masks,
-        inputs.pseudo_mask_cuts(config),
-    )
-    data_set = write_nnunet_data_set(
-        splits, {study.study_id: study for study in studies}, masks, raw
-    )
-    show_table(
-        [
-            ('pseudo-masks', len(covid) + len(splits.evaluation), masks),
-            ('to train on, with pseudo-masks', len(covid), data_set),
-            ('to train on, healthy', len(splits.healthy_train), data_set),
-        ],
-        ('pseudo_masks', 'studies', 'in'),
-    )
+    learnt = splits.train + splits.validation
+    covid = learnt + splits.evaluation
+    read, cuts = inputs.pseudo_probability_reader(config, workdir), inputs.pseudo_mask_cuts(config)
+    pseudo_masks.refuse_foreign_files(covid, masks, splits, raw)
+    pseudo_masks.write_pseudo_masks(covid, read, masks, cuts)
+    data_set = pseudo_masks.write_nnunet_data_set(splits, known, masks, raw)
+    rows = [
+        ('pseudo-masks', len(covid), masks),
+        ('to train on, with pseudo-masks', len(learnt), data_set),
+        ('to train on, healthy', len(splits.healthy_train), data_set),
+    ]
+    show_table(rows, ('pseudo_masks', 'studies', 'in'))
 
 
 BEFORE: dict[str, Callable] = {

@@ -211,7 +211,6 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
     from covseg_jax.evaluation.evaluate_cases import Sources, evaluate_cases
-    from covseg_jax.evaluation.tensorboard import list_hparams
     from covseg_jax.training.progress import draw_progress
 
     data = inputs.data_folder(config, workdir)
@@ -241,7 +240,6 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     labels = tuple(config.prepare.lesion_labels)
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
-    hparams = {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
     cuts = inputs.pseudo_mask_cuts(config)
     summary = evaluate_cases(
         cases,
@@ -253,7 +251,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             'checkpoint_step': step,
             'data_sets': sorted({case.description['data_set'] for case in cases}),
         },
-        hparams=list_hparams(hparams),
+        made_with={'seed': config.seed} | {name: config[name].to_dict() for name in _OF_MODELS},
         learning_curves=[curves] if curves else [],
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import scores
+from covseg_jax.evaluation import metric_table, scores
 
 
 def mark(shape, *places):
@@ -142,6 +142,12 @@ def random_rows(num_studies=12):
         case_rows.append(row)
         slice_rows += rows
     return case_rows, slice_rows
+
+
+def test_every_metric_has_a_title_and_every_place_is_known():
+    assert all(metric.title for metric in metric_table.METRICS)
+    places = {place for column in metric_table.COLUMNS for place in column.shown}
+    assert places == {'slices', 'headline', 'compare', 'strata', 'hparams'}
 
 
 def test_summary_figures_equal_hand_computed_ones():
