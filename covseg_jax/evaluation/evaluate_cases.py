@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts
-from covseg_jax.errors import InputError
 from covseg_jax.evaluation import figures, probabilities, report, scores, tensorboard, viewer
 from covseg_jax.evaluation.metric_table import CaseArrays
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
@@ -28,7 +27,7 @@ class Sources:
     """Where a case's image, truth and masks come from.
 
     Attributes:
-      studies: study id → the study itself.
+      studies: study id → the study itself, of each case.
       predict: case → its (D, H, W) lesion probability.
       settings: from the probability to a mask.
       lesion_labels: values of a true mask that are lesion.
@@ -55,8 +54,6 @@ class Sources:
 
     def read(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
         """The image in HU and the true mask, both on the study's grid."""
-        if case.study_id not in self.studies:
-            raise InputError(f'{case.study_id}: no such study in the data set any more')
         study = self.studies[case.study_id]
         volume = study_files.read_image(study)
         truth = study_files.read_mask(study, 'lesion_mask', volume, self.lesion_labels)
@@ -99,14 +96,8 @@ def evaluate_cases(
             all_rows[1].extend(slice_rows)
     curve = np.sum([each['curve'] for each in found], axis=0)
     case_rows = tables['network'][0]
-    summary = {
-        'protocols': scores.summarise(*tables['network']),
-        'pseudo_masks': scores.summarise(*tables['pseudo']) if 'pseudo' in tables else None,
-        'strata': scores.stratify(case_rows),
-        'studies': len(cases),
-        'subjects': len({case.subject for case in cases}),
-        **run,
-    }
+    pseudo = scores.summarise(*tables['pseudo']) if 'pseudo' in tables else None
+    summary = scores.make_summary(*tables['network'], pseudo_masks=pseudo) | run
 
     def write() -> None:
         for source, place in (('network', folder), ('pseudo', folder / 'pseudo_masks')):

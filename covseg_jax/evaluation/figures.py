@@ -12,18 +12,15 @@ from matplotlib.figure import Figure
 from covseg_jax import atomic
 from covseg_jax.evaluation import scores
 from covseg_jax.evaluation.metric_table import PROTOCOLS, TITLES, metrics_shown
-from covseg_jax.predict.preview import (
-    LUNG_WINDOW_HU,
-    PREDICTION_COLOUR,
-    PSEUDO_COLOUR,
-    TRUTH_COLOUR,
-)
+from covseg_jax.predict import preview
 
 # Okabe and Ito's colours, as those of the masks.
 POINT_COLOUR, TREND_COLOUR = '#0072b2', '#d55e00'
 MASK_COLOURS = {
-    'truth': TRUTH_COLOUR, 'pseudo-mask': PSEUDO_COLOUR, 'prediction': PREDICTION_COLOUR
-}  # fmt: skip
+    'truth': preview.TRUTH_COLOUR,
+    'pseudo-mask': preview.PSEUDO_COLOUR,
+    'prediction': preview.PREDICTION_COLOUR,
+}
 _MIN_POINTS_FOR_TREND = 10
 
 
@@ -239,7 +236,7 @@ def plot_overlay(role: str, case: CaseImages, folder: pathlib.Path) -> pathlib.P
         layout='constrained',
     )
     panels = figure.subplots(len(slices), len(columns), squeeze=False)
-    low, high = LUNG_WINDOW_HU
+    low, high = preview.LUNG_WINDOW_HU
     for line, z in zip(panels, slices, strict=True):
         for axes, (name, mask) in zip(line, columns.items(), strict=True):
             scan = case.image_hu[z][rows, cols]

@@ -102,12 +102,7 @@ def score_folder(
         row, rows = scores.score_case(arrays)
         case_rows.append(row)
         slice_rows += rows
-    summary = {
-        'protocols': scores.summarise(case_rows, slice_rows),
-        'strata': scores.stratify(case_rows),
-        'studies': len(case_rows),
-        'subjects': len(set(subjects.values())),
-    }
+    summary = scores.make_summary(case_rows, slice_rows)
     if hosts.is_first():
         with written.new_files(folder) as temporary:
             scores.write_tables(temporary, case_rows, slice_rows)

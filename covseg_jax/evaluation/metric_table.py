@@ -41,7 +41,6 @@ class CaseArrays:
     """What is scored of one study, or of one slice of it.
 
     Attributes:
-      study_id: its name.
       category: 'CT-0' … 'CT-4', or None.
       truth, prediction, lungs: (Z, Y, X) boolean, native grid.
       spacing_mm: native voxel size along z, y, x.
@@ -66,10 +65,8 @@ class CaseArrays:
 
     def __post_init__(self):
         object.__setattr__(self, 'subject', self.subject or self.study_id)
-        for grid in (
-            ('truth', 'prediction', 'lungs'),
-            ('truth_model', 'probability_model', 'lungs_model'),
-        ):
+        model_grid = ('truth_model', 'probability_model', 'lungs_model')
+        for grid in (('truth', 'prediction', 'lungs'), model_grid):
             shapes = {name: getattr(self, name).shape for name in grid}
             if len(set(shapes.values())) > 1 or len(shapes[grid[0]]) != 3:
                 listed = ', '.join(f'{name} {shape}' for name, shape in shapes.items())

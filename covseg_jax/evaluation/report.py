@@ -40,7 +40,8 @@ def _mean_cell(figures: Mapping) -> str:
     return _format_number(figures['mean']) + interval
 
 
-def _strata_tables(strata: Mapping) -> list[dict]:
+def _strata_tables(strata: Mapping) -> list[tuple]:
+    """(title, head, rows) of each."""
     shown = metric_table.metrics_shown('strata')
     infection, size = [], []
     for name, title, *_ in metric_table.INFECTION_STRATA:
@@ -50,17 +51,10 @@ def _strata_tables(strata: Mapping) -> list[dict]:
     for name, title, *_ in metric_table.LESION_STRATA:
         each = strata['lesion_size'][name]
         size.append([title, each['n'], each['found'], _format_number(each['share'])])
+    head = ['Infection', 'n', *(metric_table.TITLES[metric] for metric in shown)]
     return [
-        {
-            'title': 'Studies by infection of the lungs',
-            'head': ['Infection', 'n', *(metric_table.TITLES[metric] for metric in shown)],
-            'rows': infection,
-        },
-        {
-            'title': 'True lesions by size',
-            'head': ['Size', 'Lesions', 'Found', 'Share'],
-            'rows': size,
-        },
+        ('Studies by infection of the lungs', head, infection),
+        ('True lesions by size', ['Size', 'Lesions', 'Found', 'Share'], size),
     ]
 
 

@@ -140,6 +140,17 @@ def stratify(case_rows: list[dict]) -> dict:
     return {'infection': by_infection, 'lesion_size': by_size}
 
 
+def make_summary(case_rows: list[dict], slice_rows: list[dict], **more: dict | None) -> dict:
+    """The content of summary.json, with `more` of the masks behind `protocols`."""
+    return {
+        'protocols': summarise(case_rows, slice_rows),
+        **more,
+        'strata': stratify(case_rows),
+        'studies': len(case_rows),
+        'subjects': len({row['subject'] for row in case_rows}),
+    }
+
+
 def write_tables(folder: pathlib.Path, case_rows: list[dict], slice_rows: list[dict]) -> None:
     """Writes cases.csv and slices.csv: full precision, an empty cell where a score is undefined."""
     for (name, columns), rows in zip(_TABLES.items(), (case_rows, slice_rows), strict=True):

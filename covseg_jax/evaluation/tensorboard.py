@@ -23,12 +23,10 @@ def write_board(
 ) -> None:
     """Writes tensorboard/ of the evaluation folder; the events of an earlier evaluation go.
 
-    Args:
-      summary: the content of summary.json; its means become scalars
-        `evaluation_<protocol>/<metric>` at its `checkpoint_step`.
-      curve: (3, B), as `probabilities.calibration_curve` gives it for many bins.
-      pictures: PNG files.
-      settings: of the run, nested, for the HPARAMS tab.
+    The means of `summary`, the content of summary.json, become scalars
+    `evaluation_<protocol>/<metric>` at its `checkpoint_step`. `curve` is (3, B), as
+    `probabilities.calibration_curve` gives it for many bins. `settings` are the run's, nested, for
+    the HPARAMS tab.
     """
     board, step = folder / 'tensorboard', summary['checkpoint_step']
     for earlier in board.glob('events.out.tfevents.*'):

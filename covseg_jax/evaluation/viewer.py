@@ -10,14 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 from covseg_jax.evaluation.figures import MASK_COLOURS, CaseImages
-from covseg_jax.predict.preview import (
-    choose_slices,
-    crop_box,
-    fit_plane,
-    fit_size,
-    lay_atlas,
-    to_grey,
-)
+from covseg_jax.predict import preview
 
 # Pixels of a slice's longer side → qualities of WebP. The first that is small enough is taken.
 _FINENESS = {288: (75, 50, 30), 192: (40,), 128: (30,), 64: (30,)}
@@ -42,18 +35,18 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
       as data URLs, masks by name.
     """
     shown = np.logical_or.reduce([case.lungs, *case.masks.values()])
-    slices = choose_slices(shown, MAX_SLICES)
-    rows, cols = crop_box(shown, case.spacing_mm)
+    slices = preview.choose_slices(shown, MAX_SLICES)
+    rows, cols = preview.crop_box(shown, case.spacing_mm)
     columns = math.ceil(math.sqrt(len(slices)))
-    grey = [to_grey(case.image_hu[z][rows, cols]) for z in slices]
+    grey = [preview.to_grey(case.image_hu[z][rows, cols]) for z in slices]
     for side, qualities in _FINENESS.items():
-        size = fit_size(rows, cols, case.spacing_mm, side, finest_mm=min(case.spacing_mm[1:]))
+        size = preview.fit_size(rows, cols, case.spacing_mm, side, min(case.spacing_mm[1:]))
         urls = {}
         for name, mask in case.masks.items():
-            planes = [fit_plane(mask[z][rows, cols], size) for z in slices]
-            urls[name] = _mask_url(lay_atlas(planes, columns), MASK_COLOURS[name])
+            planes = [preview.fit_plane(mask[z][rows, cols], size) for z in slices]
+            urls[name] = _mask_url(preview.lay_atlas(planes, columns), MASK_COLOURS[name])
         left = max_bytes - sum(len(url) for url in urls.values())
-        atlas = lay_atlas([fit_plane(each, size) for each in grey], columns)
+        atlas = preview.lay_atlas([preview.fit_plane(each, size) for each in grey], columns)
         scan = _scan_url(atlas, qualities, left)
         if len(scan) <= left:
             break

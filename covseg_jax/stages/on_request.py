@@ -173,19 +173,18 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
     for stage in PIPELINE:
         folder = workdir / TRAINED.get(stage, '')
         values = read_newest(folder / 'metrics.jsonl') if stage in TRAINED else {}
-        step = f'{values["step"]} of {_num_steps(workdir, stage)}' if values else ''
+        step = ''
+        if values:
+            path = folder / 'config.json'  # older runs have that of their last stage alone
+            path = path if path.exists() else workdir / 'config.json'
+            begun = json.loads(path.read_text(encoding='utf-8'))
+            step = f'{values["step"]} of {begun[stage]["num_steps"]}'
         shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
         listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
         rows.append((stage, manifest.describe(workdir, stage), step, ', '.join(listed)))
     show_table(rows, ('stage', 'state', 'step', 'newest values'))
     if (workdir / STOPPED).exists():
         print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
-
-
-def _num_steps(workdir: pathlib.Path, stage: str) -> int:
-    path = workdir / TRAINED[stage] / 'config.json'
-    path = path if path.exists() else workdir / 'config.json'  # older runs have this one alone
-    return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
 
 
 def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:

@@ -48,8 +48,7 @@ _HELD_TO = {
 
 def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
     """For each stage of the pipeline, everything that its result depends on."""
-    settings: dict[str, dict] = {}
-    so_far: dict = {}
+    settings, so_far = {}, {}
     values = _without(config.to_dict(), _HARMLESS)
     known = workdir / 'manifests' / 'data_set.json'
     for stage, (_, groups) in PIPELINE.items():

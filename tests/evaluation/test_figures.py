@@ -80,9 +80,9 @@ def test_overlay_draws_the_contours_that_are_given(tmp_path, saved_titles, with_
         case = case_images(pseudo_mask=case.truth)
     path = figures.plot_overlay('worst', case, tmp_path)
     assert path == tmp_path / 'figures' / 'case_worst.png'
-    assert has_colour(path, figures.TRUTH_COLOUR)
-    assert has_colour(path, figures.PREDICTION_COLOUR)
-    assert has_colour(path, figures.PSEUDO_COLOUR) == with_pseudo_mask
+    assert has_colour(path, figures.MASK_COLOURS['truth'])
+    assert has_colour(path, figures.MASK_COLOURS['prediction'])
+    assert has_colour(path, figures.MASK_COLOURS['pseudo-mask']) == with_pseudo_mask
     columns = ['scan', 'truth', *(['pseudo-mask'] if with_pseudo_mask else []), 'prediction']
     # Two rows: only the slices with lesion, though three were to be had.
     assert saved_titles == [columns + [''] * len(columns)]
