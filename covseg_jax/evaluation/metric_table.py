@@ -174,7 +174,7 @@ COLUMNS = (
     Column('hd95_mm', lambda case: case.surfaces.hd95_mm,
            'HD95 (mm)', 1, 1, ('compare', 'hparams')),
     Column('nsd', lambda case: case.surfaces.nsd(NSD_TOLERANCE_MM),
-           f'Normalized surface Dice (NSD), {NSD_TOLERANCE_MM:g} mm', 3, 1,
+           f'Normalized surface Dice (NSD), {NSD_TOLERANCE_MM:g}\u00a0mm', 3, 1,
            ('compare', 'strata', 'hparams')),
     Column('volume_ml_true', lambda case: case.volume_ml(case.truth), 'True lesion (ml)', 1),
     Column('volume_ml_predicted', lambda case: case.volume_ml(case.prediction),

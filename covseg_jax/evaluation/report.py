@@ -12,6 +12,14 @@ from covseg_jax import atomic
 from covseg_jax.evaluation import metric_table
 from covseg_jax.evaluation.figures import MASK_COLOURS
 
+# Not select_autoescape: it goes by the ending, and .j2 is not one that it escapes.
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 _CASE_COLUMNS = [column for column in metric_table.COLUMNS if column.digits is not None]
 
 
@@ -83,14 +91,6 @@ def write_report(
       run: name → value (text or anything JSON can say), shown at the top.
       views: what `viewer.draw_views` made of some or all of the cases.
     """
-    # Not select_autoescape: it goes by the ending, and .j2 is not one that it escapes.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     worst_first = sort_worst_first(case_rows)
     place = {row['study_id']: number for number, row in enumerate(worst_first)}
     sections = {
@@ -98,7 +98,7 @@ def write_report(
         'Pseudo-masks against the true masks': summary.get('pseudo_masks'),
     }
     volume = summary['protocols']['volume']
-    page = environment.get_template('report.html.j2').render(
+    page = _ENVIRONMENT.get_template('report.html.j2').render(
         run=[
             (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             for name, value in run.items()
