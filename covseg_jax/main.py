@@ -9,90 +9,89 @@ import sys
 import time
 from collections.abc import Iterable
 
-import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, hosts, manifest, stages
+from covseg_jax import atomic, cpu, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
+from covseg_jax.stages import on_request, outcome, pipeline, settings
+from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
 _STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
-_INPUT = flags.DEFINE_string(
-    'input',
-    None,
-    'predict, verify: scans; evaluate: masks, or with --model a data set; compare: RUN,RUN; '
-    'import_weights: a weights file',
-)
-_REFERENCE = flags.DEFINE_string('reference', None, "evaluate: true masks, for --input's masks")
-_OUTPUT = flags.DEFINE_string(
-    'output',
-    None,
-    'predict, verify, export, pseudo_masks, evaluate, compare: the folder for what they write',
-)
-_MODEL = flags.DEFINE_string(
-    'model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'
-)
-_RESUME = flags.DEFINE_bool('resume', False, 'predict: keep the studies that are done')
-_PREVIEW = flags.DEFINE_bool('preview', False, 'predict: a PNG a study, lesions outlined')
-_PER_LUNG = flags.DEFINE_bool('per_lung', False, 'predict: volumes of either lung too')
-_NUM_WORKERS = flags.DEFINE_integer(
-    'num_workers', None, 'predict, evaluate with --model: processes; default: one a core'
-)
-_PROBABILITY = flags.DEFINE_bool('probability', False, 'predict: probability maps too')
-
-Config = ml_collections.ConfigDict
+# The fields of Request.
+_PATHS = {
+    'input': 'predict, verify: scans; evaluate: masks, or with --model a data set; compare: '
+    'RUN,RUN; import_weights: a weights file',
+    'output': 'predict, verify, export, pseudo_masks, evaluate, compare: the folder for what they '
+    'write',
+    'reference': "evaluate: true masks, for --input's masks",
+}
+_SWITCHES = {
+    'resume': 'predict: keep the studies that are done',
+    'preview': 'predict: a PNG a study, lesions outlined',
+    'per_lung': 'predict: volumes of either lung too',
+    'probability': 'predict: probability maps too',
+}
+_REQUEST = [
+    *(flags.DEFINE_string(name, None, text) for name, text in _PATHS.items()),
+    *(flags.DEFINE_bool(name, False, text) for name, text in _SWITCHES.items()),
+    flags.DEFINE_string('model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'),
+    flags.DEFINE_integer(
+        'num_workers', None, 'predict, evaluate with --model: processes; default: one a core'
+    ),
+]
 
 
 def run_stages(
-    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: stages.Request
+    config: Config | None, workdir: pathlib.Path, names: Iterable[str], given: Request
 ) -> None:
-    """Runs stages in order; one that is done and unchanged is skipped with a line that says so."""
+    """Runs stages in order; skips one that is done and unchanged, with a line that says so."""
     for name in names:
-        on_request = (
-            stages.BEFORE | stages.AFTER | (stages.ON_INPUT if given.input or given.model else {})
-        )
-        if name in on_request:
-            if name in stages.AFTER and not given.model:
-                hold = functools.partial(stages.refuse_other_settings, config, workdir, name)
+        alone = on_request.BEFORE | on_request.AFTER
+        if given.input or given.model:
+            alone |= on_request.ON_INPUT
+        if name in alone:
+            if name in on_request.AFTER and not given.model:
+                hold = functools.partial(settings.refuse_other_settings, config, workdir, name)
                 hosts.first_alone(hold, f'{name} uses what was made')
-            on_request[name](config, workdir, given)
+            alone[name](config, workdir, given)
             continue
         begin = functools.partial(_begin_unless_done, config, workdir, name)
         if not hosts.first_decides(begin, f'{name} begins'):
             print(f'{name}: done before with the same settings, skipped')
             continue
         began = time.monotonic()
-        done = stages.PIPELINE[name][0](config, workdir)
+        done = pipeline.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
         finish = functools.partial(_finish, config, workdir, name, done.outputs, seconds)
         hosts.first_alone(finish, f'{name} is done')
         print(f'{name}: done in {seconds:.0f} s')
-        stages.show_table(done.rows, done.head)
+        outcome.show_table(done.rows, done.head)
 
 
 def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
-    """False for a stage that is done; a refused one leaves the work directory as it was."""
-    stages.refuse_foreign_workdir(workdir)
-    settings = stages.stage_settings(config, workdir)[name]
-    is_done = manifest.is_done(workdir, name, manifest.fingerprint(settings))
+    """Records that a stage begins; False if it is done. Changes nothing if the stage is refused."""
+    settings.refuse_foreign_workdir(workdir)
+    made_with = settings.stage_settings(config, workdir)[name]
+    is_done = manifest.is_done(workdir, name, manifest.fingerprint(made_with))
     if not is_done:
-        stages.refuse_other_settings(config, workdir, name)
-    (workdir / stages.STOPPED).unlink(missing_ok=True)
+        settings.refuse_other_settings(config, workdir, name)
+    (workdir / on_request.STOPPED).unlink(missing_ok=True)
     if is_done:
         return False
-    manifest.begin(workdir, name, settings)  # first: from here on the folder is a run's
+    manifest.begin(workdir, name, made_with)  # first: from here on the folder is a run's
     texts = {
         'config.json': config.to_json_best_effort(indent=2),
         'environment.json': json.dumps(describe_environment(), indent=2),
     }
     folders = [workdir]
-    if name in stages.TRAINED:
-        folder = workdir / stages.TRAINED[name]
-        # A training that goes on keeps those that it began with.
-        if not (stages.newest_step(workdir, name) and (folder / 'config.json').exists()):
+    if name in pipeline.TRAINED:
+        folder = workdir / pipeline.TRAINED[name]
+        # A training that goes on keeps the records of its beginning.
+        if not (settings.newest_step(workdir, name) and (folder / 'config.json').exists()):
             folders.append(folder)
     for folder in folders:
         for file, text in texts.items():
@@ -103,16 +102,16 @@ def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool
 def _finish(
     config: Config, workdir: pathlib.Path, name: str, outputs: list[pathlib.Path], seconds: float
 ) -> None:
-    if name == 'prepare' and config.phantom.make:  # it made the studies that its settings describe
-        settings = stages.stage_settings(config, workdir)[name]
+    if name == 'prepare' and config.phantom.make:  # only now are the studies there to describe
+        made_with = settings.stage_settings(config, workdir)[name]
     else:  # files may have changed since
-        settings = manifest.read_begun(workdir, name)
-    manifest.finish(workdir, name, settings, outputs, seconds)
+        made_with = manifest.read_begun(workdir, name)
+    manifest.finish(workdir, name, made_with, outputs, seconds)
 
 
 def _check_stages(text: str) -> list[str]:
     # the order in which they run
-    known = [*stages.BEFORE, *stages.PIPELINE, *stages.AFTER]
+    known = [*on_request.BEFORE, *pipeline.PIPELINE, *on_request.AFTER]
     names = [name.strip() for name in text.split(',') if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -121,21 +120,23 @@ def _check_stages(text: str) -> list[str]:
     return sorted(names, key=known.index)
 
 
-def _path(text: str | None) -> pathlib.Path | None:
-    return pathlib.Path(text) if text else None
+def _read_request() -> Request:
+    given = {flag.name: flag.value for flag in _REQUEST}
+    paths = {name: pathlib.Path(given[name]) if given[name] else None for name in _PATHS}
+    return Request(**given | paths)
 
 
 def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise InputError(f'{arguments[1]}: not a flag; flags begin with --')
-    config = _CONFIG.value
-    if config is None and not _MODEL.value:
+    config, given = _CONFIG.value, _read_request()
+    if config is None and not given.model:
         raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
     try:
-        names = _check_stages(_STAGES.value or ('predict' if _MODEL.value else config.stages))
-    except OSError as error:  # config_flags tells of a missing file at the first use only
+        names = _check_stages(_STAGES.value or ('predict' if given.model else config.stages))
+    except OSError as error:  # config_flags misses a file only when the config is first used
         raise InputError(f'--config: {_one_line(error)}') from error
-    if _MODEL.value and names not in (['predict'], ['evaluate']):
+    if given.model and names not in (['predict'], ['evaluate']):
         raise InputError('--model is for --stages=predict or --stages=evaluate alone')
     if config is None:
         workdir, cache = pathlib.Path(), pathlib.Path.home() / '.cache' / 'covseg_jax'
@@ -145,35 +146,25 @@ def _run(arguments: list[str]) -> None:
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache.absolute()))
     hosts.connect(config.distributed if config else {'coordinator': ''})
-    given = stages.Request(
-        *(_path(flag.value) for flag in (_INPUT, _OUTPUT, _REFERENCE)),
-        model=_MODEL.value,
-        resume=_RESUME.value,
-        preview=_PREVIEW.value,
-        per_lung=_PER_LUNG.value,
-        probability=_PROBABILITY.value,
-        num_workers=_NUM_WORKERS.value,
-    )
     with contextlib.ExitStack() as stack:
-        if not hosts.is_first():  # the first host speaks for all
+        if not hosts.is_first():  # only the first host prints
             os.environ['TQDM_DISABLE'] = '1'
-            stack.enter_context(
-                contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w')))
-            )
-        in_workdir = not given.model and any(name in stages.PIPELINE for name in names)
+            nowhere = stack.enter_context(open(os.devnull, 'w'))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        in_workdir = not given.model and any(name in pipeline.PIPELINE for name in names)
         if in_workdir:
             atomic.remove_leftovers(workdir)  # each host its own
         try:
             run_stages(config, workdir, names, given)
         except Stopped as stop:
             if hosts.is_first() and in_workdir:
-                atomic.write_text(workdir / stages.STOPPED, f'{stop}\n')
+                atomic.write_text(workdir / on_request.STOPPED, f'{stop}\n')
             raise
 
 
 def main(arguments: list[str]) -> int:
     """Runs, and turns what a person can mend into one line and an exit code."""
-    logging.set_verbosity(logging.ERROR)  # Orbax tells of each file that it opens and closes
+    logging.set_verbosity(logging.ERROR)  # Orbax logs each file that it opens and closes
     try:
         _run(arguments)
     except (InputError, OSError) as error:  # a full or read-only disk, no file that can be read
@@ -199,7 +190,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    # config_flags wraps errors in errors, and puts whole tracebacks into its messages; their last
+    # config_flags wraps errors in errors, and puts whole tracebacks into its messages: their last
     # line says what was wrong.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]

@@ -20,9 +20,10 @@ from matplotlib import image
 from tensorboard.backend.event_processing import event_accumulator
 
 from configs import transunet
-from covseg_jax import main, stages
+from covseg_jax import main
 from covseg_jax.errors import InputError
-from covseg_jax.stages import Request
+from covseg_jax.stages import settings
+from covseg_jax.stages.inputs import Request
 from tests.program import ROOT, assert_one_line_error, command, environment, run
 from tests.segmentation.test_import_weights import make_variables, to_pytorch
 
@@ -277,7 +278,7 @@ def test_stages_take_settings_that_change_nothing_of_what_they_use(finished, sta
     workdir, _ = finished
     config = transunet.get_config('tiny').unlock()
     config.update_from_flattened_dict(fields)
-    stages.refuse_other_settings(config, workdir, stage)
+    settings.refuse_other_settings(config, workdir, stage)
 
 
 def test_main_keeps_with_each_network_what_it_was_trained_with(finished, tmp_path):
@@ -294,10 +295,10 @@ def test_main_keeps_with_each_network_what_it_was_trained_with(finished, tmp_pat
     # Files that were touched are the same data; a changed one is another data set.
     mask = next((copy / 'studies' / 'masks').iterdir())
     mask.touch()
-    stages.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
+    settings.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
     mask.write_bytes(mask.read_bytes() + b'0')
     with pytest.raises(InputError, match='data_set was'):
-        stages.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
+        settings.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
 
 
 def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_path):
@@ -316,7 +317,7 @@ def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_pa
     # A training that came to nothing binds nobody; its own settings may be any.
     config = transunet.get_config('tiny').unlock()
     config.update_from_flattened_dict(prepared | fields | {'train.learning_rate': 0.1})
-    stages.refuse_other_settings(config, tmp_path, 'train')
+    settings.refuse_other_settings(config, tmp_path, 'train')
 
 
 @pytest.mark.parametrize(

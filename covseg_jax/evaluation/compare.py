@@ -12,10 +12,9 @@ from scipy import stats
 
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import metrics, scores
+from covseg_jax.evaluation.metric_table import metrics_shown
 
-_ROUNDING = 1e-12  # a mean of differences that cancel out is seldom exactly 0
-
-METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd', 'lesion_f1')
+_ROUNDING = 1e-12  # the mean of differences that cancel out is seldom exactly 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +23,8 @@ class Difference:
 
     Attributes:
       metric: its name in cases.csv.
-      n: the studies.
-      subjects: whose they are.
-      first, second: the runs' means over them.
-      difference: second − first.
+      n, subjects: how many studies, of how many subjects.
+      first, second: the runs' means over the studies. difference: second − first.
       ci95: percentile bootstrap interval of the difference, over subjects; NaN of fewer than two.
       wilcoxon_p: two-sided p of Wilcoxon's signed-rank test (Wilcoxon 1945) of each subject's mean
         difference; differences of zero are left out; NaN where all are zero.
@@ -44,13 +41,8 @@ class Difference:
 
 
 def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Difference], list[str]]:
-    """Compares two runs study by study.
-
-    Args:
-      first, second: work directories, or folders with a cases.csv.
-
-    Returns:
-      The differences, and the studies that only one of them has.
+    """Compares two runs, work directories or folders with a cases.csv, study by study. Returns the
+    differences, and the studies that only one run has.
 
     Raises:
       InputError: a run has no cases.csv, or one without subjects; the two share no study, or give
@@ -60,15 +52,16 @@ def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Differ
     shared = sorted(rows[0].keys() & rows[1].keys())
     if not shared:
         raise InputError(f'{first} and {second} have no study in common; evaluate both on the same')
-    of_first, subjects = ([each[name]['subject'] for name in shared] for each in rows)
-    for name, one, other in zip(shared, of_first, subjects, strict=True):
+    subjects = [rows[0][name]['subject'] for name in shared]
+    for name, one in zip(shared, subjects, strict=True):
+        other = rows[1][name]['subject']
         if one != other:
             raise InputError(
                 f'{name}: a study of {one} in {first} and of {other} in {second}; evaluate both '
                 'with the same data.subject_pattern'
             )
     found = []
-    for metric in METRICS:
+    for metric in metrics_shown('compare'):
         a, b = (np.array([each[name][metric] for name in shared], np.float64) for each in rows)
         both = ~np.isnan(a) & ~np.isnan(b)
         found.append(_difference(metric, a[both], b[both], np.array(subjects)[both]))
@@ -85,17 +78,16 @@ def _difference(
     metric: str, first: np.ndarray, second: np.ndarray, subjects: np.ndarray
 ) -> Difference:
     change = second - first
+    means = [float(each.mean()) if len(each) else math.nan for each in (first, second, change)]
     # Studies of one subject resemble each other: the test's independent figures are the subjects'.
     names = np.unique(subjects)
     of_subject = np.array([change[subjects == name].mean() for name in names])
     moved = of_subject[np.abs(of_subject) > _ROUNDING]
     return Difference(
         metric,
-        n=len(change),
-        subjects=len(names),
-        first=float(first.mean()) if len(change) else math.nan,
-        second=float(second.mean()) if len(change) else math.nan,
-        difference=float(change.mean()) if len(change) else math.nan,
+        len(change),
+        len(names),
+        *means,
         ci95=metrics.bootstrap_interval(change, subjects=subjects),
         wilcoxon_p=float(stats.wilcoxon(moved).pvalue) if len(moved) else math.nan,
     )

@@ -1,4 +1,4 @@
-"""The figures of an evaluation."""
+"""The figures of an evaluation: PNG files in `figures/` of the evaluation folder."""
 
 import dataclasses
 import math
@@ -11,41 +11,15 @@ from matplotlib.figure import Figure
 
 from covseg_jax import atomic
 from covseg_jax.evaluation import scores
-from covseg_jax.predict.preview import (
-    LUNG_WINDOW_HU,
-    PREDICTION_COLOUR,
-    PSEUDO_COLOUR,
-    TRUTH_COLOUR,
-)
+from covseg_jax.evaluation.metric_table import PROTOCOLS, TITLES, metrics_shown
+from covseg_jax.predict import preview
 
 # Okabe and Ito's colours, as those of the masks.
 POINT_COLOUR, TREND_COLOUR = '#0072b2', '#d55e00'
-
-PROTOCOL_TITLES = {
-    'volume': 'Whole study, native grid',
-    'slice_infection_over_1pct': 'Slices with infection > 1 %, output > 0.2 · max',
-    'slice_all': 'All slices with lesion, native grid',
-}
-METRIC_TITLES = {
-    'dice': 'Dice',
-    'sensitivity': 'Sensitivity',
-    'specificity_lung': 'Specificity in the lungs',
-    'specificity_image': 'Specificity, whole image',
-    'hd95_mm': 'HD95 (mm)',
-    'nsd': f'Surface Dice at {scores.NSD_TOLERANCE_MM:g} mm',
-    'iou': 'IoU',
-    'precision': 'Precision',
-    'lesion_f1': 'F1 of lesions',
-    'volume_error_ml': 'Volume error (ml)',
-    'volume_error_percent': 'Volume error (%)',
-    'average_precision': 'Average precision',
-    'ece': 'Calibration error',
-    'brier': 'Brier score',
-}
-_FIGURES_AGAINST_INFECTION = {
-    'dice': 'dice_vs_infection.png',
-    'sensitivity': 'sensitivity_vs_infection.png',
-    'specificity_lung': 'specificity_vs_infection.png',
+MASK_COLOURS = {
+    'truth': preview.TRUTH_COLOUR,
+    'pseudo-mask': preview.PSEUDO_COLOUR,
+    'prediction': preview.PREDICTION_COLOUR,
 }
 _MIN_POINTS_FOR_TREND = 10
 
@@ -70,45 +44,47 @@ class CaseImages:
     pseudo_mask: np.ndarray | None
     spacing_mm: tuple[float, float, float]
 
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """Those that there are, by their names in MASK_COLOURS."""
+        found = zip(MASK_COLOURS, (self.truth, self.pseudo_mask, self.prediction), strict=True)
+        return {name: mask for name, mask in found if mask is not None}
 
-def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
+
+def _save(figure: Figure, folder: pathlib.Path, name: str) -> pathlib.Path:
+    path = folder / 'figures' / f'{name}.png'
     with atomic.new_file(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110, metadata={'Software': None})
     return path
 
 
+def _style(axes: Axes) -> None:
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[['top', 'right']].set_visible(False)
+
+
 def running_quartiles(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quartiles of y over windows of neighbouring x: a fifth of the points each, five at least.
 
-    Args:
-      x, y: (N,) finite, N >= 5.
-
-    Returns:
-      (N - w + 1,) the median x, and (3, N - w + 1) the quartiles of y, of each window of w points.
+    From (N,) finite x and y, N >= 5: the (N - w + 1,) median x, and the (3, N - w + 1) quartiles of
+    y, of each window of w points.
     """
-    order = np.argsort(x, kind='stable')
-    width = max(5, len(x) // 5)
-    windows = np.lib.stride_tricks.sliding_window_view
-    return (
-        np.median(windows(x[order], width), axis=1),
-        np.percentile(windows(y[order], width), (25, 50, 75), axis=1),
-    )
+    order, width = np.argsort(x, kind='stable'), max(5, len(x) // 5)
+    x, y = (np.lib.stride_tricks.sliding_window_view(each[order], width) for each in (x, y))
+    return np.median(x, axis=1), np.percentile(y, (25, 50, 75), axis=1)
 
 
 def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
     x = np.array([row['infection_percent'] for row in rows], np.float64)
     y = np.array([row[metric] for row in rows], np.float64)
-    # A logarithmic axis has no place for 0, nor for an undefined figure: n says how many are shown.
+    # A logarithmic axis has no place for 0. The title says how many points are left.
     shown = (x > 0) & np.isfinite(y)
     x, y = x[shown], y[shown]
     unit = 'studies' if protocol == 'volume' else 'slices'
-    axes.set_title(
-        f'{PROTOCOL_TITLES[protocol]}\nprotocol {protocol}, n = {len(x)} of {len(rows)} {unit}',
-        fontsize=9,
-    )
-    axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=METRIC_TITLES[metric])
-    axes.grid(alpha=0.3, linewidth=0.6)
-    axes.spines[['top', 'right']].set_visible(False)
+    points = f'protocol {protocol}, n = {len(x)} of {len(rows)} {unit}'
+    axes.set_title(f'{PROTOCOLS[protocol]}\n{points}', fontsize=9)
+    axes.set(xscale='log', xlabel='Infection, % of the lungs', ylabel=TITLES[metric])
+    _style(axes)
     if not len(x):
         axes.set(xlim=(0.1, 100), ylim=(-0.03, 1.03))
         axes.text(0.5, 0.5, 'nothing to show', transform=axes.transAxes, ha='center')
@@ -134,43 +110,26 @@ def _scatter(axes: Axes, protocol: str, rows: list[dict], metric: str) -> None:
 def plot_against_infection(
     case_rows: list[dict], slice_rows: list[dict], folder: pathlib.Path
 ) -> list[pathlib.Path]:
-    """Draws Dice, sensitivity and specificity (lungs) against infection %, a panel a protocol.
-
-    Args:
-      case_rows, slice_rows: as `scores.score_case` makes them.
-      folder: the evaluation folder; the figures go into its `figures/`.
-
-    Returns:
-      The PNG files: dice_vs_infection, sensitivity_vs_infection, specificity_vs_infection.
-    """
-    rows_of = {
-        protocol: case_rows
-        if protocol == 'volume'
-        else [row for row in slice_rows if row['protocol'] == protocol]
-        for protocol in scores.PROTOCOLS
-    }
+    """Draws each headline metric against infection %, in one file, with a panel for each protocol.
+    Rows are as `scores.score_case` makes them."""
+    rows_of = scores.rows_by_protocol(case_rows, slice_rows)
     paths = []
-    for metric, name in _FIGURES_AGAINST_INFECTION.items():
+    for metric in metrics_shown('headline'):
         figure = Figure(figsize=(13, 4), layout='constrained')
         panels = figure.subplots(1, len(rows_of))
         for axes, (protocol, rows) in zip(panels, rows_of.items(), strict=True):
             _scatter(axes, protocol, rows, metric)
-        paths.append(_save(figure, pathlib.Path(folder) / 'figures' / name))
+        paths.append(_save(figure, folder, f'{metric.removesuffix("_lung")}_vs_infection'))
     return paths
 
 
 def plot_agreement(
     case_rows: list[dict], pseudo_rows: list[dict], folder: pathlib.Path
 ) -> pathlib.Path:
-    """Draws predicted minus true lesion volume against their mean, a point a study (Bland and
-    Altman 1986), with the mean difference and mean ± 1.96 standard deviations.
-
-    Args:
-      case_rows, pseudo_rows: the network's and the pseudo-masks' (may be empty).
-      folder: the evaluation folder; figures/bland_altman.png is written into it.
-    """
-    sources = {'prediction': case_rows, 'pseudo-masks': pseudo_rows}
-    sources = {name: rows for name, rows in sources.items() if rows}
+    """Draws predicted minus true lesion volume against their mean, one point for each study (Bland
+    and Altman 1986), with the mean difference and mean ± 1.96 standard deviations, for the network
+    and, if they have rows, the pseudo-masks."""
+    sources = {'prediction': case_rows} | ({'pseudo-masks': pseudo_rows} if pseudo_rows else {})
     figure = Figure(figsize=(1 + 5.5 * len(sources), 4), layout='constrained')
     panels = figure.subplots(1, len(sources), squeeze=False)[0]
     for axes, (name, rows) in zip(panels, sources.items(), strict=True):
@@ -195,19 +154,14 @@ def plot_agreement(
         axes.axhline(0, color='0.7', linewidth=0.8, zorder=0)
         axes.set_title(f'Lesion volume of {name}, n = {len(rows)} studies', fontsize=9)
         axes.set(xlabel='Mean of true and predicted, ml', ylabel='Predicted − true, ml')
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[['top', 'right']].set_visible(False)
-    return _save(figure, pathlib.Path(folder) / 'figures' / 'bland_altman.png')
+        _style(axes)
+    return _save(figure, folder, 'bland_altman')
 
 
 def plot_calibration(curve: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     """Draws the observed share of lesion against the predicted probability, over the voxels inside
-    the lungs of all studies together, above how many voxels there are of each probability.
-
-    Args:
-      curve: (3, B), as `probabilities.calibration_curve` gives it.
-      folder: the evaluation folder; figures/calibration.png is written into it.
-    """
+    the lungs of all studies together, and below it how many voxels have each probability. `curve`
+    is (3, B), as `probabilities.calibration_curve` gives it."""
     counts, sums, hits = curve
     filled = counts > 0
     figure = Figure(figsize=(5, 5.2), layout='constrained')
@@ -224,39 +178,37 @@ def plot_calibration(curve: np.ndarray, folder: pathlib.Path) -> pathlib.Path:
     lower.bar(edges[:-1], counts, width=np.diff(edges), align='edge', color=POINT_COLOUR)
     lower.set(xlabel='Predicted probability', ylabel='Voxels', yscale='log', xlim=(-0.02, 1.02))
     for axes in (upper, lower):
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[['top', 'right']].set_visible(False)
-    return _save(figure, pathlib.Path(folder) / 'figures' / 'calibration.png')
+        _style(axes)
+    return _save(figure, folder, 'calibration')
 
 
 def choose_cases(case_rows: list[dict]) -> dict[str, str]:
     """The studies with the best, the median and the worst Dice: role → study_id.
 
-    Undefined Dice is left out; with fewer than three studies each is named once, so that a role may
-    be missing. Ties go by study_id; of an even number, the median is the lower of the middle two.
+    Studies without a Dice are left out. No study has two roles: of two there is no median, of one
+    it is the best. Ties go by study_id; of an even number, the median is the lower of the middle
+    two.
     """
     ranked = sorted(
         (row['dice'], row['study_id']) for row in case_rows if not math.isnan(row['dice'])
     )
-    if not ranked:
-        return {}
-    chosen = {'best': ranked[-1][1], 'median': ranked[(len(ranked) - 1) // 2][1]}
-    chosen['worst'] = ranked[0][1]
     roles = {}
-    for role in ('best', 'worst', 'median'):
-        if chosen[role] not in roles.values():
-            roles[role] = chosen[role]
-    return {role: roles[role] for role in ('best', 'median', 'worst') if role in roles}
+    if ranked:
+        roles['best'] = ranked[-1][1]
+    if len(ranked) > 2:
+        roles['median'] = ranked[(len(ranked) - 1) // 2][1]
+    if len(ranked) > 1:
+        roles['worst'] = ranked[0][1]
+    return roles
 
 
-def _choose_slices(case: CaseImages, num_slices: int) -> list[int]:
-    """Slices with most lesion, true or predicted where none is true, from top to bottom."""
+def _choose_slices(case: CaseImages) -> list[int]:
+    """The three slices with most lesion, true or predicted where none is true, in their order."""
     areas = case.truth.sum(axis=(1, 2))
     if not areas.any():
         areas = case.prediction.sum(axis=(1, 2))
-    most = np.argsort(-areas, kind='stable')[:num_slices]
-    with_lesion = most[areas[most] > 0]
-    return sorted(int(z) for z in with_lesion) or [len(areas) // 2]
+    most = np.argsort(-areas, kind='stable')[:3]
+    return sorted(int(z) for z in most if areas[z]) or [len(areas) // 2]
 
 
 def _body_box(image_hu: np.ndarray, slices: list[int]) -> tuple[slice, slice]:
@@ -266,23 +218,15 @@ def _body_box(image_hu: np.ndarray, slices: list[int]) -> tuple[slice, slice]:
     for axis in (0, 1):
         # At least 2 % of a line, so that a thread of the table does not count as body.
         filled = np.flatnonzero(body.mean(axis=1 - axis) > 0.02)
-        if filled.size:
-            box.append(slice(max(0, int(filled[0]) - 4), int(filled[-1]) + 5))
-        else:
-            box.append(slice(None))
+        ends = (max(0, int(filled[0]) - 4), int(filled[-1]) + 5) if filled.size else (None,)
+        box.append(slice(*ends))
     return box[0], box[1]
 
 
-def _draw_overlay(role: str, case: CaseImages, slices: list[int]) -> Figure:
-    masks = {
-        'scan': (None, None),
-        'truth': (case.truth, TRUTH_COLOUR),
-        'pseudo-mask': (case.pseudo_mask, PSEUDO_COLOUR),
-        'prediction': (case.prediction, PREDICTION_COLOUR),
-    }
-    columns = {
-        name: drawn for name, drawn in masks.items() if name == 'scan' or drawn[0] is not None
-    }
+def plot_overlay(role: str, case: CaseImages, folder: pathlib.Path) -> pathlib.Path:
+    """Draws scan | truth | pseudo-mask (where given) | prediction of the three slices with most
+    lesion, one in a row, in the lung window. `role` is one of those of `choose_cases`."""
+    slices, columns = _choose_slices(case), {'scan': None, **case.masks}
     rows, cols = _body_box(case.image_hu, slices)
     aspect = float(case.spacing_mm[1]) / float(case.spacing_mm[2])
     height, width = case.image_hu[0][rows, cols].shape
@@ -292,9 +236,9 @@ def _draw_overlay(role: str, case: CaseImages, slices: list[int]) -> Figure:
         layout='constrained',
     )
     panels = figure.subplots(len(slices), len(columns), squeeze=False)
+    low, high = preview.LUNG_WINDOW_HU
     for line, z in zip(panels, slices, strict=True):
-        for axes, (name, (mask, colour)) in zip(line, columns.items(), strict=True):
-            low, high = LUNG_WINDOW_HU
+        for axes, (name, mask) in zip(line, columns.items(), strict=True):
             scan = case.image_hu[z][rows, cols]
             axes.imshow(scan, cmap='gray', vmin=low, vmax=high, aspect=aspect)
             axes.set(xticks=[], yticks=[])
@@ -302,26 +246,9 @@ def _draw_overlay(role: str, case: CaseImages, slices: list[int]) -> Figure:
             if axes in panels[0]:
                 axes.set_title(name, fontsize=10)
             if mask is not None and mask[z][rows, cols].any():
-                axes.contour(mask[z][rows, cols], levels=[0.5], colors=[colour], linewidths=1.1)
+                colours = [MASK_COLOURS[name]]
+                axes.contour(mask[z][rows, cols], levels=[0.5], colors=colours, linewidths=1.1)
         line[0].set_ylabel(f'slice {z}', fontsize=9)
     score = 'undefined' if math.isnan(case.dice) else f'{case.dice:.3f}'
     figure.suptitle(f'{role}: {case.study_id}, volume Dice {score}', fontsize=11)
-    return figure
-
-
-def plot_overlay(
-    role: str, case: CaseImages, folder: pathlib.Path, *, num_slices: int = 3
-) -> pathlib.Path:
-    """Draws scan | truth | pseudo-mask (where given) | prediction, a row a slice, lung window.
-
-    Args:
-      role: one of those of `choose_cases`, or another word for the title.
-      case: the study.
-      folder: the evaluation folder; figures/case_<role>.png is written into it.
-      num_slices: how many axial slices, those with most true lesion (predicted lesion where the
-        truth is empty).
-    """
-    return _save(
-        _draw_overlay(role, case, _choose_slices(case, num_slices)),
-        pathlib.Path(folder) / 'figures' / f'case_{role}.png',
-    )
+    return _save(figure, folder, f'case_{role}')

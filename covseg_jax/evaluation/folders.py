@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import scores
+from covseg_jax.evaluation.metric_table import CaseArrays
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
@@ -23,44 +24,37 @@ _NO_MASK = re.compile(r'_(probability|lungs)$')
 def pair_masks(
     predictions: pathlib.Path, references: pathlib.Path
 ) -> tuple[list[tuple[str, pathlib.Path, pathlib.Path]], list[str]]:
-    """(study id, predicted mask, true mask) for each study that is in both folders, by id, and the
-    ids that are in one alone. What this program wrote is no true mask, also where it lies among
-    such.
+    """(study id, predicted mask, true mask) of each study that is in both folders, by id, and the
+    ids that are in one folder alone. A mask that this program wrote is never a true mask.
 
     Raises:
       InputError: a folder is not there, has two masks of one study, or they share none.
     """
-    found = [
-        _masks_by_study(_nifti_files(predictions)),
-        _masks_by_study(p for p in _nifti_files(references) if not written.is_output(p)),
-    ]
-    shared = sorted(found[0].keys() & found[1].keys())
+    predicted = _masks_by_study(predictions, are_true=False)
+    true = _masks_by_study(references, are_true=True)
+    shared = sorted(predicted.keys() & true.keys())
     if not shared:
         raise InputError(
             f'{predictions} and {references} have no study in common; files are paired by name: '
-            'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study, '
-            'and what this program wrote counts as no true mask'
+            'study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study; '
+            'a mask that this program wrote is never a true mask'
         )
-    alone = sorted(found[0].keys() ^ found[1].keys())
-    return [(name, found[0][name], found[1][name]) for name in shared], alone
+    alone = sorted(predicted.keys() ^ true.keys())
+    return [(name, predicted[name], true[name]) for name in shared], alone
 
 
-def _nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _masks_by_study(folder: pathlib.Path, *, are_true: bool) -> dict[str, pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder of NIfTI masks')
-    return sorted(p for p in folder.iterdir() if nifti.is_nifti(p))
-
-
-def _masks_by_study(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
-    for path in paths:
+    for path in sorted(filter(nifti.is_nifti, folder.iterdir())):
         name = nifti.strip_suffix(path)
-        if _NO_MASK.search(name):
+        if _NO_MASK.search(name) or (are_true and written.is_output(path)):
             continue
         study_id = _ENDINGS.sub('', name)
         if study_id in found:
             raise InputError(
-                f'{path.parent}: {found[study_id].name} and {path.name} are both masks of '
+                f'{folder}: {found[study_id].name} and {path.name} are both masks of '
                 f'{study_id}; leave one'
             )
         found[study_id] = path
@@ -72,53 +66,43 @@ def score_folder(
     folder: pathlib.Path,
     subject_pattern: str = '(.*)',
 ) -> dict:
-    """Scores the pairs in the protocols that need no probabilities, and writes cases.csv,
-    slices.csv and summary.json into `folder` (FILES). Any voxel above 0 is lesion. Lungs are those
-    of `<study id>_lungs.nii.gz` beside the true mask; where there are none, what refers to them is
-    undefined. `subject_pattern` says whose study each is, as `cases.name_subject` takes it.
+    """Scores the pairs in the protocols that need no probabilities, and writes FILES into `folder`.
+
+    Any voxel above 0 is lesion. Lungs are those of `<study id>_lungs.nii.gz` beside the true mask;
+    where there are none, what refers to them is undefined. `subject_pattern` is as
+    `cases.name_subject` takes it.
 
     Returns:
       The content of summary.json.
 
     Raises:
       FileFault: a mask cannot be read, or the two of a study lie on different grids.
-      InputError: another such file, which this program did not write, is in `folder`; or the
-        pattern names no subject in a study's id.
+      InputError: `folder` holds one of FILES that this program did not write, or the pattern names
+        no subject in a study's id.
     """
     subjects = {study_id: name_subject(study_id, subject_pattern) for study_id, _, _ in pairs}
     case_rows, slice_rows = [], []
-    for study_id, predicted_path, true_path in tqdm(
-        pairs, desc='evaluate', unit='study', disable=None
-    ):
+    progress = tqdm(pairs, desc='evaluate', unit='study', disable=None)
+    for study_id, predicted_path, true_path in progress:
         truth = nifti.read_volume(true_path)
         prediction = _read_on_grid(predicted_path, truth, true_path)
         lungs = np.zeros(truth.array.shape, bool)
         lungs_path = true_path.with_name(f'{study_id}_lungs.nii.gz')
         if lungs_path.exists():
             lungs = _read_on_grid(lungs_path, truth, true_path).array > 0
-        nothing = np.zeros((0, 1, 1), bool)
-        row, rows = scores.score_case(
-            scores.CaseArrays(
-                study_id=study_id,
-                category=None,
-                truth=truth.array > 0,
-                prediction=prediction.array > 0,
-                lungs=lungs,
-                spacing_mm=truth.spacing_mm,
-                truth_model=nothing,
-                probability_model=nothing.astype(np.float32),
-                lungs_model=nothing,
-                subject=subjects[study_id],
-            )
+        arrays = CaseArrays(
+            study_id=study_id,
+            category=None,
+            truth=truth.array > 0,
+            prediction=prediction.array > 0,
+            lungs=lungs,
+            spacing_mm=truth.spacing_mm,
+            subject=subjects[study_id],
         )
+        row, rows = scores.score_case(arrays)
         case_rows.append(row)
         slice_rows += rows
-    summary = {
-        'protocols': scores.summarise(case_rows, slice_rows),
-        'strata': scores.stratify(case_rows),
-        'studies': len(case_rows),
-        'subjects': len(set(subjects.values())),
-    }
+    summary = scores.make_summary(case_rows, slice_rows)
     if hosts.is_first():
         with written.new_files(folder) as temporary:
             scores.write_tables(temporary, case_rows, slice_rows)
@@ -132,7 +116,7 @@ def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -
         raise FileFault(
             path,
             f'lies on another grid than {other_path.name} ({volume.as_stored.shape} voxels and '
-            f'{other.as_stored.shape}, or another place in space)',
+            f'{other.as_stored.shape}, or the affines differ)',
             "write the mask on the study's own grid",
         )
     return volume

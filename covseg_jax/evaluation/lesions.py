@@ -8,8 +8,6 @@ import numpy as np
 
 from covseg_jax.evaluation import metrics
 
-_CONNECTIVITY = 26  # voxels that share a corner are one lesion
-
 
 @dataclasses.dataclass(frozen=True)
 class LesionMatch:
@@ -38,7 +36,8 @@ class LesionMatch:
 
 
 def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:
-    """Lesions are connected components of (Z, Y, X) boolean masks of one shape, 26 neighbours."""
+    """Matches the lesions of (Z, Y, X) boolean masks of one shape. Voxels that share a corner are
+    one lesion."""
     truth, prediction = metrics.crop_to_union(truth, prediction)
     true_labels, num_true = _label(truth)
     predicted_labels, num_predicted = _label(prediction)
@@ -46,14 +45,12 @@ def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:
     both = truth & prediction
     hit = np.bincount(true_labels[both], minlength=num_true + 1)[1:]
     touching = np.unique(predicted_labels[both]).size
-    return LesionMatch(
-        true_voxels, hit / np.maximum(true_voxels, 1), num_predicted, num_predicted - touching
-    )
+    covered = hit / np.maximum(true_voxels, 1)
+    return LesionMatch(true_voxels, covered, num_predicted, num_predicted - touching)
 
 
 def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
     if not mask.any():
         return np.zeros(mask.shape, np.uint32), 0
-    return cc3d.connected_components(
-        np.ascontiguousarray(mask), connectivity=_CONNECTIVITY, return_N=True
-    )
+    mask = np.ascontiguousarray(mask)
+    return cc3d.connected_components(mask, connectivity=26, return_N=True)

@@ -26,17 +26,12 @@ def _ratio(part: int, whole: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Voxel counts of a prediction against a truth. Counts of several regions add up with `+`."""
+    """Voxel counts of a prediction against a truth."""
 
     tp: int
     fp: int
     fn: int
     tn: int
-
-    def __add__(self, other: 'Confusion') -> 'Confusion':
-        return Confusion(
-            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn
-        )
 
     @property
     def dice(self) -> float:
@@ -50,17 +45,14 @@ class Confusion:
 
     @property
     def sensitivity(self) -> float:
-        """TP / (TP + FN)."""
         return _ratio(self.tp, self.tp + self.fn)
 
     @property
     def specificity(self) -> float:
-        """TN / (TN + FP)."""
         return _ratio(self.tn, self.tn + self.fp)
 
     @property
     def precision(self) -> float:
-        """TP / (TP + FP)."""
         return _ratio(self.tp, self.tp + self.fp)
 
 
@@ -75,18 +67,16 @@ def _check_masks(*masks: np.ndarray) -> None:
 def count_confusion(
     truth: np.ndarray, prediction: np.ndarray, within: np.ndarray | None = None
 ) -> Confusion:
-    """Counts the voxels of two boolean masks, all of them or those of the region `within`.
-
-    Args:
-      truth, prediction: boolean, any shape, the same.
-      within: None, or boolean of that shape: voxels outside it are not counted.
+    """Counts the voxels of two boolean masks of one shape: all, or those in the mask `within`.
 
     Raises:
       TypeError: a mask is not boolean. ValueError: the shapes differ.
     """
-    _check_masks(truth, prediction, *(() if within is None else (within,)))
     total = truth.size
-    if within is not None:
+    if within is None:
+        _check_masks(truth, prediction)
+    else:
+        _check_masks(truth, prediction, within)
         truth, prediction = truth & within, prediction & within
         total = np.count_nonzero(within)
     tp = int(np.count_nonzero(truth & prediction))
@@ -97,12 +87,8 @@ def count_confusion(
 
 @dataclasses.dataclass(frozen=True)
 class SurfaceDistances:
-    """Distances in mm between the surfaces of two masks, one value a surface voxel.
-
-    from_truth_mm: (T,) from each surface voxel of the truth to the nearest one of the prediction;
-    from_prediction_mm: (P,) the other way. Where the other mask is empty they are infinite; where
-    a mask is itself empty, it has no value.
-    """
+    """Distances in mm from each surface voxel of the truth to the nearest one of the prediction,
+    (T,), and the other way, (P,). They are infinite where the other mask is empty."""
 
     from_truth_mm: np.ndarray
     from_prediction_mm: np.ndarray
@@ -114,21 +100,16 @@ class SurfaceDistances:
         both directions together."""
         if not (self.from_truth_mm.size and self.from_prediction_mm.size):
             return math.nan
-        return max(
-            float(np.percentile(distances, 95))
-            for distances in (self.from_truth_mm, self.from_prediction_mm)
-        )
+        both = (self.from_truth_mm, self.from_prediction_mm)
+        return max(float(np.percentile(distances, 95)) for distances in both)
 
     def nsd(self, tolerance_mm: float) -> float:
-        """Normalised surface Dice in [0, 1] (Nikolov et al. 2018, arXiv 1809.04430, on voxel
+        """Normalized surface Dice in [0, 1] (Nikolov et al. 2018, arXiv 1809.04430, on voxel
         surfaces): the share of all surface voxels that lie within the tolerance, it included, of
         the other's surface. NaN if both masks are empty, 0 if one is."""
         limit = tolerance_mm * (1 + _RELATIVE_ROUNDING)
-        near = sum(
-            int(np.count_nonzero(distances <= limit))
-            for distances in (self.from_truth_mm, self.from_prediction_mm)
-        )
-        return _ratio(near, self.from_truth_mm.size + self.from_prediction_mm.size)
+        both = np.concatenate([self.from_truth_mm, self.from_prediction_mm])
+        return _ratio(int(np.count_nonzero(both <= limit)), both.size)
 
 
 def crop_to_union(*masks: np.ndarray) -> list[np.ndarray]:
@@ -166,16 +147,12 @@ def _distances_to(surface: np.ndarray, from_: np.ndarray, spacing_mm) -> np.ndar
 def surface_distances(
     truth: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
 ) -> SurfaceDistances:
-    """Measures the distances between the surfaces of two masks.
+    """Distances between the surfaces of two (Z, Y, X) boolean masks; spacing is along z, y, x.
 
     A surface voxel is a voxel of the mask with at least one of its six face neighbours outside the
     mask; the border of the array counts as outside. Distances run between voxel centres. This is
     MONAI's definition (`get_mask_edges`); DeepMind's surface-distance weighs surface elements by
     their area instead and so gives other values.
-
-    Args:
-      truth, prediction: (Z, Y, X) boolean.
-      spacing_mm: voxel size along z, y, x in mm.
 
     Raises:
       TypeError: a mask is not boolean. ValueError: the shapes differ, are not 3D, or the spacing is
@@ -187,11 +164,10 @@ def surface_distances(
         raise ValueError(f'surface metrics are for (Z, Y, X) masks, not shape {truth.shape}')
     if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
         raise ValueError(f'spacing_mm is three positive numbers (z, y, x), not {spacing_mm}')
-    surfaces = [_surface(mask) for mask in crop_to_union(truth, prediction)]
-    truth_surface, prediction_surface = surfaces
+    truth, prediction = (_surface(mask) for mask in crop_to_union(truth, prediction))
     return SurfaceDistances(
-        from_truth_mm=_distances_to(prediction_surface, truth_surface, spacing_mm),
-        from_prediction_mm=_distances_to(truth_surface, prediction_surface, spacing_mm),
+        from_truth_mm=_distances_to(prediction, truth, spacing_mm),
+        from_prediction_mm=_distances_to(truth, prediction, spacing_mm),
     )
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib import image
 
+from covseg_jax.evaluation.metric_table import metrics_shown
 from covseg_jax.manifest import flatten
 from covseg_jax.training.events import Events
-
-_HPARAMS_METRICS = ('dice', 'sensitivity', 'specificity_lung', 'hd95_mm', 'nsd')
 
 
 def write_board(
@@ -20,17 +19,14 @@ def write_board(
     summary: Mapping,
     curve: np.ndarray,
     pictures: Sequence[pathlib.Path],
-    hparams: Mapping[str, bool | int | float | str],
+    settings: Mapping[str, Any],
 ) -> None:
-    """Writes `folder`/tensorboard/; an earlier evaluation's events go.
+    """Writes tensorboard/ of the evaluation folder; the events of an earlier evaluation go.
 
-    Args:
-      folder: the evaluation folder.
-      summary: the content of summary.json; its means become scalars
-        `evaluation_<protocol>/<metric>` at its `checkpoint_step`.
-      curve: (3, B), as `probabilities.calibration_curve` gives it for many bins.
-      pictures: PNG files.
-      hparams: the run's settings, for the HPARAMS tab.
+    The means of `summary`, the content of summary.json, become scalars
+    `evaluation_<protocol>/<metric>` at its `checkpoint_step`. `curve` is (3, B), as
+    `probabilities.calibration_curve` gives it for many bins. `settings` are the run's, nested, for
+    the HPARAMS tab.
     """
     board, step = folder / 'tensorboard', summary['checkpoint_step']
     for earlier in board.glob('events.out.tfevents.*'):
@@ -43,16 +39,12 @@ def write_board(
     }
     counts, _, hits = curve
     with contextlib.closing(Events(board, start_step=0)) as events:
-        events.hparams(hparams, [f'evaluation_volume/{metric}' for metric in _HPARAMS_METRICS])
+        hparams = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in flatten(settings).items()
+        }
+        events.hparams(hparams, [f'evaluation_volume/{name}' for name in metrics_shown('hparams')])
         events.scalars(step, means)
         events.pr_curve(step, 'evaluation_volume/voxels_in_lungs', hits, counts - hits)
         for path in pictures:
             events.image(step, f'pictures/{path.stem}', image.imread(path)[..., :3])
-
-
-def list_hparams(settings: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Nested settings by dotted names, as TensorBoard takes them."""
-    return {
-        name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in flatten(settings).items()
-    }

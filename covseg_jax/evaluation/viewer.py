@@ -9,22 +9,12 @@ from matplotlib import colors
 from PIL import Image
 from scipy import ndimage
 
-from covseg_jax.evaluation.figures import CaseImages
-from covseg_jax.predict.preview import (
-    PREDICTION_COLOUR,
-    PSEUDO_COLOUR,
-    TRUTH_COLOUR,
-    choose_slices,
-    crop_box,
-    fit_plane,
-    fit_size,
-    lay_atlas,
-    to_grey,
-)
+from covseg_jax.evaluation.figures import MASK_COLOURS, CaseImages
+from covseg_jax.predict import preview
 
-# Pixels of a slice's longer side, and qualities of WebP: the first that is small enough is taken.
+# Pixels of a slice's longer side → qualities of WebP. The first that is small enough is taken.
 _FINENESS = {288: (75, 50, 30), 192: (40,), 128: (30,), 64: (30,)}
-MAX_SLICES = 64  # a study of more shows them evenly spaced
+MAX_SLICES = 64  # of a study with more, as many are shown, evenly spaced
 _ALPHA = (0, 70, 255)  # outside a mask, inside it, on its border
 
 
@@ -36,33 +26,27 @@ def draw_views(case: CaseImages, max_bytes: int) -> dict:
 
     Args:
       case: the study.
-      max_bytes: all pictures together, as text, are made so coarse that they have no more (at
-        64 pixels a slice they may).
+      max_bytes: of all pictures together, as text. They are made coarser until they fit, down to 64
+        pixels a slice.
 
     Returns:
       What the page's script reads: `study_id`; `slices`, their numbers on the native grid; `start`,
       which of them has most lesion; `width`, `height`, `columns`; `scan` and `masks`, the pictures
       as data URLs, masks by name.
     """
-    masks = {
-        'truth': (case.truth, TRUTH_COLOUR),
-        'pseudo-mask': (case.pseudo_mask, PSEUDO_COLOUR),
-        'prediction': (case.prediction, PREDICTION_COLOUR),
-    }
-    masks = {name: drawn for name, drawn in masks.items() if drawn[0] is not None}
-    shown = np.logical_or.reduce([case.lungs, *(mask for mask, _ in masks.values())])
-    slices = choose_slices(shown, MAX_SLICES)
-    rows, cols = crop_box(shown, case.spacing_mm)
+    shown = np.logical_or.reduce([case.lungs, *case.masks.values()])
+    slices = preview.choose_slices(shown, MAX_SLICES)
+    rows, cols = preview.crop_box(shown, case.spacing_mm)
     columns = math.ceil(math.sqrt(len(slices)))
-    grey = [to_grey(case.image_hu[z][rows, cols]) for z in slices]
+    grey = [preview.to_grey(case.image_hu[z][rows, cols]) for z in slices]
     for side, qualities in _FINENESS.items():
-        size = fit_size(rows, cols, case.spacing_mm, side, finest_mm=min(case.spacing_mm[1:]))
+        size = preview.fit_size(rows, cols, case.spacing_mm, side, min(case.spacing_mm[1:]))
         urls = {}
-        for name, (mask, colour) in masks.items():
-            planes = [fit_plane(mask[z][rows, cols], size) for z in slices]
-            urls[name] = _mask_url(lay_atlas(planes, columns), colour)
+        for name, mask in case.masks.items():
+            planes = [preview.fit_plane(mask[z][rows, cols], size) for z in slices]
+            urls[name] = _mask_url(preview.lay_atlas(planes, columns), MASK_COLOURS[name])
         left = max_bytes - sum(len(url) for url in urls.values())
-        atlas = lay_atlas([fit_plane(each, size) for each in grey], columns)
+        atlas = preview.lay_atlas([preview.fit_plane(each, size) for each in grey], columns)
         scan = _scan_url(atlas, qualities, left)
         if len(scan) <= left:
             break

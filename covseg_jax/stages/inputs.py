@@ -4,21 +4,34 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import ml_collections
+import numpy as np
 
 from covseg_jax import cpu
 from covseg_jax.errors import InputError
+from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
+from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
+from covseg_jax.prepare.prepare_studies import PrepareSettings
 
 Config = ml_collections.ConfigDict
+_CALIBRATION = 'transunet/calibration.json'
+# What an export, which needs no config, takes in its place.
+NO_CONFIG = Config({
+    'data': {
+        'layout': 'auto', 'subject_pattern': '(.*)', 'healthy_pattern': '',
+        'evaluation_pattern': '.*', 'on_bad_study': 'skip', 'num_workers': 0,
+    },
+    'prepare': {'lesion_labels': (1,)},
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line names beside the config: paths, None where not given, and what predict
-    is asked for."""
+    """What the command line names beside the config; a path that is not given is None."""
 
     input: pathlib.Path | None = None
     output: pathlib.Path | None = None
@@ -36,36 +49,33 @@ def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    # Prepared cases note their files' paths: they should hold from another folder too.
+    # Absolute: prepared cases note their files' paths, which must hold from another folder too.
     return pathlib.Path(config.data.folder or workdir / 'studies').absolute()
 
 
-def prepare_settings(config: Config):
-    from covseg_jax.prepare.prepare_studies import PrepareSettings
-
-    return PrepareSettings(**config.prepare)
+def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
 
 
 def num_workers(config: Config | None) -> int:
-    """Processes for studies; where the config says nothing, one a core that this process has."""
+    """Processes for studies; where the config says nothing, one for each core of this process."""
     return (config and config.data.num_workers) or cpu.count_cores()
 
 
-def prepared_cases(config: Config, workdir: pathlib.Path, only: Container[str] | None = None):
-    from covseg_jax.prepare.cases import find_cases
-
+def prepared_cases(
+    config: Config, prepared: pathlib.Path, only: Container[str] | None = None
+) -> tuple[Case, ...]:
     return find_cases(
-        prepared_folder(config, workdir),
+        prepared,
         subject_pattern=config.data.subject_pattern,
         healthy_pattern=config.data.healthy_pattern,
         only=only,
     )
 
 
-def split_studies(config: Config, workdir: pathlib.Path):
-    from covseg_jax.prepare.cases import split_cases
-
-    cases, pattern = prepared_cases(config, workdir), config.data.healthy_pattern
+def split_studies(config: Config, workdir: pathlib.Path) -> Splits:
+    cases = prepared_cases(config, prepared_folder(config, workdir))
+    pattern = config.data.healthy_pattern
     if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
         raise InputError(
             f'data.healthy_pattern {pattern!r} matches no prepared study; it must match a whole '
@@ -80,71 +90,60 @@ def split_studies(config: Config, workdir: pathlib.Path):
     )
 
 
-def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
-
-
-def pseudo_mask_reader(config: Config, workdir: pathlib.Path):
-    from covseg_jax.gan.synthesize import read_pseudo_mask
-
+def pseudo_mask_reader(config: Config, workdir: pathlib.Path) -> Callable[[Case], np.ndarray]:
     folder = pseudo_mask_folder(config, workdir)
     return lambda case: read_pseudo_mask(folder, case.study_id)
 
 
-def pseudo_mask_cuts(config: Config):
-    """How masks are cut from pseudo-masks."""
-    from covseg_jax.gan.synthesize import PseudoMaskSettings
-
-    cuts = PseudoMaskSettings(**config.synthesize).masks()
-    return dataclasses.replace(cuts, min_component_ml=config.masks.min_component_ml)
-
-
-def pseudo_probability_reader(config: Config, workdir: pathlib.Path):
+def pseudo_probability_reader(
+    config: Config, workdir: pathlib.Path
+) -> Callable[[Case], np.ndarray]:
     """Pseudo-masks as probabilities: a signed difference without what is below 0."""
-    import numpy as np
-
     read = pseudo_mask_reader(config, workdir)
     return lambda case: np.clip(np.asarray(read(case), np.float32), 0, 1)
 
 
-def given_cuts(config: Config):
-    """The share of the maximum at which the config cuts masks; None where thresholds are found."""
-    from covseg_jax.imaging.masks import MaskSettings
+def pseudo_mask_cuts(config: Config) -> MaskSettings:
+    """How masks are cut from pseudo-masks."""
+    cuts = PseudoMaskSettings(**config.synthesize).masks()
+    return dataclasses.replace(cuts, min_component_ml=config.masks.min_component_ml)
 
+
+def given_cuts(config: Config) -> MaskSettings | None:
+    """The share of the maximum at which the config cuts masks; None where thresholds are found."""
     return MaskSettings(**config.masks) if config.masks.share_of_max else None
 
 
-def describe_cuts(masks) -> dict[str, float | None]:
-    """MaskSettings as calibration.json and summary.json hold them, `load_masks` reads the first."""
+def describe_cuts(masks: MaskSettings) -> dict[str, float | None]:
+    """As calibration.json, which `load_masks` reads, and summary.json hold them."""
     if masks.share_of_max:
         return {'threshold': None, 'share_of_max': masks.share_of_max}
     return {'threshold': masks.threshold, 'seed_threshold': masks.seed_threshold}
 
 
-def load_masks(config: Config, workdir: pathlib.Path):
-    """How the trained network's probabilities become masks, as train found it."""
-    from covseg_jax.imaging.masks import MaskSettings
+def read_calibration(workdir: pathlib.Path) -> dict | None:
+    """What `train` wrote beside its network; None where it did not end yet."""
+    path = workdir / _CALIBRATION
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
-    calibration = workdir / 'transunet' / 'calibration.json'
-    if not calibration.exists():
+
+def load_masks(config: Config, workdir: pathlib.Path) -> MaskSettings:
+    """How the trained network's probabilities become masks, as train found it."""
+    cuts = read_calibration(workdir)
+    if cuts is None:
         raise InputError(
-            f'{calibration}: no trained network in {workdir}; run the stages up to train first'
+            f'{workdir / _CALIBRATION}: no trained network in {workdir}; run the stages up to '
+            'train first'
         )
-    cuts = json.loads(calibration.read_text(encoding='utf-8'))
+    least = config.masks.min_component_ml
     if cuts.get('share_of_max'):
-        return MaskSettings(
-            min_component_ml=config.masks.min_component_ml, share_of_max=cuts['share_of_max']
-        )
-    return MaskSettings(
-        cuts['threshold'],
-        cuts.get('seed_threshold', cuts['threshold']),
-        config.masks.min_component_ml,
-    )
+        return MaskSettings(min_component_ml=least, share_of_max=cuts['share_of_max'])
+    return MaskSettings(cuts['threshold'], cuts.get('seed_threshold', cuts['threshold']), least)
 
 
 def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None = None):
-    """The trained network of a work directory, on all devices of this host or on the first ones,
-    and its checkpoint's step."""
+    """The trained network of a work directory as a `predict.model.Model`, on all devices of this
+    host or on the first `num_devices`, and its checkpoint's step."""
     import jax
 
     from covseg_jax.predict.model import Model
@@ -157,13 +156,18 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
             make_probability(config, network, jax.device_put(variables, device))
             for device in jax.local_devices()[:num_devices]
         ),
-        preparation=prepare_settings(config),
+        preparation=PrepareSettings(**config.prepare),
         masks=masks,
         identity=fingerprint(
             [config.network.to_dict(), config.predict.to_dict(), config.prepare.to_dict(),
              dataclasses.asdict(masks), step, str(workdir.resolve()),
              # another training of the same length
-             (workdir / 'transunet' / 'calibration.json').stat().st_mtime_ns]
+             (workdir / _CALIBRATION).stat().st_mtime_ns]
         ),
     )  # fmt: skip
     return model, step
+
+
+def case_predictor(model) -> Callable[[Case], np.ndarray]:
+    """case → (D, H, W) lesion probability by a `predict.model.Model`, on its first device."""
+    return lambda case: model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))

@@ -10,20 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
-from covseg_jax.stages.inputs import (
-    Config,
-    Request,
-    data_folder,
-    describe_cuts,
-    given_cuts,
-    load_masks,
-    load_model,
-    num_workers,
-    prepare_settings,
-    pseudo_mask_cuts,
-    pseudo_probability_reader,
-    split_studies,
-)
+from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
+from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.prepare.prepare_studies import PrepareSettings
+from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+from covseg_jax.stages import inputs
+from covseg_jax.stages.evaluate_export import run_evaluate_export
+from covseg_jax.stages.inputs import Config, Request
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 from covseg_jax.stages.settings import import_settings
@@ -33,9 +26,8 @@ _MOST_SHOWN = 25  # studies in a table
 
 
 def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
-    """Called before any work with what a stage is to write. --output is a person's folder: what
-    this program did not write is refused. The work directory is its own: there its names are its
-    files, by whatever version they were written."""
+    """To be called before any work with what a stage is to write. --output is a person's folder: a
+    file that this program did not write is refused. In the work directory all is the program's."""
     if given.output:
         written.refuse_foreign(paths)
     elif hosts.is_first():
@@ -44,16 +36,15 @@ def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
 
 def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
-    from covseg_jax.imaging.studies import find_inputs, find_studies
-    from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
-
     if given.input:
         studies = find_inputs(given.input, config.data.layout)
     else:
-        studies = find_studies(data_folder(config, workdir), config.data.layout)
+        studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
     path = (given.output or workdir) / 'verify.csv'
     _claim_outputs(given, [path])
-    findings = verify_studies(studies, prepare_settings(config), num_workers=num_workers(config))
+    findings = verify_studies(
+        studies, PrepareSettings(**config.prepare), num_workers=inputs.num_workers(config)
+    )
     if hosts.is_first():
         with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -89,30 +80,26 @@ def run_compile_check(config: Config, workdir: pathlib.Path, given: Request) -> 
         for stage, programs in found.items()
         for name, result in programs.items()
     ]
-    print(f'compile_check: {topology}, a chip')
-    show_table(
-        rows,
-        (
-            'stage', 'program', 'batch', 'GiB', 'of', 'GFLOP', 'GB', 'ms, estimated',
-            'ms, arithmetic', 'ms, bytes', 'collectives',
-        ),
-    )  # fmt: skip
+    print(f'compile_check: {topology}, costs of one chip')
+    show_table(rows, ('stage', 'program', 'batch', *_COSTS, 'collectives'))
     print(f'compile_check: {path}')
 
 
+_COSTS = {
+    'GiB': '{peak_gib:.2f}', 'of': '{memory_gib:g}', 'GFLOP': '{gflops:.0f}',
+    'GB': '{gbytes:.1f}', 'ms, estimated': '{estimated_ms:.1f}',
+    'ms, arithmetic': '{arithmetic_ms:.1f}', 'ms, bytes': '{bytes_ms:.1f}',
+}  # fmt: skip
+
+
 def _cost_cells(result: dict) -> list[str]:
-    """What a program costs, as the table shows it."""
     if not result['fits']:
         return [f'does not fit; the largest batch that does: {result["largest_batch_size"]}']
     collectives = [
         f'{kind} {each["count"]}, {each["bytes"] / 1e6:.1f} MB'
         for kind, each in result['collectives'].items()
     ]
-    return [
-        f'{result["peak_gib"]:.2f}', f'{result["memory_gib"]:g}', f'{result["gflops"]:.0f}',
-        f'{result["gbytes"]:.1f}', f'{result["estimated_ms"]:.1f}',
-        f'{result["arithmetic_ms"]:.1f}', f'{result["bytes_ms"]:.1f}', '; '.join(collectives),
-    ]  # fmt: skip
+    return [*(cost.format(**result) for cost in _COSTS.values()), '; '.join(collectives)]
 
 
 def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) -> None:
@@ -123,13 +110,12 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) ->
 
     folder = workdir / 'transunet'
     import_transunet(config, read_tensors(given.input), folder)
-    cuts = given_cuts(config)
-    calibration = describe_cuts(cuts) if cuts else {'threshold': 0.5}
+    cuts = inputs.given_cuts(config)
+    calibration = inputs.describe_cuts(cuts) if cuts else {'threshold': 0.5}
     calibration['checkpoint_step'] = 0
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
-    hosts.first_alone(
-        lambda: manifest.begin(workdir, 'train', import_settings(config)), 'the import is recorded'
-    )
+    settings = import_settings(config)
+    hosts.first_alone(lambda: manifest.begin(workdir, 'train', settings), 'the import is recorded')
     print(f'import_weights: {given.input} is checkpoint 0 of {folder}')
     if not config.network.published_attention:
         print(
@@ -142,12 +128,8 @@ def run_evaluate_given(config: Config | None, workdir: pathlib.Path, given: Requ
     """Scores the masks in --input against those in --reference, whatever made them; or an export,
     --model, on a data set."""
     if given.model:
-        from covseg_jax.stages.evaluate_export import run_evaluate_export
-
         run_evaluate_export(config, workdir, given)
         return
-    from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
-
     if not given.reference:
         raise InputError('--stages=evaluate with --input=PREDICTIONS needs --reference=MASKS')
     pairs, alone = pair_masks(given.input, given.reference)
@@ -171,23 +153,13 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Request) -> None:
         written.refuse_foreign([given.output / 'compare.json'])
     differences, alone = compare_runs(*map(pathlib.Path, names))
     print(f'compare: second minus first; first {names[0]}, second {names[1]}')
-    show_table(
-        [
-            (
-                each.metric, each.n, each.subjects, each.first, each.second, each.difference,
-                '[{:+.3f}, {:+.3f}]'.format(*each.ci95), each.wilcoxon_p,
-            )
-            for each in differences
-        ],
-        (
-            'metric', 'n', 'subjects', 'first', 'second', 'difference', '95 % interval',
-            "Wilcoxon's p",
-        ),
-    )  # fmt: skip
+    rows = [dataclasses.asdict(each) for each in differences]
+    cells = [row | {'ci95': '[{:+.3f}, {:+.3f}]'.format(*row['ci95'])} for row in rows]
+    head = ('metric', 'n', 'subjects', 'first', 'second', 'difference')
+    show_table([[*row.values()] for row in cells], (*head, '95 % interval', "Wilcoxon's p"))
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
     if given.output and hosts.is_first():
-        rows = [dataclasses.asdict(each) for each in differences]
         written.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
 
 
@@ -201,20 +173,18 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
     for stage in PIPELINE:
         folder = workdir / TRAINED.get(stage, '')
         values = read_newest(folder / 'metrics.jsonl') if stage in TRAINED else {}
-        step = f'{values["step"]} of {_num_steps(workdir, stage)}' if values else ''
+        step = ''
+        if values:
+            path = folder / 'config.json'  # older runs have that of their last stage alone
+            path = path if path.exists() else workdir / 'config.json'
+            begun = json.loads(path.read_text(encoding='utf-8'))
+            step = f'{values["step"]} of {begun[stage]["num_steps"]}'
         shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
         listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
         rows.append((stage, manifest.describe(workdir, stage), step, ', '.join(listed)))
     show_table(rows, ('stage', 'state', 'step', 'newest values'))
     if (workdir / STOPPED).exists():
         print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
-
-
-def _num_steps(workdir: pathlib.Path, stage: str) -> int:
-    """Of a training, by the config that it began with; older runs have that of the last stage."""
-    path = workdir / TRAINED[stage] / 'config.json'
-    path = path if path.exists() else workdir / 'config.json'
-    return json.loads(path.read_text(encoding='utf-8'))[stage]['num_steps']
 
 
 def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
@@ -224,15 +194,11 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
     folder = given.output or workdir / 'export'
     refuse_other_contents(folder)
-    masks = load_masks(config, workdir)
+    masks = inputs.load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
-    contents = Exported(
-        prepare_settings(config),
-        volume_settings(config),
-        masks,
-        _facts(config, workdir, step),
-        onnx=config.export.onnx,
-    )
+    preparation, facts = PrepareSettings(**config.prepare), _facts(config, workdir, step)
+    volumes = volume_settings(config)
+    contents = Exported(preparation, volumes, masks, facts, onnx=config.export.onnx)
     hosts.first_alone(
         lambda: write_export(folder, network, variables, contents), 'the export is written'
     )
@@ -242,11 +208,11 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
 def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
     """What an export says of the run that it comes from."""
-    calibration = json.loads((workdir / 'transunet' / 'calibration.json').read_text('utf-8'))
+    calibration = inputs.read_calibration(workdir)
     summary_path, metrics = workdir / 'evaluation' / 'summary.json', None
     if summary_path.exists():
         summary = json.loads(summary_path.read_text(encoding='utf-8'))
-        cuts = ('threshold', 'share_of_max')
+        cuts = ('threshold', 'seed_threshold', 'share_of_max')
         same_cuts = all(summary.get(name) == calibration.get(name) for name in cuts)
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
@@ -266,8 +232,8 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
 
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM raise KeyboardInterrupt, in the background too, where a
-    shell has a program ignore the first."""
+    """Within the block, Ctrl-C and SIGTERM raise KeyboardInterrupt. Set for both, for a shell lets
+    a program in the background ignore Ctrl-C."""
     chosen = (signal.SIGINT, signal.SIGTERM)
     before = {s: signal.signal(s, signal.default_int_handler) for s in chosen}
     try:
@@ -278,33 +244,30 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 
 def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
-    """Scans in -> NIfTI masks out on the same grids, by the work directory's network or by
-    --model."""
+    """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
-    from covseg_jax.imaging.studies import find_inputs
     from covseg_jax.predict.export import load
     from covseg_jax.predict.studies import Extras, predict_studies
 
-    studies = find_inputs(given.input, config.data.layout if config else 'auto')
+    studies = find_inputs(given.input, (config or inputs.NO_CONFIG).data.layout)
     if given.model:
         model = load(*given.model.split(','))
     else:
-        model, _ = load_model(config, workdir)
+        model, _ = inputs.load_model(config, workdir)
     try:
         with _interrupted_by_signals():
             rows, faults = predict_studies(
                 studies,
                 model,
                 given.output,
-                num_workers=given.num_workers or num_workers(config),
+                num_workers=given.num_workers or inputs.num_workers(config),
                 wanted=Extras(given.probability, given.preview, given.per_lung),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:
-        raise Stopped(
-            'predict: stopped; run it again with --resume to go on', exit_code=130
-        ) from stop
+        message = 'predict: stopped; run it again with --resume to go on'
+        raise Stopped(message, exit_code=130) from stop
     columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent', 'severity', 'seconds')
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)
@@ -321,35 +284,24 @@ def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> N
     """Pseudo-masks -> NIfTI on the studies' own grids, and the training set in nnU-Net's layout."""
     if not given.output:
         raise InputError('--stages=pseudo_masks needs --output=FOLDER')
-    from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.predict.pseudo_masks import (
-        refuse_foreign_files,
-        write_nnunet_data_set,
-        write_pseudo_masks,
-    )
+    from covseg_jax.predict import pseudo_masks
 
-    splits = split_studies(config, workdir)
-    studies = find_studies(data_folder(config, workdir), config.data.layout)
+    splits = inputs.split_studies(config, workdir)
+    studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
+    known = {study.study_id: study for study in studies}
     masks, raw = given.output / 'pseudo_masks', given.output / 'nnUNet_raw'
-    covid = splits.train + splits.validation
-    refuse_foreign_files(covid + splits.evaluation, masks, splits, raw)
-    write_pseudo_masks(
-        covid + splits.evaluation,
-        pseudo_probability_reader(config, workdir),
-        masks,
-        pseudo_mask_cuts(config),
-    )
-    data_set = write_nnunet_data_set(
-        splits, {study.study_id: study for study in studies}, masks, raw
-    )
-    show_table(
-        [
-            ('pseudo-masks', len(covid) + len(splits.evaluation), masks),
-            ('to train on, with pseudo-masks', len(covid), data_set),
-            ('to train on, healthy', len(splits.healthy_train), data_set),
-        ],
-        ('pseudo_masks', 'studies', 'in'),
-    )
+    learnt = splits.train + splits.validation
+    covid = learnt + splits.evaluation
+    read, cuts = inputs.pseudo_probability_reader(config, workdir), inputs.pseudo_mask_cuts(config)
+    pseudo_masks.refuse_foreign_files(covid, masks, splits, raw)
+    pseudo_masks.write_pseudo_masks(covid, read, masks, cuts)
+    data_set = pseudo_masks.write_nnunet_data_set(splits, known, masks, raw)
+    rows = [
+        ('pseudo-masks', len(covid), masks),
+        ('to train on, with pseudo-masks', len(learnt), data_set),
+        ('to train on, healthy', len(splits.healthy_train), data_set),
+    ]
+    show_table(rows, ('pseudo_masks', 'studies', 'in'))
 
 
 BEFORE: dict[str, Callable] = {
@@ -364,5 +316,5 @@ AFTER: dict[str, Callable] = {
     'compare': run_compare,
     'status': run_status,
 }
-# What a stage of the pipeline does with --input or --model instead.
+# What runs in place of a stage of the pipeline where --input or --model is given.
 ON_INPUT: dict[str, Callable] = {'evaluate': run_evaluate_given}

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
+from covseg_jax.evaluation.metric_table import metrics_shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A finished stage of the pipeline.
-
-    Attributes:
-      outputs: its files.
-      rows: of its summary table, two cells or as many as `head` has.
-      head: the table's head, if it has one.
-    """
+    """A finished stage of the pipeline: its files, and rows and head of its summary table."""
 
     outputs: list[pathlib.Path]
     rows: Sequence[Sequence[object]] = ()
@@ -35,18 +31,13 @@ def show_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> No
 
 def table_of_summary(summary: dict) -> tuple[list[tuple], tuple[str, ...]]:
     """The chief figures of a summary.json: rows and head of a table."""
-    rows = []
-    for source, protocols in (
-        ('network', summary['protocols']),
-        ('pseudo-masks', summary.get('pseudo_masks')),
-    ):
+    rows, chief = [], metrics_shown('headline')
+    pseudo = summary.get('pseudo_masks')
+    for source, protocols in (('network', summary['protocols']), ('pseudo-masks', pseudo)):
         for protocol, metrics in (protocols or {}).items():
-            means = [_mean(metrics[name]) for name in _METRICS]
+            means = [_mean(metrics[name]) for name in chief]
             rows.append((source, protocol, metrics['dice']['n'], *means))
-    return rows, ('of', 'protocol', 'n', *_METRICS)
-
-
-_METRICS = ('dice', 'sensitivity', 'specificity_lung')
+    return rows, ('of', 'protocol', 'n', *chief)
 
 
 def _mean(figures: dict) -> str:

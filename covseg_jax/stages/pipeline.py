@@ -3,41 +3,23 @@
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
-from covseg_jax.stages.inputs import (
-    Config,
-    data_folder,
-    describe_cuts,
-    given_cuts,
-    load_model,
-    num_workers,
-    prepare_settings,
-    prepared_cases,
-    prepared_folder,
-    pseudo_mask_cuts,
-    pseudo_mask_folder,
-    pseudo_mask_reader,
-    pseudo_probability_reader,
-    split_studies,
-)
+from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
+from covseg_jax.imaging.studies import Study, find_studies
+from covseg_jax.prepare.cases import Case, evaluation_cases
+from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
+from covseg_jax.stages import inputs
+from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
-
-if TYPE_CHECKING:
-    from covseg_jax.imaging.studies import Study
-    from covseg_jax.prepare.cases import Case
-    from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings
 
 
 def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
     """Studies -> prepared cases; makes phantom studies first where the config says so."""
-    from covseg_jax.imaging.studies import find_studies
-
-    folder = data_folder(config, workdir)
+    folder = inputs.data_folder(config, workdir)
     if config.phantom.make:
         from covseg_jax.phantom.studies import write_phantom_data_set
 
@@ -46,51 +28,52 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
 
         def make_phantoms() -> None:
             try:
-                write_phantom_data_set(folder, **made, num_workers=num_workers(config))
+                write_phantom_data_set(folder, **made, num_workers=inputs.num_workers(config))
             except ValueError as error:
                 raise InputError(f'config.phantom: {error}') from error
 
         hosts.first_alone(make_phantoms, 'phantoms are made')
-    prepared = prepared_folder(config, workdir)
+    prepared = inputs.prepared_folder(config, workdir)
     studies = find_studies(folder, config.data.layout)
-    good, report = prepare_shared(
-        studies,
-        prepared,
-        prepare_settings(config),
-        num_workers=num_workers(config),
-        on_bad_study=config.data.on_bad_study,
-    )
-    if not good:
-        raise InputError(f'{folder}: no study can be used; the faults are listed above')
+    settings = PrepareSettings(**config.prepare)
+    good, report = prepare_shared(config, studies, folder, prepared, settings)
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]
     counts = {'made': report.made, 'kept': report.kept, 'set aside': report.bad}
     return Outcome(outputs, [(name, len(named)) for name, named in counts.items()])
 
 
 def prepare_shared(
-    studies: 'Sequence[Study]',
+    config: Config,
+    studies: Sequence[Study],
     folder: pathlib.Path,
-    settings: 'PrepareSettings',
-    *,
-    num_workers: int,
-    on_bad_study: str,
-) -> 'tuple[list[Study], PrepareReport]':
-    """Prepares this host's share of the studies and prints what there is to say of them. Returns
-    those of all hosts that can be used, and the report of this one."""
-    from covseg_jax.prepare.prepare_studies import prepare_studies
+    prepared: pathlib.Path,
+    settings: PrepareSettings,
+    num_workers: int | None = None,
+) -> tuple[list[Study], PrepareReport]:
+    """Prepares this host's share of a folder's studies and prints what there is to say of them.
+    Returns the studies of all hosts that can be used, and the report of this one.
 
+    Raises:
+      InputError: no study can be used.
+    """
     own = hosts.share(studies)
     report = prepare_studies(
-        own, folder, settings, num_workers=num_workers, on_bad_study=on_bad_study
+        own,
+        prepared,
+        settings,
+        num_workers=num_workers or inputs.num_workers(config),
+        on_bad_study=config.data.on_bad_study,
     )
     for study_id, notes in report.notes.items():
         for note in notes:
             print(f'prepare: note: {study_id}: {note}')
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
-    # One host's share may hold none that can be used.
-    good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
-    return [study for study, is_good in zip(studies, good, strict=True) if is_good], report
+    is_good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
+    good = [study for study, kept in zip(studies, is_good, strict=True) if kept]
+    if not good:
+        raise InputError(f'{folder}: no study can be used; the faults are listed above')
+    return good, report
 
 
 _SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')
@@ -105,7 +88,7 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.gan.train import train_gan
     from covseg_jax.training.logging import read_newest
 
-    train_gan(config, split_studies(config, workdir), workdir / 'gan')
+    train_gan(config, inputs.split_studies(config, workdir), workdir / 'gan')
     log = workdir / 'gan' / 'metrics.jsonl'
     shown = ('step', 'loss/total', 'validation/removed', *_SPEEDS)
     return Outcome([log], _pick(read_newest(log), shown))
@@ -113,13 +96,12 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
 
 def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
     """GAN -> pseudo-masks of all COVID studies."""
-    from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
     from covseg_jax.gan.train import load_generator
 
-    recipe = config.gan.recipe
-    heal = empty_lungs if recipe == 'none' else load_generator(config, workdir / 'gan')
-    splits = split_studies(config, workdir)
-    folder, new_file = pseudo_mask_folder(config, workdir), atomic.new_file
+    is_none = config.gan.recipe == 'none'
+    heal = empty_lungs if is_none else load_generator(config, workdir / 'gan')
+    splits = inputs.split_studies(config, workdir)
+    folder, new_file = inputs.pseudo_mask_folder(config, workdir), atomic.new_file
     covid = splits.train + splits.validation + splits.evaluation
     if config.data.pseudo_masks:  # a person's folder
         files = [*(folder / f'{case.study_id}.npy' for case in covid), folder / 'summary.json']
@@ -150,18 +132,16 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     config gives no share of the maximum."""
     from covseg_jax.data.opacities import opacity_model, paint_scans
     from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
-    from covseg_jax.segmentation.train import (
-        load_variables,
-        make_probability,
-        train_segmentation,
-    )
+    from covseg_jax.segmentation import train as segmentation
     from covseg_jax.training.logging import read_newest
 
-    splits, folder = split_studies(config, workdir), workdir / 'transunet'
-    train_segmentation(config, splits, pseudo_mask_reader(config, workdir), folder)
-    network, variables, step = load_variables(config, folder)
-    healthy = splits.healthy_calibration
-    probability, settings = make_probability(config, network, variables), given_cuts(config)
+    splits, folder = inputs.split_studies(config, workdir), workdir / 'transunet'
+    log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
+    read_pseudo_mask = inputs.pseudo_mask_reader(config, workdir)
+    segmentation.train_segmentation(config, splits, read_pseudo_mask, folder)
+    network, variables, step = segmentation.load_variables(config, folder)
+    probability = segmentation.make_probability(config, network, variables)
+    healthy, settings = splits.healthy_calibration, inputs.given_cuts(config)
     if settings is None:
         settings, false_positive_ml = calibrate_mask(
             probability,
@@ -172,7 +152,8 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
         )
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
-    cuts = describe_cuts(settings)
+    cuts = inputs.describe_cuts(settings)
+    sides = (splits.train, splits.validation, splits.healthy_train, healthy)
     calibration = {
         **cuts,
         'checkpoint_step': step,
@@ -185,17 +166,13 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             'healthy_studies': len(splits.healthy_train) + len(healthy),
             'human_masks': config.train.targets != 'pseudo',
         },
-        _TRAINED_ON: sorted(
-            {case.subject for side in (splits.train, splits.validation) for case in side}
-            | {case.subject for side in (splits.healthy_train, healthy) for case in side}
-        ),
+        _TRAINED_ON: sorted({case.subject for side in sides for case in side}),
     }
     if hosts.is_first():
-        atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
-    log = folder / 'metrics.jsonl'
+        atomic.write_text(calibration_path, json.dumps(calibration, indent=2))
     shown = ('step', 'loss/total', 'validation/dice', *_SPEEDS)
     return Outcome(
-        [log, folder / 'calibration.json'],
+        [log, calibration_path],
         [
             *_pick(read_newest(log), shown),
             # Found on held-out healthy scans with painted opacities, or given.
@@ -211,16 +188,12 @@ _CUTS = {
     'share_of_max': "cut at this share of a study's maximum",
 }
 
-
 _TRAINED_ON = 'subjects'  # of calibration.json; it stays in the work directory, no export has it
 
 
-def _refuse_trained_subjects(cases: 'Sequence[Case]', workdir: pathlib.Path) -> None:
+def _refuse_trained_subjects(cases: Sequence[Case], workdir: pathlib.Path) -> None:
     """Masks may have come since the training, of subjects that it learned from."""
-    calibration = workdir / 'transunet' / 'calibration.json'
-    if not calibration.exists():
-        return
-    trained = set(json.loads(calibration.read_text(encoding='utf-8')).get(_TRAINED_ON, ()))
+    trained = set((inputs.read_calibration(workdir) or {}).get(_TRAINED_ON, ()))
     both = sorted({case.subject for case in cases} & trained)
     if both:
         raise InputError(
@@ -237,71 +210,59 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     What it writes in the work directory's evaluation/ is the program's by its place, whatever
     version wrote it and whoever changed it since: it is replaced, and no other file there goes.
     """
-    from covseg_jax.evaluation.evaluate_cases import evaluate_cases
-    from covseg_jax.evaluation.tensorboard import list_hparams
-    from covseg_jax.imaging.studies import find_studies
-    from covseg_jax.prepare.cases import evaluation_cases
+    from covseg_jax.evaluation.evaluate_cases import Sources, evaluate_cases
     from covseg_jax.training.progress import draw_progress
 
-    studies = find_studies(data_folder(config, workdir), config.data.layout)
-    known = {study.study_id: study for study in studies}
+    data = inputs.data_folder(config, workdir)
+    known = {study.study_id: study for study in find_studies(data, config.data.layout)}
     # The folder may hold cases of another data set, that the network learned from.
-    prepared = prepared_cases(config, workdir, only=known)
+    prepared = inputs.prepared_cases(config, inputs.prepared_folder(config, workdir), only=known)
     cases = evaluation_cases(prepared, config.data.evaluation_pattern)
     if not cases:
         raise InputError(
-            f'{data_folder(config, workdir)}: no prepared study has a lesion mask and is kept for '
-            'evaluation (data.evaluation_pattern), so there is nothing to evaluate against; leave '
-            'evaluate out of --stages'
+            f'{data}: no prepared study has a lesion mask and is kept for evaluation '
+            '(data.evaluation_pattern), so there is nothing to evaluate against; leave evaluate '
+            'out of --stages'
         )
-    read_pseudo_mask, pseudo_masks = None, pseudo_mask_folder(config, workdir)
+    read_pseudo_mask, pseudo_masks = None, inputs.pseudo_mask_folder(config, workdir)
     # A data set that the run was not made from has none.
     if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
-        read_pseudo_mask = pseudo_probability_reader(config, workdir)
+        read_pseudo_mask = inputs.pseudo_probability_reader(config, workdir)
     if config.network.name == 'none':
         if read_pseudo_mask is None:
             raise InputError("network.name='none' evaluates pseudo-masks; run synthesize first")
         predict, read_pseudo_mask = read_pseudo_mask, None
-        settings, step = pseudo_mask_cuts(config), 0
+        settings, step = inputs.pseudo_mask_cuts(config), 0
     else:
         _refuse_trained_subjects(cases, workdir)
-        model, step = load_model(config, workdir, num_devices=1)
-        settings = model.masks
-
-        def predict(case):
-            return model.probabilities[0](np.asarray(case.image()), np.asarray(case.lungs()))
-
+        model, step = inputs.load_model(config, workdir, num_devices=1)
+        settings, predict = model.masks, inputs.case_predictor(model)
+    labels = tuple(config.prepare.lesion_labels)
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
+    cuts = inputs.pseudo_mask_cuts(config)
     summary = evaluate_cases(
         cases,
-        known,
-        predict,
-        read_pseudo_mask,
-        settings,
+        Sources(known, predict, settings, labels, read_pseudo_mask, cuts),
         folder,
         {
             'config': f'{config.name}:{config.variant}',
-            **describe_cuts(settings),
+            **inputs.describe_cuts(settings),
             'checkpoint_step': step,
             'data_sets': sorted({case.description['data_set'] for case in cases}),
         },
-        pseudo_masks=pseudo_mask_cuts(config),
-        lesion_labels=tuple(config.prepare.lesion_labels),
-        hparams=list_hparams(
-            {'seed': config.seed, **{name: config[name].to_dict() for name in _OF_MODELS}}
-        ),
+        made_with={'seed': config.seed} | {name: config[name].to_dict() for name in _OF_MODELS},
         learning_curves=[curves] if curves else [],
     )
     names = ('cases.csv', 'slices.csv', 'summary.json', 'report.html')
     return Outcome([folder / name for name in names], *table_of_summary(summary))
 
 
-# The groups that both models come from.
+# The groups of the config that both models depend on.
 _OF_MODELS = ('gan', 'opacities', 'synthesize', 'network', 'unet', 'train', 'predict', 'masks')
 
-# The pipeline in its order, with the groups of the config that each stage's result depends on,
-# beside what the stages before it depend on.
+# The pipeline in its order. Each stage's result depends on these groups of the config, and on those
+# of the stages before it.
 PIPELINE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     'prepare': (run_prepare, ('data', 'phantom', 'prepare')),
     'gan': (run_gan, ('seed', 'gan', 'opacities')),

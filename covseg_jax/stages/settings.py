@@ -23,7 +23,7 @@ _HARMLESS = (
     'data.folder',  # its files count, wherever they lie
 )  # fmt: skip
 _DATA_SET, _CASES = 'data_set', 'case_version'
-# Of these evaluate may have others than the training: other data, or masks that were mended.
+# In these evaluate may differ from the training: other data, or masks that were mended.
 _OF_DATA = (
     'phantom', _DATA_SET, _CASES, 'data.layout', 'data.prepared', 'data.pseudo_masks',
     'prepare.lesion_labels',
@@ -34,7 +34,7 @@ _OF_PREDICTION = (
     'prepare.window_hu', 'prepare.margin_mm', 'prepare.lungs_source',
 )  # fmt: skip
 _OF_IMPORT = ('network', 'unet', 'prepare.grid', 'prepare.window_hu')
-# The stages whose records a stage must agree with; of its own where it goes on.
+# The stages whose records a stage must agree with; its own is among them where it goes on.
 _HELD_TO = {
     'gan': ('gan', 'prepare'),
     'synthesize': ('gan', 'prepare'),
@@ -48,8 +48,7 @@ _HELD_TO = {
 
 def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
     """For each stage of the pipeline, everything that its result depends on."""
-    settings: dict[str, dict] = {}
-    so_far: dict = {}
+    settings, so_far = {}, {}
     values = _without(config.to_dict(), _HARMLESS)
     known = workdir / 'manifests' / 'data_set.json'
     for stage, (_, groups) in PIPELINE.items():
@@ -69,11 +68,8 @@ def import_settings(config: Config) -> dict:
 
 
 def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> None:
-    """Holds a stage to the settings of those that it goes on from.
-
-    Raises:
-      InputError: a setting is another one; its name, both values, and what to do.
-    """
+    """Raises an InputError that names each setting in which a stage differs from those it goes on
+    from, with both values and what to do."""
     if stage in ('export', 'predict'):
         values = _without(config.to_dict(), _HARMLESS)
         settings = {'train': _only(values, _OF_PREDICTION)}
@@ -82,52 +78,38 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
     for earlier in _HELD_TO.get(stage, ()):
         if stage == 'evaluate' and earlier == 'train' and config.network.name == 'none':
             continue  # the pseudo-masks alone
-        held = settings[earlier]
+        held, remedy = settings[earlier], f'use those, or run --stages={earlier} again'
         if earlier in TRAINED:
+            remedy = 'use those, or another --workdir'
             step = newest_step(workdir, earlier)
             if step is None:
                 continue  # nothing of it is there that could differ
             if step == 0:  # a training from imported weights may have begun, and come to nothing
                 held = import_settings(config)
-        held = _without(held, (*_HARMLESS, *(_OF_DATA if stage == 'evaluate' else ())))
-        remedy = (
-            'use those, or another --workdir'
-            if earlier in TRAINED
-            else f'use those, or run --stages={earlier} again'
-        )
+        if stage == 'evaluate':
+            held = _without(held, _OF_DATA)
         manifest.refuse_other_settings(workdir, earlier, held, remedy)
 
 
 def is_work_directory(folder: pathlib.Path) -> bool:
     """Whether a run was begun in a folder: its manifests, checkpoints or config are there."""
-    is_begun = any(manifest.read_begun(folder, stage) is not None for stage in PIPELINE)
-    is_trained = any(newest_step(folder, stage) is not None for stage in TRAINED)
-    return is_begun or is_trained or _is_config(folder / 'config.json')
-
-
-def _is_config(path: pathlib.Path) -> bool:
+    if any(manifest.read_begun(folder, stage) is not None for stage in PIPELINE):
+        return True
+    if any(newest_step(folder, stage) is not None for stage in TRAINED):
+        return True
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.keys() >= {'variant', 'stages', *TRAINED}
 
 
 def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
-    """A folder in which no run was begun must hold nothing that a run would replace.
-
-    Raises:
-      InputError: it does; names the file or folder.
-    """
+    """Raises an InputError where no run was begun in a folder and it holds what a run replaces."""
     if is_work_directory(workdir):
         return
-    for name in (
-        'config.json',
-        'environment.json',
-        'progress.png',
-        *TRAINED.values(),
-        'evaluation',
-    ):
+    files = ('config.json', 'environment.json', 'progress.png')
+    for name in (*files, *TRAINED.values(), 'evaluation'):
         if (workdir / name).exists():
             raise InputError(
                 f'{workdir / name}: is in the way, for no run was begun in this folder; name '
@@ -136,14 +118,14 @@ def refuse_foreign_workdir(workdir: pathlib.Path) -> None:
 
 
 def newest_step(workdir: pathlib.Path, stage: str) -> int | None:
-    """Of a training's checkpoints; 0 of imported weights, None where there is none."""
+    """The step of a training's newest checkpoint: 0 of imported weights, None without any."""
     checkpoints = workdir / TRAINED[stage] / 'checkpoints'
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def _without(values: Mapping, names: tuple[str, ...], group: str = '') -> dict:
-    """Nested settings without those of a name, or of a dotted name such as predict.batch_size."""
+    """Nested settings without those called by a name, or a dotted name: predict.batch_size."""
     return {
         key: _without(value, names, f'{group}{key}.') if isinstance(value, Mapping) else value
         for key, value in values.items()
@@ -152,9 +134,12 @@ def _without(values: Mapping, names: tuple[str, ...], group: str = '') -> dict:
 
 
 def _only(values: Mapping, names: tuple[str, ...]) -> dict:
-    """The groups that are named, and the fields, as group.field."""
-    fields = [name.split('.') for name in names if '.' in name]
-    chosen = {name: values[name] for name in names if '.' not in name}
-    for group, field in fields:
-        chosen[group] = chosen.get(group, {}) | {field: values[group][field]}
+    """The settings that are named: groups, and fields as group.field."""
+    chosen = {}
+    for name in names:
+        group, _, field = name.partition('.')
+        if field:
+            chosen.setdefault(group, {})[field] = values[group][field]
+        else:
+            chosen[group] = values[group]
     return chosen

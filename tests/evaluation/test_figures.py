@@ -56,7 +56,7 @@ def test_trend_is_drawn_only_through_enough_points(tmp_path, monkeypatch):
     monkeypatch.setattr(
         figures,
         '_save',
-        lambda figure, path: lines.append([len(axes.lines) for axes in figure.axes]),
+        lambda figure, *_: lines.append([len(axes.lines) for axes in figure.axes]),
     )
     ten = slice_rows(10, protocol='slice_infection_over_1pct')
     figures.plot_against_infection([], ten + slice_rows(9), tmp_path)
@@ -80,9 +80,9 @@ def test_overlay_draws_the_contours_that_are_given(tmp_path, saved_titles, with_
         case = case_images(pseudo_mask=case.truth)
     path = figures.plot_overlay('worst', case, tmp_path)
     assert path == tmp_path / 'figures' / 'case_worst.png'
-    assert has_colour(path, figures.TRUTH_COLOUR)
-    assert has_colour(path, figures.PREDICTION_COLOUR)
-    assert has_colour(path, figures.PSEUDO_COLOUR) == with_pseudo_mask
+    assert has_colour(path, figures.MASK_COLOURS['truth'])
+    assert has_colour(path, figures.MASK_COLOURS['prediction'])
+    assert has_colour(path, figures.MASK_COLOURS['pseudo-mask']) == with_pseudo_mask
     columns = ['scan', 'truth', *(['pseudo-mask'] if with_pseudo_mask else []), 'prediction']
     # Two rows: only the slices with lesion, though three were to be had.
     assert saved_titles == [columns + [''] * len(columns)]
@@ -101,7 +101,7 @@ def test_agreement_lines_stand_at_mean_and_196_deviations(case_rows, tmp_path, m
         for row, change in zip(case_rows[:3], (2, 4, 6), strict=True)
     ]
     drawn = []
-    monkeypatch.setattr(figures, '_save', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, '_save', lambda figure, *_: drawn.append(figure))
     figures.plot_agreement(rows, [], tmp_path)
     (axes,) = drawn[0].axes
     heights = sorted({float(line.get_ydata()[0]) for line in axes.lines})
@@ -111,7 +111,7 @@ def test_agreement_lines_stand_at_mean_and_196_deviations(case_rows, tmp_path, m
 
 def test_calibration_is_drawn_from_the_filled_bins(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, '_save', lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, '_save', lambda figure, *_: drawn.append(figure))
     figures.plot_calibration(np.array([[10, 0, 4], [1.0, 0, 3.0], [2, 0, 4]]), tmp_path)
     upper, lower = drawn[0].axes
     assert upper.lines[1].get_xydata().tolist() == pytest.approx(np.array([[0.1, 0.2], [0.75, 1]]))

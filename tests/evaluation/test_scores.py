@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from covseg_jax.errors import InputError
-from covseg_jax.evaluation import scores
+from covseg_jax.evaluation import metric_table, scores
 
 
 def mark(shape, *places):
@@ -144,6 +144,12 @@ def random_rows(num_studies=12):
     return case_rows, slice_rows
 
 
+def test_every_metric_has_a_title_and_every_place_is_known():
+    assert all(metric.title for metric in metric_table.METRICS)
+    places = {place for column in metric_table.COLUMNS for place in column.shown}
+    assert places == {'slices', 'headline', 'compare', 'strata', 'hparams'}
+
+
 def test_summary_figures_equal_hand_computed_ones():
     row = random_rows(1)[0][0]
     case_rows = [
@@ -191,8 +197,15 @@ def test_summary_interval_of_slices_draws_subjects():
 def test_summary_of_nothing_has_every_key_and_no_figure():
     nothing = {'mean': None, 'std': None, 'median': None}
     nothing |= {'ci95': [None, None], 'n': 0, 'undefined': 0}
-    assert scores.summarise([], []) == {
-        protocol: dict.fromkeys(scores.SUMMARY_METRICS, nothing)
+    names = (  # other programs read them
+        'dice', 'sensitivity', 'specificity_lung', 'specificity_image', 'hd95_mm', 'nsd', 'iou',
+        'precision', 'lesion_f1', 'volume_error_ml', 'volume_error_percent', 'average_precision',
+        'ece', 'brier',
+    )  # fmt: skip
+    found = scores.summarise([], [])
+    assert tuple(found['volume']) == names
+    assert found == {
+        protocol: dict.fromkeys(names, nothing)
         for protocol in ('volume', 'slice_infection_over_1pct', 'slice_all')
     }
 

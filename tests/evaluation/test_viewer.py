@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covseg_jax.evaluation import figures, viewer
+from covseg_jax.evaluation import viewer
+from covseg_jax.predict import preview
 from tests.evaluation.conftest import case_images
 
 
@@ -36,7 +37,7 @@ def test_views_hold_each_slice_of_the_lungs_in_its_place():
     # 20 voxels of 1 mm and 10 mm more on each side
     assert (view['width'], view['height'], view['columns']) == (40, 40, 3)
     scan = decode(view['scan']).convert('L')
-    low, high = figures.LUNG_WINDOW_HU
+    low, high = preview.LUNG_WINDOW_HU
     for number, z in enumerate(view['slices']):
         expected = 255 * (-1000 + 100 * z - low) / (high - low)
         assert slice_of(scan, view, number).mean() == pytest.approx(expected, abs=3)

@@ -13,7 +13,7 @@ from covseg_jax import written
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import evaluate_cases
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.stages import pipeline
+from covseg_jax.stages import inputs, pipeline
 from covseg_jax.stages.inputs import Request
 from covseg_jax.stages.on_request import ON_INPUT
 from tests.imaging.chest import AFFINE, draw_chest, write_stored
@@ -166,7 +166,7 @@ def test_evaluation_of_an_export_overwrites_nothing_and_says_what_is_missing(exp
 
 @pytest.mark.usefixtures('undrawn')
 def test_run_is_evaluated_on_a_data_set_without_categories(export, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, 'load_model', lambda *_, **__: (covseg_jax.load(export), 7))
+    monkeypatch.setattr(inputs, 'load_model', lambda *_, **__: (covseg_jax.load(export), 7))
     config = config.copy_and_resolve_references()
     config.phantom.make = False
     config.data.num_workers = 1

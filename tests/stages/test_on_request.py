@@ -1,6 +1,7 @@
 """Stages that write one file into a folder that a person named."""
 
 import csv
+import json
 
 import pytest
 
@@ -75,3 +76,16 @@ def test_what_an_older_version_left_in_the_work_directory_is_replaced(tmp_path):
     evaluate_folder(tmp_path, None)
     rows, _ = scores.read_tables(tmp_path / 'w' / 'evaluation_of_folder')
     assert [row['study_id'] for row in rows] == ['a']
+
+
+@pytest.mark.parametrize(('seed_threshold', 'is_told'), [(0.8, True), (0.7, False)])
+def test_export_tells_the_metrics_of_its_own_cuts_alone(tmp_path, seed_threshold, is_told):
+    cuts = {'threshold': 0.6, 'checkpoint_step': 7}
+    for name, content in (
+        ('transunet/calibration.json', cuts | {'seed_threshold': 0.8}),
+        ('evaluation/summary.json', cuts | {'seed_threshold': seed_threshold, 'studies': 3}),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content))
+    metrics = on_request._facts(transunet.get_config('tiny'), tmp_path, 7)['metrics']
+    assert (metrics and metrics['studies']) == (3 if is_told else None)
