@@ -136,12 +136,10 @@ def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
     size, features = kernel.shape[0], kernel.shape[-1]
     indicator, outputs = _reaches(size, x.slices, -(size // 2) if padding == 'SAME' else 0)
     indicator = jnp.asarray(indicator, kernel.dtype)
-    kernels = jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
+    shape = (size, size, -1, len(outputs) * features)
     enlarged = [
-        jnp.einsum('tyxcn,tio->yxicon', each, indicator).reshape(
-            size, size, -1, len(outputs) * features
-        )
-        for each in kernels
+        jnp.einsum('tyxcn,tio->yxicon', each, indicator).reshape(shape)
+        for each in _split_channels(kernel, x)
     ]
     pad = (size // 2, size // 2) if padding == 'SAME' else (0, 0)
     y = lax.conv_general_dilated(
@@ -151,11 +149,8 @@ def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
         (pad, pad),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-    own, *others = (
-        jnp.split(y, [(x.slices + j) * features for j in range(len(outputs) - x.slices)], axis=-1)
-        if len(outputs) > x.slices
-        else (y,)
-    )
+    ends = [number * features for number in range(x.slices, len(outputs))]
+    own, *others = jnp.split(y, ends, axis=-1) if ends else (y,)
     place = np.argsort(_order(x.slices))
     for other, o in zip(others, outputs[x.slices :], strict=True):
         at = int(place[o % x.slices])
@@ -163,6 +158,11 @@ def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
         edges = (at * features, (x.slices - 1 - at) * features, 0)
         own = own + lax.pad(moved, jnp.zeros((), y.dtype), [(0, 0, 0)] * 3 + [edges])
     return Blocks((own,), x.num_blocks, x.slices)
+
+
+def _split_channels(kernel: jax.Array, x: Blocks) -> list[jax.Array]:
+    """The kernel (k, k, k, C, n) for each part of x."""
+    return jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
 
 
 def _move_blocks(x: jax.Array, num_blocks: int, by: int) -> jax.Array:
@@ -185,12 +185,11 @@ def conv_transpose_blocks(x: Blocks, kernel: jax.Array) -> Blocks:
       Blocks of 2 S slices, one part of n channels.
     """
     features = kernel.shape[-1]
-    kernels = jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
     each_slice = jnp.eye(x.slices, dtype=kernel.dtype)
     enlarged = [
         # output slices 2s, then output slices 2s + 1: the bit-reversed order again
         jnp.einsum('dyxcn,io->icyxdon', k, each_slice).reshape(-1, 4 * 2 * x.slices * features)
-        for k in kernels
+        for k in _split_channels(kernel, x)
     ]
     y = jnp.concatenate(x.parts, axis=-1) @ jnp.concatenate(enlarged)
     rows, height, width = y.shape[:3]
