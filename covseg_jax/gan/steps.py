@@ -86,24 +86,20 @@ class GANParts(Parts):
 
 @dataclasses.dataclass(frozen=True)
 class GANLosses:
-    """Weights of the default recipe's losses.
+    """Weights of the default recipe's losses, and what two of them need.
 
     Attributes:
-      reconstruction: opacities taken out of healthy lungs, against the untouched scan
-        (`relative_error`).
+      reconstruction: of `relative_error`: opacities are taken out of healthy lungs again.
       adversarial: G(COVID scan) should look healthy to the discriminator.
       identity: aerated voxels of a COVID scan should stay as they are; squared change in units of
         the network's scaled input.
-      error_floor: of `relative_error`, a squared image value.
-      aerated_below: image value under which a voxel counts as aerated (0.16 is −776 HU in the
-        default window).
     """
 
     reconstruction: float
     adversarial: float
     identity: float
-    aerated_below: float
-    error_floor: float
+    aerated_below: float  # image value of aerated voxels: 0.16 is −776 HU in the default window
+    error_floor: float  # of `relative_error`, a squared image value
 
 
 def draw_noise(generator: Generator, key: jax.Array, volume: jax.Array) -> jax.Array:

@@ -124,7 +124,6 @@ def synthesize(
       calibration: held-out healthy cases.
       covid: the cases to mark.
       folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1], or a signed difference as it is.
-      settings: how.
       new_file: how a file is made; `written.new_file` in a folder that a person named.
 
     Returns:

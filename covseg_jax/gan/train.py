@@ -115,7 +115,7 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
     """
     gan = config.gan
     parts = build_gan(config)
-    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
+    check_gan_batch(config, gan.batch_size, parts.mesh)
     loop.run(
         name='gan',
         folder=folder,

@@ -32,11 +32,6 @@ class Blocks:
     slices: int = struct.field(pytree_node=False)
 
     @property
-    def channels(self) -> int:
-        """C of all parts together."""
-        return sum(self.widths)
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """C of each part."""
         return tuple(part.shape[-1] // self.slices for part in self.parts)
@@ -99,12 +94,8 @@ def max_pool_blocks(x: Blocks) -> Blocks:
 
 @functools.cache
 def _reaches(size: int, slices: int, first: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Which slices of a block reach which outputs, and by which tap.
-
-    Args:
-      size: taps in depth.
-      slices: S.
-      first: output o takes tap t of slice o + first + t: −1 for 'SAME', 0 for 'VALID'.
+    """Which slices of a block of S reach which outputs, and by which of `size` taps in depth:
+    output o takes tap t of slice o + first + t.
 
     Returns:
       (size, S, outputs) of 0 and 1, and the outputs' slices, counted from the block's first; the
@@ -122,16 +113,10 @@ def _reaches(size: int, slices: int, first: int) -> tuple[np.ndarray, tuple[int,
 
 
 def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
-    """3D convolution of stride 1.
+    """3D convolution of stride 1, kernel (k, k, k, C, n), to Blocks of one part of n channels.
 
-    Args:
-      x: of C channels in all.
-      kernel: (k, k, k, C, n).
-      padding: 'SAME' or 'VALID', in H and W as usual. In depth the number of slices stays: with
-        'VALID' the last k − 1 outputs are no outputs, and those that they reach later are none.
-
-    Returns:
-      Blocks of one part of n channels.
+    The padding, 'SAME' or 'VALID', is as usual in H and W. In depth the number of slices stays:
+    with 'VALID' the last k − 1 outputs are no outputs, and those that they reach later are none.
     """
     size, features = kernel.shape[0], kernel.shape[-1]
     indicator, outputs = _reaches(size, x.slices, -(size // 2) if padding == 'SAME' else 0)
@@ -175,15 +160,8 @@ def _move_blocks(x: jax.Array, num_blocks: int, by: int) -> jax.Array:
 
 
 def conv_transpose_blocks(x: Blocks, kernel: jax.Array) -> Blocks:
-    """Transposed convolution of kernel 2 and stride 2: one product for each row and column of it.
-
-    Args:
-      x: of C channels.
-      kernel: (2, 2, 2, C, n).
-
-    Returns:
-      Blocks of 2 S slices, one part of n channels.
-    """
+    """Transposed convolution of stride 2, kernel (2, 2, 2, C, n), to Blocks of 2 S slices and one
+    part of n channels: one product for each row and column of the kernel."""
     features = kernel.shape[-1]
     each_slice = jnp.eye(x.slices, dtype=kernel.dtype)
     enlarged = [

@@ -174,7 +174,7 @@ class ConvTranspose3D(nn.Module):
 
 
 def _channels(x: jax.Array | Blocks) -> int:
-    return x.channels if isinstance(x, Blocks) else x.shape[-1]
+    return sum(x.widths) if isinstance(x, Blocks) else x.shape[-1]
 
 
 # --- joining and pooling
@@ -312,22 +312,22 @@ class GroupNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, (channels,))
         bias = self.param('bias', nn.initializers.zeros, (channels,))
         if not isinstance(x, Blocks):
-            factor, offset = self._affine(x.astype(jnp.float32), (1, 2, 3), scale, bias)
-            factor, offset = (each[:, None, None, None] for each in (factor, offset))
+            affine = self._affine(x.astype(jnp.float32), (1, 2, 3), scale, bias)
+            factor, offset = (each[:, None, None, None] for each in affine)
             return (x * factor + offset).astype(self.dtype)
         (part,) = x.parts
         by_slice = part.reshape(-1, x.num_blocks, *part.shape[1:3], x.slices, channels)
-        factor, offset = self._affine(by_slice.astype(jnp.float32), (1, 2, 3, 4), scale, bias)
+        affine = self._affine(by_slice.astype(jnp.float32), (1, 2, 3, 4), scale, bias)
         factor, offset = (
             jnp.repeat(jnp.tile(each, x.slices), x.num_blocks, axis=0)[:, None, None]
-            for each in (factor, offset)
+            for each in affine
         )
         return x.replace(parts=((part * factor + offset).astype(self.dtype),))
 
     def _affine(
         self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(B, C) each: what x is multiplied by, and what is added then."""
+        """(B, C) each: a factor of x, and then an offset."""
         to_groups = _mean_of_groups(x.shape[-1], self.group_size)
         channel_means = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
         mean, mean_square = jnp.matmul(channel_means, to_groups, precision='highest')

@@ -42,10 +42,6 @@ def transunet_variables(torch_state: Mapping[str, np.ndarray]) -> dict[str, Any]
     return convert_weights(state, transunet_targets(model.num_blocks), shapes, 'TransUNet')
 
 
-def _as_it_is(array: np.ndarray) -> np.ndarray:
-    return array
-
-
 def _conv_kernel(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
@@ -82,16 +78,16 @@ def transunet_targets(num_blocks: int) -> dict[str, Target]:
         layer = (*folders, f'{name}_conv')
         targets[f'{conv}.weight'] = (('params', *layer, 'kernel'), _conv_kernel)
         if conv.startswith('decoder.') or conv == 'encoder.conv2':
-            targets[f'{conv}.bias'] = (('params', *layer, 'bias'), _as_it_is)
+            targets[f'{conv}.bias'] = (('params', *layer, 'bias'), np.asarray)
         layer = (*folders, f'{name}_norm')
-        targets[f'{norm}.weight'] = (('params', *layer, 'scale'), _as_it_is)
-        targets[f'{norm}.bias'] = (('params', *layer, 'bias'), _as_it_is)
-        targets[f'{norm}.running_mean'] = (('batch_stats', *layer, 'mean'), _as_it_is)
-        targets[f'{norm}.running_var'] = (('batch_stats', *layer, 'var'), _as_it_is)
+        targets[f'{norm}.weight'] = (('params', *layer, 'scale'), np.asarray)
+        targets[f'{norm}.bias'] = (('params', *layer, 'bias'), np.asarray)
+        targets[f'{norm}.running_mean'] = (('batch_stats', *layer, 'mean'), np.asarray)
+        targets[f'{norm}.running_var'] = (('batch_stats', *layer, 'var'), np.asarray)
     targets['decoder.conv1.weight'] = (('params', 'head', 'kernel'), _conv_kernel)
-    targets['decoder.conv1.bias'] = (('params', 'head', 'bias'), _as_it_is)
+    targets['decoder.conv1.bias'] = (('params', 'head', 'bias'), np.asarray)
     vit = ('params', 'vit')
-    targets['encoder.vit.embedding'] = ((*vit, 'position_embedding'), _as_it_is)
+    targets['encoder.vit.embedding'] = ((*vit, 'position_embedding'), np.asarray)
     targets['encoder.vit.cls_token'] = ((*vit, 'class_token'), lambda array: array.reshape(-1))
     linear = [('projection', ('projection',), True)]
     for index in range(num_blocks):
@@ -105,12 +101,12 @@ def transunet_targets(num_blocks: int) -> dict[str, Target]:
         for part in (1, 2):
             name = f'encoder.vit.{block}.layer_norm{part}'
             path = (*vit, layer, f'norm_{part}')
-            targets[f'{name}.weight'] = ((*path, 'scale'), _as_it_is)
-            targets[f'{name}.bias'] = ((*path, 'bias'), _as_it_is)
+            targets[f'{name}.weight'] = ((*path, 'scale'), np.asarray)
+            targets[f'{name}.bias'] = ((*path, 'bias'), np.asarray)
     for name, layer, has_bias in linear:
         targets[f'encoder.vit.{name}.weight'] = ((*vit, *layer, 'kernel'), np.transpose)
         if has_bias:
-            targets[f'encoder.vit.{name}.bias'] = ((*vit, *layer, 'bias'), _as_it_is)
+            targets[f'encoder.vit.{name}.bias'] = ((*vit, *layer, 'bias'), np.asarray)
     return targets
 
 

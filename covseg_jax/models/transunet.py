@@ -64,7 +64,10 @@ class TransUNet(nn.Module):
         Raises:
           ValueError: H or W is no multiple of 16, or the position embedding is for another size.
         """
-        _check_size(image)
+        if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
+            raise ValueError(
+                f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
+            )
         x = image.astype(self.dtype)
         x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', dtype=self.dtype)(x)
         x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train=train))
@@ -91,9 +94,8 @@ class TransUNet(nn.Module):
             block = DecoderBottleneck(features, self.dtype, name=f'decoder_{level}')
             x = block(x, skip, train=train)
         bias_init = nn.initializers.constant(self.initial_logit)
-        head = Conv2D(self.num_classes, 1, bias_init=bias_init, name='head')
-        features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
-        return Segmentation(logits=head(x), features=features)
+        logits = Conv2D(self.num_classes, 1, bias_init=bias_init, name='head')(x)
+        return Segmentation(logits, features=jnp.mean(tokens, axis=1, dtype=jnp.float32))
 
 
 class EncoderBottleneck(nn.Module):
@@ -146,10 +148,15 @@ class VisionTransformer(nn.Module):
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
         """(B, T, F) → (B, T, F): the class token is put in front and dropped at the end."""
         batch, count, features = tokens.shape
-        shape = (1 + count, features)
-        _check_positions(self, shape)
-        uniform = nn.initializers.uniform(1.0)
-        positions = self.param('position_embedding', uniform, shape).astype(self.dtype)
+        shape, name = (1 + count, features), 'position_embedding'
+        if self.has_variable('params', name):
+            found, _ = self.get_variable('params', name).shape
+            if found != 1 + count:
+                raise ValueError(
+                    f'TransUNet: position embedding of {found} tokens, this image has {1 + count}; '
+                    'use interpolate_positions'
+                )
+        positions = self.param(name, nn.initializers.uniform(1.0), shape).astype(self.dtype)
         class_token = self.param('class_token', nn.initializers.normal(1.0), (features,))
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, features))
         x = _dense(features, self.dtype, 'projection')(tokens)
@@ -276,21 +283,3 @@ def interpolate_positions(
 
 def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name)
-
-
-def _check_size(image: jax.Array) -> None:
-    if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
-        raise ValueError(
-            f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
-        )
-
-
-def _check_positions(module: nn.Module, shape: tuple[int, int]) -> None:
-    if not module.has_variable('params', 'position_embedding'):
-        return
-    found = module.get_variable('params', 'position_embedding').shape
-    if found[0] != shape[0]:
-        raise ValueError(
-            f'TransUNet: position embedding of {found[0]} tokens, this image has {shape[0]}; '
-            'use interpolate_positions'
-        )

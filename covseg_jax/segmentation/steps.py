@@ -72,21 +72,18 @@ class SegmentationLosses:
     doubtful: tuple[float, float] | tuple[()]
 
     def __post_init__(self):
-        for name, known in (
-            ('contrastive_features', ('projection', 'logits')),
-            ('contrastive_labels', ('infection', 'one')),
+        for name, value, known in (
+            ('features', self.contrastive_features, ('projection', 'logits')),
+            ('labels', self.contrastive_labels, ('infection', 'one')),
         ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f'train.losses.{name}={getattr(self, name)!r} is not one of {known}'
-                )
+            if value not in known:
+                raise InputError(f'train.losses.contrastive_{name}={value!r} is not one of {known}')
 
 
 def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
     """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with
     `binary_targets`, TARGET is cut at 0.5."""
-    target = batch[TARGET]
-    weight = jnp.ones_like(target)
+    target, weight = batch[TARGET], jnp.ones_like(batch[TARGET])
     if settings.doubtful:
         low, high = settings.doubtful
         weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
@@ -115,21 +112,13 @@ class SegmentationState:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationParts(Parts):
-    """What a config's `network` and `train` groups describe.
+    """What a config's `network` and `train` groups describe."""
 
-    Attributes:
-      network: maps (B, H, W, 1) to a Segmentation; has batch statistics.
-      projection: maps its features to the contrastive space.
-      optimizer: of both.
-      plateau: `optim.reduce_on_plateau`.
-      image_size: (H, W).
-    """
-
-    network: nn.Module
-    projection: nn.Module
-    optimizer: optax.GradientTransformation
-    plateau: optax.GradientTransformationExtraArgs
-    image_size: tuple[int, int]
+    network: nn.Module  # maps (B, H, W, 1) to a Segmentation; has batch statistics
+    projection: nn.Module  # maps its features to the contrastive space
+    optimizer: optax.GradientTransformation  # of both
+    plateau: optax.GradientTransformationExtraArgs  # optim.reduce_on_plateau
+    image_size: tuple[int, int]  # (H, W)
 
     def init_state(self) -> SegmentationState:
         key = stream_key(self.seed, 'segmentation')
@@ -226,22 +215,21 @@ def _make_gradient(
                 variables = {'params': params['projection']}
                 features = parts.projection.apply(variables, output.features)
             labels = batch[LABEL]
+            if settings.contrastive_labels == 'one':
+                labels = jnp.ones_like(labels)
             values['contrastive'] = losses.contrastive_loss(
                 features,
-                labels if settings.contrastive_labels == 'infection' else jnp.ones_like(labels),
+                labels,
                 temperature=settings.temperature,
                 sensitivity_weight=settings.positive_weight,
                 include_self=settings.include_self,
             )
-        of_pixels = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
+        pixels = (output.logits, batch[TARGET])
+        options = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
         if 'mse' in terms:
-            values['mse'] = losses.mse_loss(
-                output.logits, batch[TARGET], on=settings.mse_on, **of_pixels
-            )
+            values['mse'] = losses.mse_loss(*pixels, on=settings.mse_on, **options)
         if 'sensitivity' in terms:
-            values['sensitivity'] = losses.sensitivity_loss(
-                output.logits, batch[TARGET], beta=settings.beta, **of_pixels
-            )
+            values['sensitivity'] = losses.sensitivity_loss(*pixels, beta=settings.beta, **options)
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
 

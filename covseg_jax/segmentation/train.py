@@ -257,12 +257,11 @@ def _make_evaluation(
         return state.replace(plateau=plateau)
 
     def evaluate(state: SegmentationState):
-        collected, shown = [], None
+        collected, shown, most = [], None, -np.inf
         for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
             collected.append(evaluate_step(state.ema, batch))
-            most = batch[feeds.TARGET].sum()
-            if shown is None or most > shown[feeds.TARGET].sum():
-                shown = batch
+            if batch[feeds.TARGET].sum() > most:
+                shown, most = batch, batch[feeds.TARGET].sum()
         values = loop.mean_metrics(collected)
         if config.train.schedule == 'plateau':
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))

@@ -28,16 +28,12 @@ _GIB = 1024**3
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device of a TPU, from Google Cloud's pages on its versions: a chip, and on v4 one of its
-    two cores, which this compiler takes for devices of their own.
-
-    Attributes: memory, GiB; bfloat16 arithmetic, FLOP/s; memory bandwidth, bytes/s; clock, Hz, that
-    the compiler's cycles are of.
-    """
+    two cores, which this compiler takes for devices of their own."""
 
     memory_gib: float
-    flops_per_s: float
+    flops_per_s: float  # in bfloat16
     bytes_per_s: float
-    cycles_per_s: float
+    cycles_per_s: float  # of the clock that the compiler's cycles are of
 
 
 CHIPS = {
@@ -50,12 +46,9 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 
 
 
 def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict[str, dict]]:
-    """Compiles for `topology` every training step that the config's stages 'gan' and 'train' take,
-    and what their trained networks are applied with.
-
-    Args:
-      config: the whole config. Batch sizes are global ones, as in training.
-      topology: 'CHIP:SHAPE', such as 'v5e:2x4' or 'v4:2x2x1'.
+    """Compiles for a topology, such as 'v5e:2x4' or 'v4:2x2x1', every training step that the
+    config's stages 'gan' and 'train' take, and what their trained networks are applied with. Batch
+    sizes are global ones, as in training.
 
     Returns:
       For each of the two stages that the config runs, and each of its programs by name (training
@@ -71,9 +64,8 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
             f'compile_check.topology={topology!r}: name one as CHIP:SHAPE, such as v5e:2x4 or '
             f'v4:2x2x1; chips are {", ".join(CHIPS)}'
         )
-    wanted = [stage for stage in ('gan', 'train') if stage in config.stages.split(',')]
-    if config.gan.recipe == 'none' and 'gan' in wanted:
-        wanted.remove('gan')
+    stages = ['train'] if config.gan.recipe == 'none' else ['gan', 'train']
+    wanted = [stage for stage in stages if stage in config.stages.split(',')]
     if not wanted:
         raise InputError(
             f'compile_check: config.stages={config.stages!r} trains nothing; name gan or train'
@@ -130,20 +122,13 @@ def find_devices(topology: str) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function, and how to get the shapes of its arguments for a batch size.
-
-    Attributes:
-      function: to lower.
-      arguments: batch size -> shapes with shardings. It raises an InputError for a size that cannot
-        be split.
-      batch_size: the config's.
-      least: the size that others are multiples of.
-    """
+    """A jitted function, and how to get the shapes of its arguments for a batch size."""
 
     function: Callable
+    # Batch size -> shapes with shardings; an InputError for a size that cannot be split.
     arguments: Callable[[int], tuple]
-    batch_size: int
-    least: int
+    batch_size: int  # the config's
+    least: int  # the size that others are multiples of
 
 
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
@@ -322,20 +307,14 @@ def sum_estimated_cycles(text: str) -> int:
 def count_collectives(text: str) -> dict[str, dict[str, int]]:
     """Kind -> how many, and the bytes that their results hold, in a compiled program's text."""
     found: dict[str, dict[str, int]] = {}
-    for line in text.splitlines():
-        match = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', line)
-        if not match:
-            continue
-        kind = match.group(2).removesuffix('-start')
+    instruction = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', re.MULTILINE)
+    for results, operation in instruction.findall(text):
+        kind = operation.removesuffix('-start')
         if kind in _COLLECTIVES:
             entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
             entry['count'] += 1
-            entry['bytes'] += _result_bytes(match.group(1))
+            entry['bytes'] += sum(
+                math.prod(int(size) for size in sizes.split(',') if size) * _BYTES.get(dtype, 4)
+                for dtype, sizes in re.findall(r'(\w+)\[([\d,]*)\]', results)
+            )
     return found
-
-
-def _result_bytes(shapes: str) -> int:
-    return sum(
-        math.prod(int(size) for size in sizes.split(',') if size) * _BYTES.get(kind, 4)
-        for kind, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-    )

@@ -128,7 +128,7 @@ def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[An
     """The newest state of a finished or unfinished run, and its step.
 
     Raises:
-      InputError: there is no checkpoint, or it does not fit the network that the config describes.
+      InputError: there is no checkpoint, or none that fits the config.
     """
     found = None
     if folder.is_dir():

@@ -16,16 +16,10 @@ from covseg_jax.training.sharding import place_state
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Parts of a training, of which nothing is computed yet; subclasses add the networks.
+    """Parts of a training, of which nothing is computed yet; subclasses add the networks."""
 
-    Attributes:
-      seed: of the weights and of everything random in the steps.
-      mesh: the devices that the state lives on, a copy on each.
-      learning_rate: of a step.
-    """
-
-    seed: int
-    mesh: Mesh
+    seed: int  # of the weights and of everything random in the steps
+    mesh: Mesh  # the devices that the state lives on, a copy on each
     learning_rate: optax.Schedule
 
     def init_state(self) -> Any:
