@@ -12,18 +12,17 @@ from configs import gan3d, transunet
 from covseg_jax.data import feeds
 from covseg_jax.data.augment import Augmentation
 from covseg_jax.data.opacities import OpacityModel
-from covseg_jax.gan import steps as gan_steps
-from covseg_jax.gan import train as gan
-from covseg_jax.gan.steps import GANLosses
+from covseg_jax.gan.steps import GANLosses, make_gan_evaluation, make_heal
 from covseg_jax.gan.synthesize import PseudoMaskSettings
+from covseg_jax.gan.train import build_gan, gan_batch_shapes
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.models.convolution import tracing_for
 from covseg_jax.models.gan3d import Generator, PatchDiscriminator
 from covseg_jax.models.transunet import TransUNet
 from covseg_jax.models.unet import UNet
 from covseg_jax.prepare.prepare_studies import PrepareSettings
-from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.steps import SegmentationLosses, make_evaluation_step
+from covseg_jax.segmentation.train import build_segmentation, segmentation_batch_shapes
 from covseg_jax.segmentation.volumes import VolumeSettings
 from covseg_jax.stages import compile_check
 
@@ -80,9 +79,9 @@ def test_gan_of_every_variant_is_built_and_stepped(variant):
     kinds = {'tiny': {ADVERSARIAL}, 'published': {PUBLISHED}, 'phantom_published': {PUBLISHED}}
     assert set(found) == kinds.get(variant, BOTH)
     assert_state_keeps_its_shapes(found)
-    parts = gan.build_gan(config)
-    batch = gan.batch_shapes(config, 1)
-    evaluate = gan_steps.make_gan_evaluation(parts.generator, parts.opacities)
+    parts = build_gan(config)
+    batch = gan_batch_shapes(config, 1)
+    evaluate = make_gan_evaluation(parts.generator, parts.opacities)
     key = jax.eval_shape(jax.random.key, 0)
     metrics, _ = jax.eval_shape(evaluate, parts.abstract_state.ema, batch, key)
     assert set(metrics) == {'mse', 'removed', 'harm'}
@@ -96,8 +95,8 @@ def test_network_of_every_variant_is_built_and_stepped(variant):
     size = config.predict.batch_size
     assert probability.shape == (size, *config.prepare.grid[1:], 1)
     assert_state_keeps_its_shapes(found)
-    parts = segmentation.build_segmentation(config)
-    batch = segmentation.batch_shapes(config, size)
+    parts = build_segmentation(config)
+    batch = segmentation_batch_shapes(config, size)
     batch |= {feeds.VALID: jax.ShapeDtypeStruct((size,), jnp.float32)}
     metrics = jax.eval_shape(make_evaluation_step(parts.network), parts.abstract_state.ema, batch)
     assert set(metrics) == {'mse', 'dice'}
@@ -106,10 +105,10 @@ def test_network_of_every_variant_is_built_and_stepped(variant):
 @pytest.mark.parametrize('patch', [1, 2, 4])
 def test_default_generator_of_every_patch_is_built(patch):
     config = with_changes('mosmed', {'gan.generator.patch': patch})
-    parts = gan.build_gan(config)
+    parts = build_gan(config)
     scan = jax.ShapeDtypeStruct((1, *config.prepare.grid, 1), jnp.float32)
     key = jax.eval_shape(jax.random.key, 0)
-    heal = gan_steps.make_heal(parts.generator)
+    heal = make_heal(parts.generator)
     assert jax.eval_shape(heal, parts.abstract_state.ema, scan, key).shape == scan.shape
 
 

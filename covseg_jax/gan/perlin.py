@@ -6,33 +6,15 @@ positive, so a denoiser that has seen it smooths where the default recipe's take
 of their amplitudes.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 _TABLE = 256  # nodes after which the lattice repeats, as in Perlin's own code
-
-
-@dataclasses.dataclass(frozen=True)
-class PerlinModel:
-    """Statistics of the noise; the defaults are the published ones.
-
-    Attributes:
-      slice_share: of a scan's slices, those that get noise.
-      scale_pixels: range of the spacing of the coarsest lattice's nodes.
-      octaves: how many lattices are added, each `lacunarity` times finer than the one before.
-      persistence: range of the ratio of their amplitudes.
-      lacunarity: ratio of their frequencies.
-      weight: of the noise in the sum with the scan.
-    """
-
-    slice_share: float = 0.25
-    scale_pixels: tuple[float, float] = (10.0, 30.0)
-    octaves: int = 10
-    persistence: tuple[float, float] = (-0.5, 0.5)
-    lacunarity: float = 2.0
-    weight: float = 1.0
+# The published statistics.
+_SLICE_SHARE = 0.25  # of a scan's slices, those that get noise
+_SCALE_PIXELS = (10.0, 30.0)  # range of the spacing of the coarsest lattice's nodes
+_OCTAVES = 10  # lattices that are added, each twice as fine as the one before
+_PERSISTENCE = (-0.5, 0.5)  # range of the ratio of their amplitudes
 
 
 def gradient_noise(permutation: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
@@ -58,47 +40,36 @@ def gradient_noise(permutation: jax.Array, y: jax.Array, x: jax.Array) -> jax.Ar
     return upper + fades[0] * (lower - upper)
 
 
-def _draw_slice(key: jax.Array, height: int, width: int, model: PerlinModel) -> jax.Array:
+def _draw_slice(key: jax.Array, height: int, width: int) -> jax.Array:
     """(H, W) noise of one slice."""
     scale_key, persistence_key, table_key, shift_key = jax.random.split(key, 4)
-    low, high = model.scale_pixels
+    (low, high), (weakest, strongest) = _SCALE_PIXELS, _PERSISTENCE
     scale = jax.random.uniform(scale_key, minval=low, maxval=high)
-    low, high = model.persistence
-    persistence = jax.random.uniform(persistence_key, minval=low, maxval=high)
+    persistence = jax.random.uniform(persistence_key, minval=weakest, maxval=strongest)
     permutation = jax.random.permutation(table_key, _TABLE)
     # Elsewhere on the lattice each time: every octave is 0 where its nodes lie.
     start = jax.random.uniform(shift_key, (2,), maxval=_TABLE)
     y = start[0] + jnp.arange(height)[:, None] / scale
     x = start[1] + jnp.arange(width)[None, :] / scale
     total, norm, amplitude, frequency = 0.0, 0.0, 1.0, 1.0
-    for _ in range(model.octaves):
+    for _ in range(_OCTAVES):
         total += amplitude * gradient_noise(permutation, y * frequency, x * frequency)
         norm += amplitude
         amplitude *= persistence
-        frequency *= model.lacunarity
+        frequency *= 2.0
     return total / norm
 
 
-def add_perlin_noise(key: jax.Array, image: jax.Array, model: PerlinModel) -> jax.Array:
-    """Adds noise to some of a scan's slices, each with a noise of its own.
-
-    Args:
-      key: PRNG key.
-      image: (B, D, H, W, 1).
-      model: the noise's statistics.
-
-    Returns:
-      As image; not clipped, as published.
-    """
+def add_perlin_noise(key: jax.Array, image: jax.Array) -> jax.Array:
+    """The image (B, D, H, W, 1) with noise added to some of each scan's slices, each slice with a
+    noise of its own; not clipped, as published."""
     batch, depth, height, width, _ = image.shape
-    count = max(1, round(model.slice_share * depth))
+    count = max(1, round(_SLICE_SHARE * depth))
 
     def corrupt(scan_key: jax.Array, scan: jax.Array) -> jax.Array:
         place_key, noise_key = jax.random.split(scan_key)
         places = jax.random.permutation(place_key, depth)[:count]
-        noise = jax.vmap(lambda k: _draw_slice(k, height, width, model))(
-            jax.random.split(noise_key, count)
-        )
-        return scan.at[places].add(model.weight * noise[..., None])
+        draw = jax.vmap(lambda k: _draw_slice(k, height, width))
+        return scan.at[places].add(draw(jax.random.split(noise_key, count))[..., None])
 
     return jax.vmap(corrupt)(jax.random.split(key, batch), image)

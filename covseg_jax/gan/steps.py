@@ -9,40 +9,97 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from flax import struct
 
 from covseg_jax.data.augment import add_dependent_density
 from covseg_jax.data.feeds import COVID, COVID_LUNGS, IMAGE, LUNGS
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
-from covseg_jax.models.gan3d import Generator
+from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.training import losses
-from covseg_jax.training.finite import skip_non_finite
-from covseg_jax.training.optim import update_ema
-from covseg_jax.training.sharding import place_state
-from covseg_jax.training.state import GANState
+from covseg_jax.training.optim import minimise, update_ema
+from covseg_jax.training.parts import Parts
+from covseg_jax.training.step import compile_step
+
+
+@struct.dataclass
+class GANState:
+    """State of the GAN's training. `ema` averages the generator's parameters."""
+
+    step: jax.Array
+    generator: Any
+    discriminator: Any
+    discriminator_stats: Any
+    generator_opt: Any
+    discriminator_opt: Any
+    ema: Any
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GANParts(Parts):
+    """What a config's `gan` group describes.
+
+    Attributes:
+      optimizers: one for each network, under the network's name in the state.
+      volume_size: (D, H, W) of the training crops.
+    """
+
+    generator: Generator
+    discriminator: PatchDiscriminator | Discriminator
+    optimizers: dict[str, optax.GradientTransformation]
+    opacities: OpacityModel
+    volume_size: tuple[int, int, int]
+
+    def init_state(self) -> GANState:
+        g_key, d_key, steps_key = jax.random.split(stream_key(self.seed, 'gan'), 3)
+        volume = jnp.zeros((1, *self.volume_size, 1))
+        noise = jnp.zeros(self.generator.noise_shape(volume.shape))
+        params = self.generator.init(g_key, volume, noise)['params']
+        stats = dict(self.discriminator.init(d_key, volume))
+        d_params = stats.pop('params')
+        return GANState(
+            step=jnp.zeros((), jnp.int32),
+            generator=params,
+            discriminator=d_params,
+            discriminator_stats=stats,
+            generator_opt=self.optimizers['generator'].init(params),
+            discriminator_opt=self.optimizers['discriminator'].init(d_params),
+            ema=params,
+            key=jax.random.key_data(steps_key),
+        )
+
+    def update(
+        self, state: GANState, network: str, loss: Callable, *arguments: Any
+    ) -> tuple[GANState, Any, jax.Array]:
+        """One update of the 'generator' or the 'discriminator' against loss(params, *arguments) ->
+        (value, more): the state, what the loss gave, and the gradient's norm."""
+        found, params, opt, norm = minimise(
+            loss,
+            self.optimizers[network],
+            getattr(state, network),
+            getattr(state, f'{network}_opt'),
+            *arguments,
+        )
+        return state.replace(**{network: params, f'{network}_opt': opt}), found, norm
 
 
 @dataclasses.dataclass(frozen=True)
 class GANLosses:
-    """Weights of the default recipe's losses.
+    """Weights of the default recipe's losses, and what two of them need.
 
     Attributes:
-      reconstruction: opacities taken out of healthy lungs, against the untouched scan
-        (`relative_error`).
+      reconstruction: of `relative_error`: opacities are taken out of healthy lungs again.
       adversarial: G(COVID scan) should look healthy to the discriminator.
       identity: aerated voxels of a COVID scan should stay as they are; squared change in units of
         the network's scaled input.
-      error_floor: of `relative_error`, a squared image value.
-      aerated_below: image value under which a voxel counts as aerated (0.16 is −776 HU in the
-        default window).
     """
 
     reconstruction: float
     adversarial: float
     identity: float
-    aerated_below: float
-    error_floor: float
+    aerated_below: float  # image value of aerated voxels: 0.16 is −776 HU in the default window
+    error_floor: float  # of `relative_error`, a squared image value
 
 
 def draw_noise(generator: Generator, key: jax.Array, volume: jax.Array) -> jax.Array:
@@ -65,9 +122,14 @@ def separate_rows(both: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean where mask is 1; 0 where it is so nowhere."""
-    return (values * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+def masked_mean(
+    values: jax.Array, mask: jax.Array, axes: tuple[int, ...] | None = None
+) -> jax.Array:
+    """Mean where mask is 1, of all or over some axes; 0 where it is so nowhere."""
+    return (values * mask).sum(axes) / jnp.maximum(mask.sum(axes), 1.0)
+
+
+_OF_A_SCAN = (1, 2, 3, 4)  # all axes but the first
 
 
 def relative_error(
@@ -79,44 +141,9 @@ def relative_error(
     counts as much as a dense one, whose plain squared error is tens of times larger; the floor,
     a squared image value, keeps clean and nearly clean samples in.
     """
-    axes = (1, 2, 3, 4)
-    inside = jnp.maximum(lungs.sum(axes), 1.0)
-    error = (jnp.square(restored - healthy) * lungs).sum(axes) / inside
-    added = (jnp.square(corrupted - healthy) * lungs).sum(axes) / inside
+    error = masked_mean(jnp.square(restored - healthy), lungs, _OF_A_SCAN)
+    added = masked_mean(jnp.square(corrupted - healthy), lungs, _OF_A_SCAN)
     return (error / (added + floor)).mean()
-
-
-def init_gan(
-    generator: Generator,
-    discriminator: nn.Module,
-    generator_optimizer: optax.GradientTransformation,
-    discriminator_optimizer: optax.GradientTransformation,
-    *,
-    seed: int,
-    volume_size: tuple[int, int, int],
-    mesh: Mesh,
-) -> tuple[Callable[[], GANState], GANState]:
-    """How to make a fresh state, and its shapes and shardings. `volume_size` is (D, H, W)."""
-
-    def init() -> GANState:
-        g_key, d_key, steps_key = jax.random.split(stream_key(seed, 'gan'), 3)
-        volume = jnp.zeros((1, *volume_size, 1))
-        noise = jnp.zeros(generator.noise_shape(volume.shape))
-        params = generator.init(g_key, volume, noise)['params']
-        d_variables = dict(discriminator.init(d_key, volume))
-        d_params = d_variables.pop('params')
-        return GANState(
-            step=jnp.zeros((), jnp.int32),
-            generator=params,
-            discriminator=d_params,
-            discriminator_stats=d_variables,
-            generator_opt=generator_optimizer.init(params),
-            discriminator_opt=discriminator_optimizer.init(d_params),
-            ema=params,
-            key=jax.random.key_data(steps_key),
-        )
-
-    return place_state(init, mesh)
 
 
 def _lung_patches(lungs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -129,15 +156,9 @@ def _scaled(image: jax.Array, lungs: jax.Array, generator: Generator) -> jax.Arr
     return (image - generator.input_shift) * generator.input_scale * lungs
 
 
-def _make_generator_loss(
-    generator: Generator,
-    discriminator: nn.Module,
-    opacities: OpacityModel,
-    weights: GANLosses,
-    *,
-    adversarial: bool,
-) -> Callable:
+def _make_generator_loss(parts: GANParts, weights: GANLosses, *, adversarial: bool) -> Callable:
     """(params, state, batch, key) -> total, (each loss, the healthy version of COVID or None)."""
+    generator, opacities = parts.generator, parts.opacities
 
     def generator_loss(params: Any, state: GANState, batch: dict, key: jax.Array):
         vary_key, opacity_key, noise_key = jax.random.split(key, 3)
@@ -152,9 +173,9 @@ def _make_generator_loss(
         error = relative_error(restored, healthy, corrupted, lungs, weights.error_floor)
         values = {'reconstruction': error}
         if not adversarial:
-            return weights.reconstruction * values['reconstruction'], (values, None)
+            return weights.reconstruction * error, (values, None)
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
-        logits = discriminator.apply(
+        logits = parts.discriminator.apply(
             {'params': state.discriminator, **state.discriminator_stats},
             _scaled(fake, covid_lungs, generator),
         )
@@ -169,41 +190,27 @@ def _make_generator_loss(
     return generator_loss
 
 
-def _make_discriminator_loss(generator: Generator, discriminator: nn.Module) -> Callable:
+def _make_discriminator_loss(parts: GANParts) -> Callable:
     """(params, stats, batch, fake) -> loss, (share of scans judged rightly, the new stats)."""
 
     def discriminator_loss(params: Any, stats: Any, batch: dict, fake: jax.Array):
-        real = _scaled(batch[IMAGE], batch[LUNGS], generator)
-        fake = _scaled(fake, batch[COVID_LUNGS], generator)
-        logits, updated = discriminator.apply(
+        real = _scaled(batch[IMAGE], batch[LUNGS], parts.generator)
+        fake = _scaled(fake, batch[COVID_LUNGS], parts.generator)
+        logits, updated = parts.discriminator.apply(
             {'params': params, **stats}, join_rows(real, fake), train=True, mutable=list(stats)
         )
         patches = _lung_patches(join_rows(batch[LUNGS], batch[COVID_LUNGS]), logits.shape)
         (on_real, on_fake), (of_real, of_fake) = separate_rows(logits), separate_rows(patches)
         loss = losses.lsgan_discriminator_loss(on_real, on_fake, weights=(of_real, of_fake))
-
-        def verdict(values: jax.Array, inside: jax.Array) -> jax.Array:  # of each whole scan
-            axes = (1, 2, 3, 4)
-            return (values * inside).sum(axes) / jnp.maximum(inside.sum(axes), 1.0)
-
-        rightly_real = (verdict(on_real, of_real) > 0.5).mean()
-        rightly_fake = (verdict(on_fake, of_fake) <= 0.5).mean()
+        rightly_real = (masked_mean(on_real, of_real, _OF_A_SCAN) > 0.5).mean()
+        rightly_fake = (masked_mean(on_fake, of_fake, _OF_A_SCAN) <= 0.5).mean()
         return loss, ((rightly_real + rightly_fake) / 2, updated)
 
     return discriminator_loss
 
 
 def make_gan_step(
-    generator: Generator,
-    discriminator: nn.Module,
-    generator_optimizer: optax.GradientTransformation,
-    discriminator_optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
-    opacities: OpacityModel,
-    weights: GANLosses,
-    *,
-    adversarial: bool,
-    ema_decay: float,
+    parts: GANParts, weights: GANLosses, *, adversarial: bool, ema_decay: float
 ) -> Callable[[GANState, dict], tuple[GANState, dict]]:
     """A jitted (state, batch) -> (state, metrics) of the default recipe; the state is donated.
 
@@ -211,52 +218,33 @@ def make_gan_step(
     `adversarial` False only the reconstruction is learned, at about a third of the cost.
     'discriminator/accuracy' is of whole scans.
     """
-    generator_loss = _make_generator_loss(
-        generator, discriminator, opacities, weights, adversarial=adversarial
-    )
-    discriminator_loss = _make_discriminator_loss(generator, discriminator)
+    generator_loss = _make_generator_loss(parts, weights, adversarial=adversarial)
+    discriminator_loss = _make_discriminator_loss(parts)
 
-    def update_discriminator(state: GANState, batch: dict, fake: jax.Array):
-        (loss, (accuracy, stats)), gradients = jax.value_and_grad(discriminator_loss, has_aux=True)(
-            state.discriminator, state.discriminator_stats, batch, jax.lax.stop_gradient(fake)
+    def step(old: GANState, batch: dict, key: jax.Array) -> tuple[GANState, dict]:
+        state, (total, (values, fake)), norm = parts.update(
+            old, 'generator', generator_loss, old, batch, key
         )
-        updates, opt = discriminator_optimizer.update(gradients, state.discriminator_opt)
-        state = state.replace(
-            discriminator=optax.apply_updates(state.discriminator, updates),
-            discriminator_stats=stats,
-            discriminator_opt=opt,
-        )
-        return state, {
-            'loss/discriminator': (loss, 1.0),
-            'discriminator/accuracy': (accuracy, 1.0),
-            'discriminator/gradient_norm': (optax.global_norm(gradients), 1.0),
-        }
-
-    def step(state: GANState, batch: dict) -> tuple[GANState, dict]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        (total, (values, fake)), gradients = jax.value_and_grad(generator_loss, has_aux=True)(
-            state.generator, state, batch, key
-        )
-        updates, generator_opt = generator_optimizer.update(gradients, state.generator_opt)
-        params = optax.apply_updates(state.generator, updates)
-        metrics = {f'loss/{name}': (value, 1.0) for name, value in values.items()}
-        metrics |= {
-            'loss/total': (total, 1.0),
-            'optimizer/gradient_norm': (optax.global_norm(gradients), 1.0),
-            'optimizer/learning_rate': (learning_rate(state.step), 1.0),
+        values = {f'loss/{name}': value for name, value in values.items()} | {
+            'loss/total': total,
+            'optimizer/gradient_norm': norm,
+            'optimizer/learning_rate': parts.learning_rate(state.step),
         }
         if adversarial:
-            state, judged = update_discriminator(state, batch, fake)
-            metrics |= judged
-        state = state.replace(
-            step=state.step + 1,
-            generator=params,
-            generator_opt=generator_opt,
-            ema=update_ema(state.ema, params, state.step, ema_decay),
-        )
-        return state, metrics
+            fake = jax.lax.stop_gradient(fake)
+            state, (loss, (accuracy, stats)), norm = parts.update(
+                state, 'discriminator', discriminator_loss, state.discriminator_stats, batch, fake
+            )
+            state = state.replace(discriminator_stats=stats)
+            values |= {
+                'loss/discriminator': loss,
+                'discriminator/accuracy': accuracy,
+                'discriminator/gradient_norm': norm,
+            }
+        ema = update_ema(state.ema, state.generator, state.step, ema_decay)
+        return state.replace(ema=ema), values
 
-    return jax.jit(skip_non_finite(step), donate_argnums=0)
+    return compile_step(step)
 
 
 def make_heal(generator: Generator) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:

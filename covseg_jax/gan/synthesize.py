@@ -56,11 +56,9 @@ class PseudoMaskSettings:
             )
 
     def masks(self) -> MaskSettings:
-        """How a pseudo-mask is cut."""
+        """How a pseudo-mask is cut: `soft_mask` puts the threshold at 0.5."""
         return MaskSettings(
-            0.5,  # where `soft_mask` puts the threshold
-            min_component_ml=self.min_component_ml,
-            share_of_max=self.share_of_max,
+            0.5, min_component_ml=self.min_component_ml, share_of_max=self.share_of_max
         )
 
 
@@ -108,13 +106,16 @@ def soft_mask(
     return np.where(soft >= 0.5, soft, np.minimum(soft, 0.4995)).astype(np.float16)
 
 
+NewFile = Callable[[pathlib.Path], AbstractContextManager[pathlib.Path]]
+
+
 def synthesize(
     heal: Callable[[np.ndarray, str], np.ndarray],
     calibration: Sequence[Case],
     covid: Sequence[Case],
     folder: pathlib.Path,
     settings: PseudoMaskSettings,
-    new_file: Callable[[pathlib.Path], AbstractContextManager[pathlib.Path]] = atomic.new_file,
+    new_file: NewFile = atomic.new_file,
 ) -> dict:
     """Writes a pseudo-mask for each COVID case, and summary.json last.
 
@@ -123,7 +124,6 @@ def synthesize(
       calibration: held-out healthy cases.
       covid: the cases to mark.
       folder: gets `<study_id>.npy`, float16 (D, H, W) in [0, 1], or a signed difference as it is.
-      settings: how.
       new_file: how a file is made; `written.new_file` in a folder that a person named.
 
     Returns:
@@ -135,51 +135,32 @@ def synthesize(
     """
     if not calibration:
         raise InputError('no healthy scan is held out; raise data.calibration_fraction')
-    cuts = settings.masks()
-
-    def score(case: Case) -> tuple[np.ndarray, np.ndarray]:
-        image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
-        healthy = heal(image, case.study_id)
-        spacing_mm = case.geometry.model_spacing_mm
-        return score_difference(image, healthy, lungs, spacing_mm, settings), lungs
-
-    healthy_scores = {
-        case.study_id: score(case) for case in tqdm(calibration, desc='calibrate', disable=None)
-    }
-    threshold = None if settings.share_of_max else _find_threshold(healthy_scores, settings)
-
-    def mark(case_score: np.ndarray, lungs: np.ndarray, voxel_ml: float):
-        """The pseudo-mask, and how many voxels of the lungs it marks."""
-        if threshold is None:
-            mask = case_score.astype(np.float16)
-        else:
-            mask = soft_mask(case_score, threshold, voxel_ml, settings)
-        marked = mask_on_model_grid(mask.astype(np.float32), voxel_ml, cuts)
-        return mask, int((marked & (lungs > 0)).sum())
-
-    false_positive_ml = []
-    for case in calibration:
+    scores = [
+        _score_case(case, heal, settings)
+        for case in tqdm(calibration, desc='calibrate', disable=None)
+    ]
+    threshold = None if settings.share_of_max else _find_threshold(scores, settings)
+    false_positive_ml = {}
+    for case, (score, lungs) in zip(calibration, scores, strict=True):
         voxel_ml = case.geometry.voxel_ml
-        _, marked = mark(*healthy_scores[case.study_id], voxel_ml)
-        false_positive_ml.append(float(marked * voxel_ml))
+        _, marked = _mark(score, lungs, threshold, voxel_ml, settings)
+        false_positive_ml[case.study_id] = float(marked * voxel_ml)
     infection = []
     for case in tqdm(hosts.share(covid), desc='synthesize', unit='study', disable=None):
-        case_score, lungs = score(case)
-        mask, marked = mark(case_score, lungs, case.geometry.voxel_ml)
+        score, lungs = _score_case(case, heal, settings)
+        mask, marked = _mark(score, lungs, threshold, case.geometry.voxel_ml, settings)
         with new_file(folder / f'{case.study_id}.npy') as temporary:
             np.save(temporary, mask)
         infection.append(float(100 * marked / max((lungs > 0).sum(), 1)))
-    infection = hosts.gather(infection, len(covid))
+    studies = [case.study_id for case in covid]
     summary = {
         'threshold': threshold,
         'percentile': settings.percentile,
         'healthy_false_positive_ml': {
-            'mean': float(np.mean(false_positive_ml)),
-            'studies': dict(zip(healthy_scores, false_positive_ml, strict=True)),
+            'mean': float(np.mean(list(false_positive_ml.values()))),
+            'studies': false_positive_ml,
         },
-        'infection_percent': {
-            case.study_id: percent for case, percent in zip(covid, infection, strict=True)
-        },
+        'infection_percent': dict(zip(studies, hosts.gather(infection, len(covid)), strict=True)),
     }
     if threshold is None:
         summary['share_of_max'] = settings.share_of_max
@@ -189,11 +170,37 @@ def synthesize(
     return summary
 
 
+def _score_case(
+    case: Case, heal: Callable[[np.ndarray, str], np.ndarray], settings: PseudoMaskSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """(D, H, W) each: the case's score, and its lungs."""
+    image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
+    healthy = heal(image, case.study_id)
+    spacing_mm = case.geometry.model_spacing_mm
+    return score_difference(image, healthy, lungs, spacing_mm, settings), lungs
+
+
+def _mark(
+    score: np.ndarray,
+    lungs: np.ndarray,
+    threshold: float | None,
+    voxel_ml: float,
+    settings: PseudoMaskSettings,
+) -> tuple[np.ndarray, int]:
+    """The pseudo-mask of a score, and how many voxels of the lungs it marks."""
+    if threshold is None:
+        mask = score.astype(np.float16)
+    else:
+        mask = soft_mask(score, threshold, voxel_ml, settings)
+    marked = mask_on_model_grid(mask.astype(np.float32), voxel_ml, settings.masks())
+    return mask, int((marked & (lungs > 0)).sum())
+
+
 def _find_threshold(
-    healthy_scores: dict[str, tuple[np.ndarray, np.ndarray]], settings: PseudoMaskSettings
+    scores: Sequence[tuple[np.ndarray, np.ndarray]], settings: PseudoMaskSettings
 ) -> float:
     """The percentile of the score in healthy lungs."""
-    in_lungs = np.concatenate([s[lungs > 0] for s, lungs in healthy_scores.values()])
+    in_lungs = np.concatenate([score[lungs > 0] for score, lungs in scores])
     threshold = float(np.percentile(in_lungs, settings.percentile))
     if threshold <= 0:
         raise InputError(

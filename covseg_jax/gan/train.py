@@ -1,6 +1,5 @@
 """The GAN's run: taken from the config, fed, trained, and given back as a function."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -12,38 +11,29 @@ import numpy as np
 
 from covseg_jax import hosts
 from covseg_jax.data import feeds
-from covseg_jax.data.opacities import OpacityModel, opacity_model
+from covseg_jax.data.opacities import opacity_model
 from covseg_jax.data.streams import stream_key, stream_seed
 from covseg_jax.errors import InputError
-from covseg_jax.gan.perlin import PerlinModel
 from covseg_jax.gan.published_step import make_published_step
-from covseg_jax.gan.steps import GANLosses, init_gan, make_gan_evaluation, make_gan_step, make_heal
+from covseg_jax.gan.steps import (
+    GANLosses,
+    GANParts,
+    GANState,
+    make_gan_evaluation,
+    make_gan_step,
+    make_heal,
+)
 from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.prepare.cases import Splits
-from covseg_jax.training import loop, optim, sharding
+from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.logging import image_strip
-from covseg_jax.training.state import GANState
-
-
-@dataclasses.dataclass(frozen=True)
-class GANParts:
-    """What a config's `gan` group describes."""
-
-    generator: Generator
-    discriminator: PatchDiscriminator | Discriminator
-    optimizers: tuple[Any, Any]  # of the generator and of the discriminator
-    learning_rate: Callable[[jax.Array], jax.Array]
-    opacities: OpacityModel
-    make_state: Callable[[], GANState]
-    abstract_state: GANState
-    mesh: jax.sharding.Mesh
+from covseg_jax.training.optim import make_adam
+from covseg_jax.training.parts import make_learning_rate
 
 
 def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> GANParts:
-    """Networks, optimizers and the shape of the state; nothing is computed yet.
-
-    `mesh` is where they live: by default all devices.
+    """Networks and optimizers, on all devices or the given mesh; nothing is computed yet.
 
     Raises:
       InputError: gan.recipe or gan.schedule is not one that exists.
@@ -57,48 +47,32 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
     published = gan.recipe == 'published'
     dtype = jnp.dtype(gan.compute_dtype)
     of = gan.generator
-    generator = Generator(
-        **of,
-        # The bottleneck's three branches together are as wide as what they are added to.
-        branch_filters=(of.patch**2 + sum(of.filters) + of.bottleneck_filters) // 3,
-        dtype=dtype,
-    )
-    make_discriminator = Discriminator if published else PatchDiscriminator
-    discriminator = make_discriminator(**gan.discriminator, dtype=dtype)
-    try:
-        learning_rate = optim.learning_rate_schedule(
-            peak=gan.learning_rate,
-            schedule=gan.schedule,
-            warmup_steps=gan.warmup_steps,
-            num_steps=gan.num_steps,
-        )
-    except ValueError as error:
-        raise InputError(f'gan.schedule: {error}') from error
+    learning_rate = make_learning_rate('gan', gan, [gan.num_steps])
     epsilon = 1e-7 if published else 1e-8  # Keras's, which the published code leaves as it is
-    optimizers = (
-        optim.make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
-        # A short memory of gradients: the generator that D judges keeps moving.
-        optim.make_adam(
-            gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
-        ),
-    )
-    mesh = mesh or sharding.make_mesh()
-    _, height, width = config.prepare.grid
-    make_state, abstract_state = init_gan(
-        generator,
-        discriminator,
-        *optimizers,
-        seed=config.seed,
-        volume_size=(gan.depth, height, width),
-        mesh=mesh,
-    )
     return GANParts(
-        generator, discriminator, optimizers, learning_rate, opacity_model(config), make_state,
-        abstract_state, mesh,
-    )  # fmt: skip
+        config.seed,
+        mesh or sharding.make_mesh(),
+        learning_rate,
+        Generator(
+            **of,
+            # The bottleneck's three branches together are as wide as what they are added to.
+            branch_filters=(of.patch**2 + sum(of.filters) + of.bottleneck_filters) // 3,
+            dtype=dtype,
+        ),
+        (Discriminator if published else PatchDiscriminator)(**gan.discriminator, dtype=dtype),
+        {
+            'generator': make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
+            # A short memory of gradients: the generator that D judges keeps moving.
+            'discriminator': make_adam(
+                gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
+            ),
+        },
+        opacity_model(config),
+        (gan.depth, *config.prepare.grid[1:]),
+    )
 
 
-def batch_shapes(
+def gan_batch_shapes(
     config: ml_collections.ConfigDict, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a training batch."""
@@ -108,33 +82,28 @@ def batch_shapes(
     return dict.fromkeys(names, volume)
 
 
-def choose_step(config: ml_collections.ConfigDict, parts: GANParts):
+def check_gan_batch(
+    config: ml_collections.ConfigDict, batch_size: int, mesh: jax.sharding.Mesh
+) -> None:
+    """Raises an InputError where a batch cannot be split over devices."""
+    sharding.check_batch_size(batch_size, mesh, 'gan.batch_size')
+
+
+def choose_gan_step(
+    config: ml_collections.ConfigDict, parts: GANParts
+) -> Callable[[int], Callable]:
     """Step number -> compiled step of the config's recipe."""
     gan = config.gan
     if gan.recipe == 'published':
-        step = make_published_step(
-            parts.generator,
-            parts.discriminator,
-            *parts.optimizers,
-            parts.learning_rate,
-            PerlinModel(),
-        )
+        step = make_published_step(parts)
         return lambda number: step
     weights = GANLosses(**gan.losses)
-    steps = {
-        adversarial: make_gan_step(
-            parts.generator,
-            parts.discriminator,
-            *parts.optimizers,
-            parts.learning_rate,
-            parts.opacities,
-            weights,
-            adversarial=adversarial,
-            ema_decay=gan.ema_decay,
-        )
-        for adversarial in (False, True)
-    }
-    return lambda number: steps[gan.adversarial_every > 0 and number % gan.adversarial_every == 0]
+    with_d, without_d = (
+        make_gan_step(parts, weights, adversarial=adversarial, ema_decay=gan.ema_decay)
+        for adversarial in (True, False)
+    )
+    every = gan.adversarial_every
+    return lambda number: with_d if every > 0 and number % every == 0 else without_d
 
 
 def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib.Path) -> None:
@@ -146,37 +115,28 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
     """
     gan = config.gan
     parts = build_gan(config)
-    sharding.check_batch_size(gan.batch_size, parts.mesh, 'gan.batch_size')
-    feed = feeds.paired_volume_feed(
-        splits.healthy_train,
-        splits.train,
-        batch_size=gan.batch_size,
-        depth=gan.depth,
-        seed=stream_seed(config.seed, 'gan'),
-        host=hosts.index(),
-        num_hosts=hosts.count(),
-    )
+    check_gan_batch(config, gan.batch_size, parts.mesh)
     loop.run(
         name='gan',
         folder=folder,
         state=parts.make_state(),
         abstract_state=parts.abstract_state,
-        feed=feed,
-        step_at=choose_step(config, parts),
-        shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
-        evaluate=_make_evaluation(parts, splits, config.seed),
-        schedule=loop.Schedule(
-            gan.num_steps,
-            gan.log_every,
-            gan.evaluate_every,
-            gan.save_every,
-            tuple(gan.profile_steps),
-            gan.max_skipped_steps,
+        feed=feeds.paired_volume_feed(
+            splits.healthy_train,
+            splits.train,
+            batch_size=gan.batch_size,
+            depth=gan.depth,
+            seed=stream_seed(config.seed, 'gan'),
+            host=hosts.index(),
+            num_hosts=hosts.count(),
         ),
+        step_at=choose_gan_step(config, parts),
+        evaluate=_make_evaluation(parts, splits),
+        schedule=loop.Schedule.of(gan),
     )
 
 
-def _make_evaluation(parts: GANParts, splits: Splits, seed: int):
+def _make_evaluation(parts: GANParts, splits: Splits) -> loop.Evaluate:
     """Evaluation on held-out healthy scans with fixed synthetic opacities, and pictures."""
     evaluate_step = make_gan_evaluation(parts.generator, parts.opacities)
     heal = make_heal(parts.generator)
@@ -187,17 +147,16 @@ def _make_evaluation(parts: GANParts, splits: Splits, seed: int):
         collected = []
         for number, case in enumerate(healthy.cases):
             batch = {k: np.asarray(v)[None] for k, v in healthy[number].items()}
-            key = stream_key(seed, 'validation', case.study_id)
+            key = stream_key(parts.seed, 'validation', case.study_id)
             metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
             collected.append(metrics)
-        values = loop.mean_metrics(collected)
         scan = covid[0][feeds.IMAGE][None]
-        healed = np.asarray(heal(state.ema, scan, stream_key(seed, 'picture')))
+        healed = np.asarray(heal(state.ema, scan, stream_key(parts.seed, 'picture')))
         pictures = {
-            'pictures/synthetic_corrupted_restored_difference': _strip(corrupted, restored),
-            'pictures/covid_scan_healthy_difference': _strip(scan, healed),
+            'synthetic_corrupted_restored_difference': _strip(corrupted, restored),
+            'covid_scan_healthy_difference': _strip(scan, healed),
         }
-        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+        return state, loop.mean_metrics(collected), pictures
 
     return evaluate
 

@@ -29,10 +29,8 @@ def platform() -> str:
 def tracing_for(name: str) -> Iterator[None]:
     """What is traced in here, such as an export, gets the forms of another platform.
 
-    A function that was traced before keeps its forms: jit a new one.
-
-    Args:
-      name: 'cpu', 'tpu' or 'cuda'.
+    A function that was traced before keeps its forms: jit a new one. `name` is 'cpu', 'tpu' or
+    'cuda'.
     """
     token = _platform.set(name)
     try:
@@ -47,13 +45,8 @@ def tracing_for(name: str) -> Iterator[None]:
 def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     """2D convolution padded by (k − 1) / 2 on every side, as PyTorch's padding=k//2.
 
-    Args:
-      x: (B, H, W, C).
-      kernel: (k, k, C, n), k odd.
-      stride: step in H and W; they must be multiples of it.
-
-    Returns:
-      (B, H / stride, W / stride, n).
+    x (B, H, W, C) and kernel (k, k, C, n), k odd → (B, H / stride, W / stride, n); H and W must be
+    multiples of the stride.
     """
     size = kernel.shape[0]
     pad = (size // 2, size // 2)
@@ -106,14 +99,8 @@ def conv3d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: str = '
     its inputs where C < n or with a stride, else into its outputs, which are then shifted in depth
     and added. With the setting of `cpu.tune_process` their gradients are as quick.
 
-    Args:
-      x: (B, D, H, W, C).
-      kernel: (k, k, k, C, n).
-      stride: step in D, H and W.
-      padding: 'SAME' or 'VALID', as XLA and Keras mean them.
-
-    Returns:
-      (B, d, h, w, n): D, H, W divided by the stride ('SAME', rounded up) or k − 1 less ('VALID').
+    x (B, D, H, W, C) and kernel (k, k, k, C, n) → (B, d, h, w, n): D, H, W divided by the stride
+    (padding 'SAME', rounded up) or k − 1 less ('VALID'), as XLA and Keras mean them.
     """
     size = kernel.shape[0]
     pads = tuple(lax.padtype_to_pads(x.shape[1:4], (size,) * 3, (stride,) * 3, padding))
@@ -179,8 +166,7 @@ def _conv3d_taps_out(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     for tap in range(size):
         # output slice d takes tap t of input slice d + t − before; missing slices add nothing
         part = y[..., tap * features : (tap + 1) * features]
-        edges = (before - tap, out_depth - depth - before + tap, 0)
-        none = (0, 0, 0)
+        edges, none = (before - tap, out_depth - depth - before + tap, 0), (0, 0, 0)
         part = lax.pad(part, jnp.zeros((), y.dtype), (none, edges, none, none, none))
         total = part if total is None else total + part
     return total
@@ -200,12 +186,7 @@ def _conv3d_thin(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
 def conv_transpose(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transposed 3D convolution of stride 2: output voxel 2i + a is input voxel i times kernel[a].
 
-    Args:
-      x: (B, D, H, W, C).
-      kernel: (2, 2, 2, C, n).
-
-    Returns:
-      (B, 2D, 2H, 2W, n).
+    x (B, D, H, W, C) and kernel (2, 2, 2, C, n) → (B, 2D, 2H, 2W, n).
     """
     batch, depth, height, width, channels = x.shape
     # the two taps in W as channels of one product: their order is already the output's

@@ -63,11 +63,8 @@ class Generator(nn.Module):
     dtype: Any = jnp.float32
 
     def noise_shape(self, volume_shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape (B, D/s, H/ps, W/ps, noise_channels) of the noise, s = 2 ** number of levels and p
-        the patch.
-
-        Args:
-          volume_shape: (B, D, H, W, 1).
+        """Shape (B, D/s, H/ps, W/ps, noise_channels) of the noise for volumes (B, D, H, W, 1), s =
+        2 ** number of levels and p the patch.
 
         Raises:
           ValueError: D, H or W is no multiple of s.
@@ -81,14 +78,8 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, volume: jax.Array, noise: jax.Array) -> jax.Array:
-        """Healthy-looking version of each volume.
-
-        Args:
-          volume: (B, D, H, W, 1) in [0, 1].
-          noise: `noise_shape` of it; published U(−0.5, 0.5).
-
-        Returns:
-          (B, D, H, W, 1) float32, in the volume's units.
+        """(B, D, H, W, 1) volumes in [0, 1], and noise of their `noise_shape` (published U(−0.5,
+        0.5)) → their healthy-looking versions, float32.
 
         Raises:
           ValueError: sizes that do not fit (see `noise_shape` and branch_filters), unknown head.
@@ -125,15 +116,14 @@ class Generator(nn.Module):
 
     def _head(self, x: jax.Array, volume: jax.Array) -> jax.Array:
         published = self.head == 'relu'
-        conv = Conv3D(
+        output = Conv3D(
             self.patch**2 * (2 if self.head == 'blend' else 1),
             1,
             dtype=self.dtype,
             # Anything but zero starts as harm that has to be unlearned first.
             kernel_init=keras_uniform if published else nn.initializers.zeros,
             name='head',
-        )
-        output = conv(x)
+        )(x)
         if isinstance(output, Blocks):
             output = merge_depth(output)
         output = _channels_to_patches(output, self.patch).astype(jnp.float32)
@@ -144,8 +134,7 @@ class Generator(nn.Module):
         return volume - nn.sigmoid(opacity - 2.0) * nn.relu(volume - lung)
 
     def _conv(self, x: jax.Array, features: int, name: str, kernel_size: int = 3) -> jax.Array:
-        conv = Conv3D(features, kernel_size, dtype=self.dtype, name=name)
-        x = conv(x)
+        x = Conv3D(features, kernel_size, dtype=self.dtype, name=name)(x)
         if self.use_norm:
             x = GroupNorm(self.dtype, name=f'{name}_norm')(x)
         return jax.tree.map(partial(nn.leaky_relu, negative_slope=self.negative_slope), x)
@@ -179,39 +168,23 @@ class Discriminator(nn.Module):
 
     Three valid 3×3×3 convolutions, each with ReLU and max-pooling, global average, dense layers
     with dropout between them. Dropout draws from the 'dropout' key.
-
-    Fields: filters of the convolutions, units of the hidden dense layers, dropout_rate, dtype of
-    the arithmetic.
     """
 
-    filters: Sequence[int] = (32, 64, 128)
-    units: Sequence[int] = (32, 16, 8)
+    filters: Sequence[int] = (32, 64, 128)  # of the convolutions
+    units: Sequence[int] = (32, 16, 8)  # of the hidden dense layers
     dropout_rate: float = 0.5
-    dtype: Any = jnp.float32
+    dtype: Any = jnp.float32  # of the arithmetic
 
     @nn.compact
     def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
-        """Probabilities of "generated" and "real healthy".
-
-        Args:
-          volume: (B, D, H, W, 1) in [0, 1], each of D, H, W at least 22 with three filters.
-          train: with dropout.
-
-        Returns:
-          (B, 2) float32 softmax; entry 1 is "real healthy".
-        """
+        """(B, D, H, W, 1) in [0, 1], each of D, H, W at least 22 with three filters → (B, 2)
+        float32 probabilities of "generated" and "real healthy". `train`: with dropout."""
         x, depth = volume.astype(self.dtype), volume.shape[1]
         slices = 2 ** len(self.filters)
         if platform() == 'tpu' and depth % slices == 0:
             x = split_depth(x, depth // slices)
         for index, features in enumerate(self.filters, 1):
-            conv = Conv3D(
-                features,
-                3,
-                padding='VALID',
-                dtype=self.dtype,
-                name=f'conv_{index}',
-            )
+            conv = Conv3D(features, 3, padding='VALID', dtype=self.dtype, name=f'conv_{index}')
             x = max_pool(jax.tree.map(nn.relu, conv(x)))
             depth = (depth - 2) // 2
         if isinstance(x, Blocks):
@@ -232,39 +205,21 @@ class PatchDiscriminator(nn.Module):
     batch or apart. Patches as in Isola et al. (CVPR 2017), spectral normalisation as in Miyato et
     al. (ICLR 2018): the collection 'spectral' holds the power iterations' vectors and moves on with
     train=True where it is mutable.
-
-    Fields: filters, one stride of 2 for each; dtype of the arithmetic.
     """
 
-    filters: Sequence[int] = (16, 32, 64)
-    dtype: Any = jnp.float32
+    filters: Sequence[int] = (16, 32, 64)  # one stride of 2 for each
+    dtype: Any = jnp.float32  # of the arithmetic
 
     @nn.compact
     def __call__(self, volume: jax.Array, *, train: bool = False) -> jax.Array:
-        """Logits, high for "real healthy".
-
-        Args:
-          volume: (B, D, H, W, 1).
-          train: let the power iterations move on.
-
-        Returns:
-          (B, d, h, w, 1) float32, sizes divided by 2 ** len(filters), rounded up.
-        """
+        """(B, D, H, W, 1) → (B, d, h, w, 1) float32 logits, high for "real healthy"; sizes are
+        divided by 2 ** len(filters), rounded up. `train` lets the power iterations move on."""
         x = volume
         for index, features in enumerate(self.filters, 1):
-            conv = self._conv(features, 4, 2, f'conv_{index}')
-            x = nn.leaky_relu(conv(x, train=train), 0.2)
-        return self._conv(1, 3, 1, 'head')(x, train=train).astype(jnp.float32)
-
-    def _conv(self, features: int, kernel_size: int, stride: int, name: str) -> Conv3D:
-        return Conv3D(
-            features,
-            kernel_size,
-            stride,
-            use_spectral_norm=True,
-            dtype=self.dtype,
-            name=name,
-        )
+            options = {'use_spectral_norm': True, 'dtype': self.dtype, 'name': f'conv_{index}'}
+            x = nn.leaky_relu(Conv3D(features, 4, 2, **options)(x, train=train), 0.2)
+        head = Conv3D(1, 3, use_spectral_norm=True, dtype=self.dtype, name='head')
+        return head(x, train=train).astype(jnp.float32)
 
 
 def _dense(features: int, name: str) -> nn.Dense:

@@ -32,11 +32,6 @@ class Blocks:
     slices: int = struct.field(pytree_node=False)
 
     @property
-    def channels(self) -> int:
-        """C of all parts together."""
-        return sum(self.widths)
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """C of each part."""
         return tuple(part.shape[-1] // self.slices for part in self.parts)
@@ -99,12 +94,8 @@ def max_pool_blocks(x: Blocks) -> Blocks:
 
 @functools.cache
 def _reaches(size: int, slices: int, first: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Which slices of a block reach which outputs, and by which tap.
-
-    Args:
-      size: taps in depth.
-      slices: S.
-      first: output o takes tap t of slice o + first + t: −1 for 'SAME', 0 for 'VALID'.
+    """Which slices of a block of S reach which outputs, and by which of `size` taps in depth:
+    output o takes tap t of slice o + first + t.
 
     Returns:
       (size, S, outputs) of 0 and 1, and the outputs' slices, counted from the block's first; the
@@ -122,26 +113,18 @@ def _reaches(size: int, slices: int, first: int) -> tuple[np.ndarray, tuple[int,
 
 
 def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
-    """3D convolution of stride 1.
+    """3D convolution of stride 1, kernel (k, k, k, C, n), to Blocks of one part of n channels.
 
-    Args:
-      x: of C channels in all.
-      kernel: (k, k, k, C, n).
-      padding: 'SAME' or 'VALID', in H and W as usual. In depth the number of slices stays: with
-        'VALID' the last k − 1 outputs are no outputs, and those that they reach later are none.
-
-    Returns:
-      Blocks of one part of n channels.
+    The padding, 'SAME' or 'VALID', is as usual in H and W. In depth the number of slices stays:
+    with 'VALID' the last k − 1 outputs are no outputs, and those that they reach later are none.
     """
     size, features = kernel.shape[0], kernel.shape[-1]
     indicator, outputs = _reaches(size, x.slices, -(size // 2) if padding == 'SAME' else 0)
     indicator = jnp.asarray(indicator, kernel.dtype)
-    kernels = jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
+    shape = (size, size, -1, len(outputs) * features)
     enlarged = [
-        jnp.einsum('tyxcn,tio->yxicon', each, indicator).reshape(
-            size, size, -1, len(outputs) * features
-        )
-        for each in kernels
+        jnp.einsum('tyxcn,tio->yxicon', each, indicator).reshape(shape)
+        for each in _split_channels(kernel, x)
     ]
     pad = (size // 2, size // 2) if padding == 'SAME' else (0, 0)
     y = lax.conv_general_dilated(
@@ -151,11 +134,8 @@ def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
         (pad, pad),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-    own, *others = (
-        jnp.split(y, [(x.slices + j) * features for j in range(len(outputs) - x.slices)], axis=-1)
-        if len(outputs) > x.slices
-        else (y,)
-    )
+    ends = [number * features for number in range(x.slices, len(outputs))]
+    own, *others = jnp.split(y, ends, axis=-1) if ends else (y,)
     place = np.argsort(_order(x.slices))
     for other, o in zip(others, outputs[x.slices :], strict=True):
         at = int(place[o % x.slices])
@@ -163,6 +143,11 @@ def conv_blocks(x: Blocks, kernel: jax.Array, *, padding: str) -> Blocks:
         edges = (at * features, (x.slices - 1 - at) * features, 0)
         own = own + lax.pad(moved, jnp.zeros((), y.dtype), [(0, 0, 0)] * 3 + [edges])
     return Blocks((own,), x.num_blocks, x.slices)
+
+
+def _split_channels(kernel: jax.Array, x: Blocks) -> list[jax.Array]:
+    """The kernel (k, k, k, C, n) for each part of x."""
+    return jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
 
 
 def _move_blocks(x: jax.Array, num_blocks: int, by: int) -> jax.Array:
@@ -175,22 +160,14 @@ def _move_blocks(x: jax.Array, num_blocks: int, by: int) -> jax.Array:
 
 
 def conv_transpose_blocks(x: Blocks, kernel: jax.Array) -> Blocks:
-    """Transposed convolution of kernel 2 and stride 2: one product for each row and column of it.
-
-    Args:
-      x: of C channels.
-      kernel: (2, 2, 2, C, n).
-
-    Returns:
-      Blocks of 2 S slices, one part of n channels.
-    """
+    """Transposed convolution of stride 2, kernel (2, 2, 2, C, n), to Blocks of 2 S slices and one
+    part of n channels: one product for each row and column of the kernel."""
     features = kernel.shape[-1]
-    kernels = jnp.split(kernel, np.cumsum(x.widths)[:-1].tolist(), axis=3)
     each_slice = jnp.eye(x.slices, dtype=kernel.dtype)
     enlarged = [
         # output slices 2s, then output slices 2s + 1: the bit-reversed order again
         jnp.einsum('dyxcn,io->icyxdon', k, each_slice).reshape(-1, 4 * 2 * x.slices * features)
-        for k in kernels
+        for k in _split_channels(kernel, x)
     ]
     y = jnp.concatenate(x.parts, axis=-1) @ jnp.concatenate(enlarged)
     rows, height, width = y.shape[:3]

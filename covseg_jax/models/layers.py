@@ -70,12 +70,11 @@ class Dropout(nn.Module):
 class Conv2D(nn.Module):
     """2D convolution with parameters `kernel` (k, k, C, n) and `bias` (n,).
 
-    Fields: features n; kernel_size k, odd; stride; use_bias; dtype of the arithmetic;
-    kernel_init, bias_init. Padding is (k − 1) / 2 on every side.
+    Padding is (k − 1) / 2 on every side.
     """
 
-    features: int
-    kernel_size: int
+    features: int  # n
+    kernel_size: int  # k, odd
     stride: int = 1
     use_bias: bool = True
     dtype: Dtype = jnp.float32
@@ -84,15 +83,11 @@ class Conv2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | None, below: jax.Array | None = None) -> jax.Array:
-        """Convolve x, or x joined with the up-sampled `below`, or that alone.
+        """Convolves x (B, H, W, C), or x joined with the up-sampled `below`, or that alone.
 
-        Args:
-          x: (B, H, W, C), or None.
-          below: (B, H / 2, W / 2, c), for a stride of 1; bilinear ×2 with aligned corners makes it
-            as large as x, whose channels come first.
-
-        Returns:
-          (B, H / stride, W / stride, features) in `dtype`.
+        `below` is (B, H / 2, W / 2, c), for a stride of 1; bilinear ×2 with aligned corners makes
+        it as large as x, whose channels come first. Returns (B, H / stride, W / stride, features)
+        in `dtype`.
         """
         inputs = [each.astype(self.dtype) for each in (x, below) if each is not None]
         channels = sum(each.shape[-1] for each in inputs)
@@ -111,19 +106,16 @@ class Conv2D(nn.Module):
 class Conv3D(nn.Module):
     """3D convolution with parameters `kernel` (k, k, k, C, n) and `bias` (n,).
 
-    Fields: features n; kernel_size k; stride; padding 'SAME' or 'VALID'; use_spectral_norm; dtype
-    of the arithmetic; kernel_init.
-
     With use_spectral_norm the kernel, as a matrix (k³·C, n), is divided by its largest singular
     value, found by one step of power iteration a call (Miyato et al., ICLR 2018, algorithm 1). The
     iteration's vector lives in collection 'spectral' and moves on where that is mutable and
     train=True.
     """
 
-    features: int
-    kernel_size: int
+    features: int  # n
+    kernel_size: int  # k
     stride: int = 1
-    padding: str = 'SAME'
+    padding: str = 'SAME'  # or 'VALID'
     use_spectral_norm: bool = False
     dtype: Dtype = jnp.float32
     kernel_init: Initializer = keras_uniform
@@ -137,16 +129,11 @@ class Conv3D(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if self.use_spectral_norm:
             kernel = kernel / self._largest_singular_value(kernel, train)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if isinstance(x, Blocks):
-            y = conv_blocks(x.astype(self.dtype), kernel.astype(self.dtype), padding=self.padding)
+            y = conv_blocks(x, kernel, padding=self.padding)
             return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
-        y = conv3d(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            stride=self.stride,
-            padding=self.padding,
-        )
-        return y + bias
+        return conv3d(x, kernel, stride=self.stride, padding=self.padding) + bias
 
     def _largest_singular_value(self, kernel: jax.Array, train: bool) -> jax.Array:
         matrix = kernel.reshape(-1, self.features)
@@ -177,8 +164,7 @@ class ConvTranspose3D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array | Blocks) -> jax.Array | Blocks:
         """(B, D, H, W, C) → (B, 2D, 2H, 2W, features) in `dtype`; Blocks → Blocks."""
-        channels = _channels(x)
-        kernel = self.param('kernel', self.kernel_init, (2, 2, 2, channels, self.features))
+        kernel = self.param('kernel', self.kernel_init, (2, 2, 2, _channels(x), self.features))
         kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
         bias = self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if isinstance(x, Blocks):
@@ -188,7 +174,7 @@ class ConvTranspose3D(nn.Module):
 
 
 def _channels(x: jax.Array | Blocks) -> int:
-    return x.channels if isinstance(x, Blocks) else x.shape[-1]
+    return sum(x.widths) if isinstance(x, Blocks) else x.shape[-1]
 
 
 # --- joining and pooling
@@ -199,12 +185,8 @@ def join(*parts: jax.Array | Blocks) -> jax.Array | Blocks:
     blocks = next((part for part in parts if isinstance(part, Blocks)), None)
     if blocks is None:
         return jnp.concatenate(parts, axis=-1)
-    return join_blocks(
-        *(
-            part if isinstance(part, Blocks) else split_depth(part, blocks.num_blocks)
-            for part in parts
-        )
-    )
+    num = blocks.num_blocks
+    return join_blocks(*(p if isinstance(p, Blocks) else split_depth(p, num) for p in parts))
 
 
 def max_pool(x: jax.Array | Blocks) -> jax.Array | Blocks:
@@ -212,13 +194,8 @@ def max_pool(x: jax.Array | Blocks) -> jax.Array | Blocks:
 
     Where several elements of a window share the maximum, as in the constant air around the lungs,
     the gradient is split equally among them (`nn.max_pool` gives it to the first of them).
-
-    Args:
-      x: (B, H, W, C) or (B, D, H, W, C), or Blocks.
-
-    Returns:
-      The same with every spatial size halved, rounded down; Blocks of single slices, which cannot
-      be halved, come back as an array.
+    Images (B, H, W, C), volumes and Blocks come back as such, but for Blocks of single slices,
+    which cannot be halved: as an array.
     """
     if isinstance(x, Blocks):
         if x.slices > 1:
@@ -264,9 +241,8 @@ class BatchNorm(nn.Module):
             return ((x - running_mean.value) * factor + bias).astype(self.dtype)
         y, mean, var = _normalise_batch(x, scale, bias, running_mean.value, self.epsilon)
         if self.is_mutable_collection('batch_stats') and not self.is_initializing():
-            count = math.prod(x.shape[:-1])
+            count, keep = math.prod(x.shape[:-1]), self.momentum
             unbiased = var * (count / max(count - 1, 1))
-            keep = self.momentum
             running_mean.value = keep * running_mean.value + (1 - keep) * mean
             running_var.value = keep * running_var.value + (1 - keep) * unbiased
         return y.astype(self.dtype)
@@ -336,22 +312,22 @@ class GroupNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, (channels,))
         bias = self.param('bias', nn.initializers.zeros, (channels,))
         if not isinstance(x, Blocks):
-            factor, offset = self._affine(x.astype(jnp.float32), (1, 2, 3), scale, bias)
-            factor, offset = (each[:, None, None, None] for each in (factor, offset))
+            affine = self._affine(x.astype(jnp.float32), (1, 2, 3), scale, bias)
+            factor, offset = (each[:, None, None, None] for each in affine)
             return (x * factor + offset).astype(self.dtype)
         (part,) = x.parts
         by_slice = part.reshape(-1, x.num_blocks, *part.shape[1:3], x.slices, channels)
-        factor, offset = self._affine(by_slice.astype(jnp.float32), (1, 2, 3, 4), scale, bias)
+        affine = self._affine(by_slice.astype(jnp.float32), (1, 2, 3, 4), scale, bias)
         factor, offset = (
             jnp.repeat(jnp.tile(each, x.slices), x.num_blocks, axis=0)[:, None, None]
-            for each in (factor, offset)
+            for each in affine
         )
         return x.replace(parts=((part * factor + offset).astype(self.dtype),))
 
     def _affine(
         self, x: jax.Array, axes: tuple[int, ...], scale: jax.Array, bias: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(B, C) each: what x is multiplied by, and what is added then."""
+        """(B, C) each: a factor of x, and then an offset."""
         to_groups = _mean_of_groups(x.shape[-1], self.group_size)
         channel_means = jnp.stack([jnp.mean(x, axes), jnp.mean(jnp.square(x), axes)])
         mean, mean_square = jnp.matmul(channel_means, to_groups, precision='highest')

@@ -5,6 +5,7 @@ PyTorch has convolutions (O, I, H, W) and linear layers (O, I). Names are those 
 mkara44/transunet_pytorch.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,9 +16,8 @@ import numpy as np
 
 from covseg_jax.models.transunet import GRID_STEP, TransUNet
 
-Path = tuple[str, ...]  # collection and then names inside it, or names inside a collection
-Convert = Callable[[np.ndarray], np.ndarray]
-Target = tuple[Path, Convert]
+Path = tuple[str, ...]  # names inside each other, from the collection on or inside one
+Target = tuple[Path, Callable[[np.ndarray], np.ndarray]]  # and how the array is turned
 
 
 def transunet_variables(torch_state: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -35,27 +35,19 @@ def transunet_variables(torch_state: Mapping[str, np.ndarray]) -> dict[str, Any]
     Raises:
       ValueError: tensors are missing, extra or mis-shaped; the one message lists them all.
     """
-    state = {
-        name: array
-        for name, array in torch_state.items()
-        if not name.endswith('num_batches_tracked')
-    }
-    model, size = _transunet_like(state)
-    image = jnp.zeros((1, *size, 1))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    unused = 'num_batches_tracked'
+    state = {name: array for name, array in torch_state.items() if not name.endswith(unused)}
+    model, side = _transunet_like(state)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 1)))
     return convert_weights(state, transunet_targets(model.num_blocks), shapes, 'TransUNet')
-
-
-def _as_it_is(array: np.ndarray) -> np.ndarray:
-    return array
 
 
 def _conv_kernel(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
-def _transunet_like(state: Mapping[str, np.ndarray]) -> tuple[TransUNet, tuple[int, int]]:
-    """The TransUNet, and the square image's size, that most of the tensors were made for.
+def _transunet_like(state: Mapping[str, np.ndarray]) -> tuple[TransUNet, int]:
+    """The TransUNet, and the side of its square image, that most of the tensors were made for.
 
     Tensors vote, so that a single mis-shaped one is named by the comparison of all shapes instead
     of being followed.
@@ -76,23 +68,26 @@ def _transunet_like(state: Mapping[str, np.ndarray]) -> tuple[TransUNet, tuple[i
         num_blocks=len(blocks) or 8,
         num_classes=vote('decoder.conv1.bias', 0, 1),
     )
-    return model, (max(side, 1) * GRID_STEP, max(side, 1) * GRID_STEP)
+    return model, max(side, 1) * GRID_STEP
 
 
 def transunet_targets(num_blocks: int) -> dict[str, Target]:
     """PyTorch's names → where they go and how they are turned."""
     targets: dict[str, Target] = {}
-    for name, layer in _transunet_convs():
-        targets[f'{name}.weight'] = (('params', *layer, 'kernel'), _conv_kernel)
-        if not name.startswith('encoder.') or name == 'encoder.conv2':
-            targets[f'{name}.bias'] = (('params', *layer, 'bias'), _as_it_is)
-    for name, layer in _transunet_batch_norms():
-        targets[f'{name}.weight'] = (('params', *layer, 'scale'), _as_it_is)
-        targets[f'{name}.bias'] = (('params', *layer, 'bias'), _as_it_is)
-        targets[f'{name}.running_mean'] = (('batch_stats', *layer, 'mean'), _as_it_is)
-        targets[f'{name}.running_var'] = (('batch_stats', *layer, 'var'), _as_it_is)
+    for conv, norm, (*folders, name) in _convolutions():
+        layer = (*folders, f'{name}_conv')
+        targets[f'{conv}.weight'] = (('params', *layer, 'kernel'), _conv_kernel)
+        if conv.startswith('decoder.') or conv == 'encoder.conv2':
+            targets[f'{conv}.bias'] = (('params', *layer, 'bias'), np.asarray)
+        layer = (*folders, f'{name}_norm')
+        targets[f'{norm}.weight'] = (('params', *layer, 'scale'), np.asarray)
+        targets[f'{norm}.bias'] = (('params', *layer, 'bias'), np.asarray)
+        targets[f'{norm}.running_mean'] = (('batch_stats', *layer, 'mean'), np.asarray)
+        targets[f'{norm}.running_var'] = (('batch_stats', *layer, 'var'), np.asarray)
+    targets['decoder.conv1.weight'] = (('params', 'head', 'kernel'), _conv_kernel)
+    targets['decoder.conv1.bias'] = (('params', 'head', 'bias'), np.asarray)
     vit = ('params', 'vit')
-    targets['encoder.vit.embedding'] = ((*vit, 'position_embedding'), _as_it_is)
+    targets['encoder.vit.embedding'] = ((*vit, 'position_embedding'), np.asarray)
     targets['encoder.vit.cls_token'] = ((*vit, 'class_token'), lambda array: array.reshape(-1))
     linear = [('projection', ('projection',), True)]
     for index in range(num_blocks):
@@ -106,42 +101,29 @@ def transunet_targets(num_blocks: int) -> dict[str, Target]:
         for part in (1, 2):
             name = f'encoder.vit.{block}.layer_norm{part}'
             path = (*vit, layer, f'norm_{part}')
-            targets[f'{name}.weight'] = ((*path, 'scale'), _as_it_is)
-            targets[f'{name}.bias'] = ((*path, 'bias'), _as_it_is)
+            targets[f'{name}.weight'] = ((*path, 'scale'), np.asarray)
+            targets[f'{name}.bias'] = ((*path, 'bias'), np.asarray)
     for name, layer, has_bias in linear:
         targets[f'encoder.vit.{name}.weight'] = ((*vit, *layer, 'kernel'), np.transpose)
         if has_bias:
-            targets[f'encoder.vit.{name}.bias'] = ((*vit, *layer, 'bias'), _as_it_is)
+            targets[f'encoder.vit.{name}.bias'] = ((*vit, *layer, 'bias'), np.asarray)
     return targets
 
 
-def _transunet_convs() -> Iterator[tuple[str, Path]]:
-    yield 'encoder.conv1', ('stem_conv',)
-    yield 'encoder.conv2', ('neck_conv',)
+def _convolutions() -> Iterator[tuple[str, str, Path]]:
+    """PyTorch's names of each convolution and of the batch normalisation behind it, and where both
+    are here, without '_conv' and '_norm'."""
+    yield 'encoder.conv1', 'encoder.norm1', ('stem',)
+    yield 'encoder.conv2', 'encoder.norm2', ('neck',)
     for level in (1, 2, 3):
         name, layer = f'encoder.encoder{level}', f'encoder_{level}'
-        yield f'{name}.downsample.0', (layer, 'shortcut_conv')
-        for part, number in (('first', 1), ('second', 2), ('third', 3)):
-            yield f'{name}.conv{number}', (layer, f'{part}_conv')
+        yield f'{name}.downsample.0', f'{name}.downsample.1', (layer, 'shortcut')
+        for number, part in enumerate(('first', 'second', 'third'), 1):
+            yield f'{name}.conv{number}', f'{name}.norm{number}', (layer, part)
     for level in (1, 2, 3, 4):
-        name, layer = f'decoder.decoder{level}', f'decoder_{level}'
-        yield f'{name}.layer.0', (layer, 'first_conv')
-        yield f'{name}.layer.3', (layer, 'second_conv')
-    yield 'decoder.conv1', ('head',)
-
-
-def _transunet_batch_norms() -> Iterator[tuple[str, Path]]:
-    yield 'encoder.norm1', ('stem_norm',)
-    yield 'encoder.norm2', ('neck_norm',)
-    for level in (1, 2, 3):
-        name, layer = f'encoder.encoder{level}', f'encoder_{level}'
-        yield f'{name}.downsample.1', (layer, 'shortcut_norm')
-        for part, number in (('first', 1), ('second', 2), ('third', 3)):
-            yield f'{name}.norm{number}', (layer, f'{part}_norm')
-    for level in (1, 2, 3, 4):
-        name, layer = f'decoder.decoder{level}', f'decoder_{level}'
-        yield f'{name}.layer.1', (layer, 'first_norm')
-        yield f'{name}.layer.4', (layer, 'second_norm')
+        name, layer = f'decoder.decoder{level}.layer', f'decoder_{level}'
+        yield f'{name}.0', f'{name}.1', (layer, 'first')
+        yield f'{name}.3', f'{name}.4', (layer, 'second')
 
 
 def convert_weights(
@@ -155,9 +137,7 @@ def convert_weights(
         if name not in state:
             continue
         *folders, leaf = path
-        expected = shapes
-        for key in path:
-            expected = expected[key]
+        expected = functools.reduce(lambda tree, key: tree[key], path, shapes)
         array = np.asarray(state[name], np.float32)
         turned = convert(array) if array.ndim else array
         if turned.shape != expected.shape:

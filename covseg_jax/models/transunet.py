@@ -18,14 +18,10 @@ GRID_STEP = 16  # pixels a patch token stands for, in H and in W
 
 
 class Segmentation(NamedTuple):
-    """What a segmentation network returns.
+    """What a segmentation network returns, float32."""
 
-    logits: (B, H, W, num_classes) float32, before the sigmoid.
-    features: (B, F) float32, one vector an image, for the contrastive loss.
-    """
-
-    logits: jax.Array
-    features: jax.Array
+    logits: jax.Array  # (B, H, W, num_classes), before the sigmoid
+    features: jax.Array  # (B, F), one vector an image, for the contrastive loss
 
 
 class TransUNet(nn.Module):
@@ -62,20 +58,16 @@ class TransUNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
-        """Segment a batch of slices.
-
-        Args:
-          image: (B, H, W, 1) in [0, 1]; H and W multiples of 16.
-          train: statistics of the batch, and dropout.
-
-        Returns:
-          Segmentation: logits (B, H, W, num_classes), features (B, 8 · width), the mean of the
-          transformer's patch tokens; float32.
+        """(B, H, W, 1) in [0, 1] → logits (B, H, W, num_classes) and features (B, 8 · width), the
+        mean of the transformer's patch tokens. `train`: statistics of the batch, and dropout.
 
         Raises:
           ValueError: H or W is no multiple of 16, or the position embedding is for another size.
         """
-        _check_size(image)
+        if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
+            raise ValueError(
+                f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
+            )
         x = image.astype(self.dtype)
         x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', dtype=self.dtype)(x)
         x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train=train))
@@ -97,40 +89,28 @@ class TransUNet(nn.Module):
         x = nn.relu(BatchNorm(self.dtype, name='neck_norm')(x, train=train))
         final_width = self.final_width or self.width // 8
         channels = (2 * self.width, self.width, self.width // 2, final_width)
-        for level, features, skip in zip(
-            (1, 2, 3, 4), channels, (*skips[2::-1], None), strict=True
-        ):
+        skips = (*skips[2::-1], None)
+        for level, (features, skip) in enumerate(zip(channels, skips, strict=True), 1):
             block = DecoderBottleneck(features, self.dtype, name=f'decoder_{level}')
             x = block(x, skip, train=train)
-        head = Conv2D(
-            self.num_classes,
-            1,
-            bias_init=nn.initializers.constant(self.initial_logit),
-            name='head',
-        )
-        features = jnp.mean(tokens, axis=1, dtype=jnp.float32)
-        return Segmentation(logits=head(x), features=features)
+        bias_init = nn.initializers.constant(self.initial_logit)
+        logits = Conv2D(self.num_classes, 1, bias_init=bias_init, name='head')(x)
+        return Segmentation(logits, features=jnp.mean(tokens, axis=1, dtype=jnp.float32))
 
 
 class EncoderBottleneck(nn.Module):
     """Residual bottleneck of stride 2: 1×1, 3×3 stride 2, 1×1, beside a strided 1×1 shortcut."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """(B, H, W, C) → (B, H/2, W/2, features)."""
 
-        def convolve(x, name, kernel_size, stride=1):
-            conv = Conv2D(
-                self.features,
-                kernel_size,
-                stride,
-                use_bias=False,
-                dtype=self.dtype,
-                name=f'{name}_conv',
-            )
+        def convolve(x, name, *sizes):
+            options = {'use_bias': False, 'dtype': self.dtype, 'name': f'{name}_conv'}
+            conv = Conv2D(self.features, *sizes, **options)
             return BatchNorm(self.dtype, name=f'{name}_norm')(conv(x), train=train)
 
         shortcut = convolve(x, 'shortcut', 1, 2)
@@ -143,7 +123,7 @@ class DecoderBottleneck(nn.Module):
     """Bilinear ×2 with aligned corners, join with the skip, twice 3×3 → BatchNorm → ReLU."""
 
     features: int
-    dtype: Any = jnp.float32
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, skip: jax.Array | None, *, train: bool) -> jax.Array:
@@ -168,10 +148,15 @@ class VisionTransformer(nn.Module):
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
         """(B, T, F) → (B, T, F): the class token is put in front and dropped at the end."""
         batch, count, features = tokens.shape
-        shape = (1 + count, features)
-        _check_positions(self, shape)
-        uniform = nn.initializers.uniform(1.0)
-        positions = self.param('position_embedding', uniform, shape).astype(self.dtype)
+        shape, name = (1 + count, features), 'position_embedding'
+        if self.has_variable('params', name):
+            found, _ = self.get_variable('params', name).shape
+            if found != 1 + count:
+                raise ValueError(
+                    f'TransUNet: position embedding of {found} tokens, this image has {1 + count}; '
+                    'use interpolate_positions'
+                )
+        positions = self.param(name, nn.initializers.uniform(1.0), shape).astype(self.dtype)
         class_token = self.param('class_token', nn.initializers.normal(1.0), (features,))
         class_token = jnp.broadcast_to(class_token.astype(self.dtype), (batch, 1, features))
         x = _dense(features, self.dtype, 'projection')(tokens)
@@ -207,9 +192,8 @@ class TransformerBlock(nn.Module):
 
         def normalise(x, name):
             # linen's own epsilon is 1e-6, PyTorch's 1e-5; one pass loses digits
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)(
-                x
-            )
+            options = {'epsilon': 1e-5, 'use_fast_variance': False}
+            return nn.LayerNorm(dtype=self.dtype, name=name, **options)(x)
 
         x = normalise(x + drop(self._attend(x)), 'norm_1')
         y = _dense(self.mlp_dim, self.dtype, 'mlp_1')(x)
@@ -260,12 +244,11 @@ class ProjectionHead(nn.Module):
     As in Chen et al., SimCLR (ICML 2020), section 4.2; its parameters are apart from the network's.
     Features are first standardised over the batch, without parameters: token means of a layer norm
     nearly coincide, and cosines of nearly equal vectors have no gradient to part them with.
-    Fields: dim of the output, hidden width (None: that of the features), dtype of the arithmetic.
     """
 
-    dim: int = 128
-    hidden: int | None = None
-    dtype: Any = jnp.float32
+    dim: int = 128  # of the output
+    hidden: int | None = None  # width; None: that of the features
+    dtype: Any = jnp.float32  # of the arithmetic
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -280,17 +263,10 @@ class ProjectionHead(nn.Module):
 def interpolate_positions(
     params: Mapping[str, Any], from_grid: tuple[int, int], to_grid: tuple[int, int]
 ) -> dict[str, Any]:
-    """Fit a TransUNet's position embedding to images of another size.
+    """A copy of a TransUNet's 'params' whose position embedding fits images of another size.
 
     The grid's embeddings are interpolated bilinearly (half-pixel centres, without anti-aliasing);
-    the class token's is kept.
-
-    Args:
-      params: the 'params' of a TransUNet; they are not changed.
-      from_grid, to_grid: (H / 16, W / 16) of the two image sizes.
-
-    Returns:
-      The params with another vit/position_embedding, (1 + rows · columns, 8 · width).
+    the class token's is kept. The grids are (H / 16, W / 16) of the two image sizes.
 
     Raises:
       ValueError: the embedding is not one of from_grid.
@@ -307,21 +283,3 @@ def interpolate_positions(
 
 def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name)
-
-
-def _check_size(image: jax.Array) -> None:
-    if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
-        raise ValueError(
-            f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
-        )
-
-
-def _check_positions(module: nn.Module, shape: tuple[int, int]) -> None:
-    if not module.has_variable('params', 'position_embedding'):
-        return
-    found = module.get_variable('params', 'position_embedding').shape
-    if found[0] != shape[0]:
-        raise ValueError(
-            f'TransUNet: position embedding of {found[0]} tokens, this image has {shape[0]}; '
-            'use interpolate_positions'
-        )

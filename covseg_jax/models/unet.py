@@ -30,18 +30,11 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> Segmentation:
-        """Segment a batch of slices.
-
-        Args:
-          image: (B, H, W, 1) in [0, 1]; H and W multiples of 2 ** (len(widths) − 1).
-          train: statistics of the batch.
-
-        Returns:
-          Segmentation: logits (B, H, W, num_classes), features (B, widths[-1]), the mean of the
-          bottleneck; float32.
+        """(B, H, W, 1) in [0, 1] → logits (B, H, W, num_classes) and features (B, widths[-1]), the
+        mean of the bottleneck. `train`: statistics of the batch.
 
         Raises:
-          ValueError: H or W is no such multiple.
+          ValueError: H or W is no multiple of 2 ** (len(widths) − 1).
         """
         step = 2 ** (len(self.widths) - 1)
         if image.ndim != 4 or any(size % step for size in image.shape[1:3]):
@@ -56,29 +49,19 @@ class UNet(nn.Module):
             x = max_pool(x)
         x = self._convolve_twice(x, self.widths[-1], 'bottleneck', train)
         features = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        for level in range(len(skips), 0, -1):
-            x = self._convolve_twice(
-                skips[level - 1], self.widths[level - 1], f'decoder_{level}', train, below=x
-            )
-        head = Conv2D(
-            self.num_classes,
-            1,
-            bias_init=nn.initializers.constant(self.initial_logit),
-            name='head',
-        )
+        for level, skip in reversed(list(enumerate(skips, 1))):
+            width, name = self.widths[level - 1], f'decoder_{level}'
+            x = self._convolve_twice(skip, width, name, train, below=x)
+        bias_init = nn.initializers.constant(self.initial_logit)
+        head = Conv2D(self.num_classes, 1, bias_init=bias_init, name='head')
         return Segmentation(logits=head(x), features=features)
 
     def _convolve_twice(
         self, x: jax.Array, width: int, name: str, train: bool, below: jax.Array | None = None
     ) -> jax.Array:
         for part in ('first', 'second'):
-            conv = Conv2D(
-                width,
-                3,
-                use_bias=False,
-                dtype=self.dtype,
-                name=f'{name}_{part}_conv',
-            )
+            conv_name = f'{name}_{part}_conv'
+            conv = Conv2D(width, 3, use_bias=False, dtype=self.dtype, name=conv_name)
             norm = BatchNorm(self.dtype, name=f'{name}_{part}_norm')
             x, below = nn.relu(norm(conv(x, below), train=train)), None
         return x

@@ -13,12 +13,7 @@ def upsample_bilinear(x: jax.Array) -> jax.Array:
 
     Output sample i of 2n lies at input position i (n − 1) / (2n − 1); `jax.image.resize` would put
     it at (i + ½) / 2 − ½. On a CPU it is shifts and adds, elsewhere two products of matrices.
-
-    Args:
-      x: (B, H, W, C).
-
-    Returns:
-      (B, 2H, 2W, C), dtype of x.
+    (B, H, W, C) → (B, 2H, 2W, C).
     """
     if platform() == 'cpu':
         return _double_axis(_double_axis(x, 1), 2)
@@ -60,13 +55,7 @@ def conv_upsampled(x: jax.Array | None, below: jax.Array, kernel: jax.Array) -> 
     are left (the compiler's estimate for 64 → 16 at 128²: 6.5 against 11.7 ms). Where it does not
     pay, a TPU does better without joining all the same (128 + 128 → 64 at 64²: 5.7 against 6.5 ms).
 
-    Args:
-      x: (B, 2H, 2W, c), or None.
-      below: (B, H, W, C).
-      kernel: (3, 3, c + C, n).
-
-    Returns:
-      (B, 2H, 2W, n).
+    x (B, 2H, 2W, c) or None, below (B, H, W, C) and kernel (3, 3, c + C, n) → (B, 2H, 2W, n).
     """
     channels = 0 if x is None else x.shape[3]
     few = {'cpu': 1 / 2, 'tpu': 1 / 4}.get(platform(), 0)

@@ -1,5 +1,6 @@
 """Published PyTorch weights of the TransUNet -> a checkpoint that a run goes on from."""
 
+import contextlib
 import math
 import pathlib
 import zipfile
@@ -26,8 +27,8 @@ _MOST_BYTES = 16 * 2**30  # of all tensors; the published TransUNet has 0.1 GB
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The named tensors of a .safetensors, .npz, .pt or .pth file; nothing in it is executed.
 
-    A .pt file needs torch, which is not among the requirements, and is read with weights_only. A
-    state_dict that lies one level deep in it ('model', 'state_dict', …) is found.
+    A .pt file needs torch, which is not among the requirements. A state_dict that lies one level
+    deep in it ('model', 'state_dict', …) is found.
 
     Raises:
       InputError: the file is not there, not of such a kind, damaged, or holds something else.
@@ -123,10 +124,8 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 def import_transunet(
     config: ml_collections.ConfigDict, tensors: Mapping[str, np.ndarray], folder: pathlib.Path
 ) -> None:
-    """Writes checkpoint 0 of a run in `folder`, with the published weights in it; training goes on
-    from it, and prediction uses it.
-
-    Position embeddings are interpolated to `prepare.grid`.
+    """Writes checkpoint 0 of a run in `folder`, with the published weights in it, for training and
+    prediction. Position embeddings are interpolated to `prepare.grid`.
 
     Raises:
       InputError: the tensors are not a TransUNet's or not of the config's sizes, or there is a
@@ -140,18 +139,16 @@ def import_transunet(
         raise InputError(str(error)) from error
     parts = build_segmentation(config)
     height, width = (size // GRID_STEP for size in config.prepare.grid[1:])
-    tokens = variables['params']['vit']['position_embedding'].shape[0] - 1
+    params = variables['params']
+    tokens = params['vit']['position_embedding'].shape[0] - 1
     side = round(tokens**0.5)
-    variables['params'] = interpolate_positions(
-        variables['params'], (side, tokens // side), (height, width)
-    )
+    variables['params'] = interpolate_positions(params, (side, tokens // side), (height, width))
     state = parts.make_state()
     _check_sizes(variables, state.ema)
     variables = jax.tree.map(
         lambda new, old: jax.device_put(new, old.sharding), variables, state.ema
     )
-    checkpoints = Checkpoints(folder / 'checkpoints')
-    try:
+    with contextlib.closing(Checkpoints(folder / 'checkpoints')) as checkpoints:
         if checkpoints.latest_step() is not None:
             raise InputError(
                 f'{folder}: there are checkpoints already; import into a new --workdir'
@@ -162,13 +159,13 @@ def import_transunet(
             ema=variables,
         )
         checkpoints.save(0, state, {})
-    finally:
-        checkpoints.close()
 
 
 def _check_sizes(variables: Any, expected: Any) -> None:
-    found = {jax.tree_util.keystr(k): v.shape for k, v in _leaves(variables)}
-    wanted = {jax.tree_util.keystr(k): v.shape for k, v in _leaves(expected)}
+    found, wanted = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (variables, expected))
+    )
     faults = [
         f'{name} is {found.get(name)}, should be {wanted.get(name)}'
         for name in sorted(found.keys() | wanted.keys())
@@ -179,7 +176,3 @@ def _check_sizes(variables: Any, expected: Any) -> None:
             "the weights are of another size than the config's network (width, mlp_dim, "
             f'num_blocks): {"; ".join(faults[:3])}; {len(faults)} tensors differ'
         )
-
-
-def _leaves(tree: Any):
-    return jax.tree_util.tree_leaves_with_path(tree)

@@ -8,16 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from flax import struct
 
 from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
 from covseg_jax.training import losses
-from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.optim import update_ema
-from covseg_jax.training.sharding import place_state
-from covseg_jax.training.state import SegmentationState
+from covseg_jax.training.parts import Parts
+from covseg_jax.training.step import compile_step
 
 CONTRASTIVE = ('contrastive',)
 MSE = ('mse',)
@@ -28,13 +27,10 @@ COMBINED = CONTRASTIVE + SEGMENTATION
 def published_terms(
     step: int, *, num_epochs: int, epoch_steps: int, contrastive_steps: int
 ) -> tuple[str, ...]:
-    """The losses of a step of the published schedule, METHOD.md section 3: `num_epochs` epochs of
-    `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others MSE; from
-    then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE step.
-
-    Args:
-      step: its number, from 0.
-    """
+    """The losses of a step (from 0) of the published schedule, METHOD.md section 3: `num_epochs`
+    epochs of `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others
+    MSE; from then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE
+    step."""
     if step >= num_epochs * epoch_steps:
         return COMBINED
     return CONTRASTIVE if step % epoch_steps < contrastive_steps else MSE
@@ -76,21 +72,18 @@ class SegmentationLosses:
     doubtful: tuple[float, float] | tuple[()]
 
     def __post_init__(self):
-        for name, known in (
-            ('contrastive_features', ('projection', 'logits')),
-            ('contrastive_labels', ('infection', 'one')),
+        for name, value, known in (
+            ('features', self.contrastive_features, ('projection', 'logits')),
+            ('labels', self.contrastive_labels, ('infection', 'one')),
         ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f'train.losses.{name}={getattr(self, name)!r} is not one of {known}'
-                )
+            if value not in known:
+                raise InputError(f'train.losses.contrastive_{name}={value!r} is not one of {known}')
 
 
 def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
     """The batch with a WEIGHT for each pixel, 0 where its soft TARGET is doubtful; with
     `binary_targets`, TARGET is cut at 0.5."""
-    target = batch[TARGET]
-    weight = jnp.ones_like(target)
+    target, weight = batch[TARGET], jnp.ones_like(batch[TARGET])
     if settings.doubtful:
         low, high = settings.doubtful
         weight = 1.0 - ((target > low) & (target < high)).astype(jnp.float32)
@@ -99,59 +92,57 @@ def sharpen_targets(batch: dict, settings: SegmentationLosses) -> dict:
     return batch | {TARGET: target, WEIGHT: weight}
 
 
-def init_segmentation(
-    network: nn.Module,
-    projection: nn.Module,
-    optimizer: optax.GradientTransformation,
-    plateau: optax.GradientTransformationExtraArgs,
-    *,
-    seed: int,
-    image_size: tuple[int, int],
-    mesh: Mesh,
-) -> tuple[Callable[[], SegmentationState], SegmentationState]:
-    """How to make a fresh state, and the state's shapes and shardings.
+@struct.dataclass
+class SegmentationState:
+    """State of the TransUNet's (or U-Net's) training.
 
-    Args:
-      network: maps (B, H, W, 1) to a Segmentation; has batch statistics.
-      projection: maps its features to the contrastive space.
-      optimizer: of both.
-      plateau: `optim.reduce_on_plateau`.
-      seed: of weights and of everything random in the steps.
-      image_size: (H, W).
-      mesh: where the state lives; a copy on each device.
-
-    Returns:
-      A function that makes the state on the devices, and its abstract form.
+    `params` holds 'network' and 'projection' (the contrastive head). `ema` holds the averaged
+    {'params', 'batch_stats'} of the network, which evaluation and prediction use. `plateau` is the
+    state of `optim.reduce_on_plateau`; its scale multiplies the updates.
     """
 
-    def init() -> SegmentationState:
-        key = stream_key(seed, 'segmentation')
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    plateau: Any
+    key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationParts(Parts):
+    """What a config's `network` and `train` groups describe."""
+
+    network: nn.Module  # maps (B, H, W, 1) to a Segmentation; has batch statistics
+    projection: nn.Module  # maps its features to the contrastive space
+    optimizer: optax.GradientTransformation  # of both
+    plateau: optax.GradientTransformationExtraArgs  # optim.reduce_on_plateau
+    image_size: tuple[int, int]  # (H, W)
+
+    def init_state(self) -> SegmentationState:
+        key = stream_key(self.seed, 'segmentation')
         network_key, projection_key, steps_key = jax.random.split(key, 3)
-        image = jnp.zeros((1, *image_size, 1))
-        variables = network.init(network_key, image)
-        features = network.apply(variables, image).features
+        image = jnp.zeros((1, *self.image_size, 1))
+        variables = self.network.init(network_key, image)
+        features = self.network.apply(variables, image).features
         params = {
             'network': variables['params'],
-            'projection': projection.init(projection_key, features)['params'],
+            'projection': self.projection.init(projection_key, features)['params'],
         }
         return SegmentationState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables['batch_stats'],
-            opt_state=optimizer.init(params),
+            opt_state=self.optimizer.init(params),
             ema={'params': variables['params'], 'batch_stats': variables['batch_stats']},
-            plateau=plateau.init(params),
+            plateau=self.plateau.init(params),
             key=jax.random.key_data(steps_key),
         )
 
-    return place_state(init, mesh)
-
 
 def make_segmentation_step(
-    network: nn.Module,
-    projection: nn.Module,
-    optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
+    parts: SegmentationParts,
     settings: SegmentationLosses,
     augment: Callable[[jax.Array, dict], dict] | None,
     *,
@@ -170,12 +161,13 @@ def make_segmentation_step(
     `unroll` writes the parts out instead of looping over them: XLA for CPUs computes convolutions
     within a loop on one core, at a fifth of the speed.
     """
-    differentiate = _make_gradient(network, projection, settings, terms)
+    differentiate = _make_gradient(parts, settings, terms)
     if micro_batches > 1:
         differentiate = _over_parts(differentiate, (*terms, 'total'), micro_batches, unroll)
 
-    def step(state: SegmentationState, batch: dict) -> tuple[SegmentationState, dict]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    def step(
+        state: SegmentationState, batch: dict, key: jax.Array
+    ) -> tuple[SegmentationState, dict]:
         augment_key, dropout_key = jax.random.split(key)
         if augment is not None:
             batch = augment(augment_key, batch)
@@ -183,34 +175,32 @@ def make_segmentation_step(
         (gradients, values), batch_stats = differentiate(
             state.params, state.batch_stats, batch, dropout_key
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = parts.optimizer.update(gradients, state.opt_state, state.params)
         scale = state.plateau.scale
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
         averaged = {'params': params['network'], 'batch_stats': batch_stats}
-        metrics = {f'loss/{name}': (value, 1.0) for name, value in values.items()}
-        metrics |= {
-            'optimizer/gradient_norm': (optax.global_norm(gradients), 1.0),
-            'optimizer/learning_rate': (learning_rate(state.step) * scale, 1.0),
+        values = {f'loss/{name}': value for name, value in values.items()} | {
+            'optimizer/gradient_norm': optax.global_norm(gradients),
+            'optimizer/learning_rate': parts.learning_rate(state.step) * scale,
         }
         state = state.replace(
-            step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema=update_ema(state.ema, averaged, state.step, ema_decay),
         )
-        return state, metrics
+        return state, values
 
-    return jax.jit(skip_non_finite(step), donate_argnums=0)
+    return compile_step(step)
 
 
 def _make_gradient(
-    network: nn.Module, projection: nn.Module, settings: SegmentationLosses, terms: tuple[str, ...]
+    parts: SegmentationParts, settings: SegmentationLosses, terms: tuple[str, ...]
 ) -> Callable:
     """(params, batch statistics, batch, key) -> (gradients, values of the losses), statistics."""
 
     def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
-        output, updated = network.apply(
+        output, updated = parts.network.apply(
             {'params': params['network'], 'batch_stats': batch_stats},
             batch[IMAGE],
             train=True,
@@ -222,24 +212,24 @@ def _make_gradient(
             if settings.contrastive_features == 'logits':
                 features = output.logits.reshape(output.logits.shape[0], -1)
             else:
-                features = projection.apply({'params': params['projection']}, output.features)
+                variables = {'params': params['projection']}
+                features = parts.projection.apply(variables, output.features)
             labels = batch[LABEL]
+            if settings.contrastive_labels == 'one':
+                labels = jnp.ones_like(labels)
             values['contrastive'] = losses.contrastive_loss(
                 features,
-                labels if settings.contrastive_labels == 'infection' else jnp.ones_like(labels),
+                labels,
                 temperature=settings.temperature,
                 sensitivity_weight=settings.positive_weight,
                 include_self=settings.include_self,
             )
-        of_pixels = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
+        pixels = (output.logits, batch[TARGET])
+        options = {'weights': batch[WEIGHT], 'clip': settings.clip_targets}
         if 'mse' in terms:
-            values['mse'] = losses.mse_loss(
-                output.logits, batch[TARGET], on=settings.mse_on, **of_pixels
-            )
+            values['mse'] = losses.mse_loss(*pixels, on=settings.mse_on, **options)
         if 'sensitivity' in terms:
-            values['sensitivity'] = losses.sensitivity_loss(
-                output.logits, batch[TARGET], beta=settings.beta, **of_pixels
-            )
+            values['sensitivity'] = losses.sensitivity_loss(*pixels, beta=settings.beta, **options)
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
 

@@ -55,13 +55,9 @@ def plan_rounds(kinds: Sequence[str], shares: Sequence[float], num_steps: int) -
 def choose_targets(
     source: str, splits: Splits, read_pseudo_mask: ReadTarget
 ) -> tuple[Splits, ReadTarget]:
-    """Which COVID scans train the network, and on what.
-
-    Args:
-      source: 'pseudo' (all, on their pseudo-masks), 'human' (those with a human mask alone) or
-        'human_else_pseudo' (all, on their human mask where there is one).
-      splits: who may train. Evaluation subjects do not, whatever the source.
-      read_pseudo_mask: case -> its pseudo-mask.
+    """Which COVID scans train the network, and on what: with the source 'pseudo' all, on their
+    pseudo-masks; with 'human' those with a human mask alone; with 'human_else_pseudo' all, on their
+    human mask where there is one. Evaluation subjects never train.
 
     Raises:
       InputError: another source, or 'human' and no training subject has a mask.
@@ -96,17 +92,9 @@ def refine_targets(
     *,
     keep_human: bool,
 ) -> ReadTarget:
-    """Writes the mean of each case's target and the network's prediction, once.
-
-    Args:
-      cases: with targets.
-      read_target: case -> (D, H, W) in [0, 1].
-      predict: (image, lungs), both (D, H, W), -> probability.
-      folder: gets `<study_id>.npy`, float16; what is there is kept.
-      keep_human: human masks stay as they are.
-
-    Returns:
-      case -> its refined target.
+    """Writes the mean of each case's target and the network's prediction to `folder`, as
+    `<study_id>.npy`, float16 (D, H, W), and returns what reads them. What is there is kept;
+    with `keep_human` human masks stay as they are.
     """
     for case in hosts.share(cases):
         path = folder / f'{case.study_id}.npy'

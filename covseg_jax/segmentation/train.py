@@ -1,6 +1,6 @@
 """The segmentation network's run: taken from the config, fed with pseudo-masks, trained."""
 
-import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,7 @@ from covseg_jax.models.transunet import ProjectionHead, TransUNet
 from covseg_jax.models.unet import UNet
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.segmentation import steps
+from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
 from covseg_jax.segmentation.targets import (
     ReadTarget,
     Round,
@@ -29,24 +30,11 @@ from covseg_jax.segmentation.targets import (
     refine_targets,
 )
 from covseg_jax.segmentation.volumes import Probability, VolumeSettings, predict_volumes
-from covseg_jax.training import loop, optim, sharding
+from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.logging import image_strip
-from covseg_jax.training.state import SegmentationState
-
-
-@dataclasses.dataclass(frozen=True)
-class SegmentationParts:
-    """What a config's `network` and `train` groups describe."""
-
-    network: nn.Module
-    projection: nn.Module
-    optimizer: Any
-    learning_rate: Callable[[jax.Array], jax.Array]
-    plateau: Any
-    make_state: Callable[[], SegmentationState]
-    abstract_state: SegmentationState
-    mesh: jax.sharding.Mesh
+from covseg_jax.training.optim import make_adam, reduce_on_plateau
+from covseg_jax.training.parts import make_learning_rate
 
 
 def make_network(config: ml_collections.ConfigDict) -> nn.Module:
@@ -70,41 +58,24 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
 def build_segmentation(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None
 ) -> SegmentationParts:
-    """Network, optimizer and the shape of the state; nothing is computed yet.
-
-    `mesh` is where it lives: by default all devices.
+    """Network and optimizer, on all devices or the given mesh; nothing is computed yet.
 
     Raises:
       InputError: a setting is not one that exists.
     """
     train = config.train
-    network = make_network(config)
-    projection = ProjectionHead(dim=train.projection_dim)
-    try:
-        learning_rate = optim.restarting_schedule(
-            peak=train.learning_rate,
-            schedule=train.schedule,
-            warmup_steps=train.warmup_steps,
-            ends=[each.end for each in _plan_rounds(config)],
-        )
-    except ValueError as error:
-        raise InputError(f'train.schedule: {error}') from error
-    optimizer = optim.make_adam(learning_rate, clip_norm=train.clip_norm)
-    plateau = optim.reduce_on_plateau(
-        patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
-    )
-    mesh = mesh or sharding.make_mesh()
-    make_state, abstract_state = steps.init_segmentation(
-        network,
-        projection,
-        optimizer,
-        plateau,
-        seed=config.seed,
-        image_size=tuple(config.prepare.grid[1:]),
-        mesh=mesh,
-    )
+    learning_rate = make_learning_rate('train', train, [each.end for each in _plan_rounds(config)])
     return SegmentationParts(
-        network, projection, optimizer, learning_rate, plateau, make_state, abstract_state, mesh
+        config.seed,
+        mesh or sharding.make_mesh(),
+        learning_rate,
+        make_network(config),
+        ProjectionHead(dim=train.projection_dim),
+        make_adam(learning_rate, clip_norm=train.clip_norm),
+        reduce_on_plateau(
+            patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
+        ),
+        tuple(config.prepare.grid[1:]),
     )
 
 
@@ -122,15 +93,12 @@ def check_train_batch(
     sharding.check_batch_size(batch_size // parts, mesh, 'train.batch_size / train.micro_batches')
 
 
-def batch_shapes(
+def segmentation_batch_shapes(
     config: ml_collections.ConfigDict, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a training batch."""
     image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
-    return {
-        feeds.IMAGE: image,
-        feeds.TARGET: image,
-        feeds.LUNGS: image,
+    return dict.fromkeys((feeds.IMAGE, feeds.TARGET, feeds.LUNGS), image) | {
         feeds.LABEL: jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         feeds.HEALTHY: jax.ShapeDtypeStruct((batch_size,), jnp.float32),
     }
@@ -183,18 +151,30 @@ def _augmentation(config: ml_collections.ConfigDict):
     return augment
 
 
-def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
+def choose_segmentation_step(
+    config: ml_collections.ConfigDict, parts: SegmentationParts
+) -> Callable[[int], Callable]:
     """Step number -> compiled step: METHOD.md section 4's two-phase epoch, one sum, or the
     published schedule, `steps.published_terms`."""
     train = config.train
     settings = steps.SegmentationLosses(**train.losses)
+    phases = {name: train[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
+    modes = {
+        'two_phase': lambda step: (
+            steps.CONTRASTIVE
+            if step % train.epoch_steps < train.contrastive_steps
+            else steps.SEGMENTATION
+        ),
+        'combined': lambda step: steps.COMBINED,
+        'published': lambda step: steps.published_terms(step, **phases),
+    }
+    if train.mode not in modes:
+        raise InputError(f'train.mode={train.mode!r} is not one of {", ".join(map(repr, modes))}')
 
-    def make(terms: tuple[str, ...]):
+    @functools.cache
+    def make(terms: tuple[str, ...]) -> Callable:
         return steps.make_segmentation_step(
-            parts.network,
-            parts.projection,
-            parts.optimizer,
-            parts.learning_rate,
+            parts,
             settings,
             _augmentation(config),
             terms=terms,
@@ -203,25 +183,7 @@ def choose_step(config: ml_collections.ConfigDict, parts: SegmentationParts):
             unroll=parts.mesh.devices.flat[0].platform == 'cpu',
         )
 
-    if train.mode == 'combined':
-        combined = make(steps.COMBINED)
-        return lambda step: combined
-    if train.mode == 'two_phase':
-        contrastive, segmentation = make(steps.CONTRASTIVE), make(steps.SEGMENTATION)
-        return lambda step: (
-            contrastive if step % train.epoch_steps < train.contrastive_steps else segmentation
-        )
-    if train.mode == 'published':
-        made = {terms: make(terms) for terms in (steps.CONTRASTIVE, steps.MSE, steps.COMBINED)}
-        phases = {
-            'num_epochs': train.num_epochs,
-            'epoch_steps': train.epoch_steps,
-            'contrastive_steps': train.contrastive_steps,
-        }
-        return lambda step: made[steps.published_terms(step, **phases)]
-    raise InputError(
-        f"train.mode={train.mode!r} is not one of 'two_phase', 'combined', 'published'"
-    )
+    return lambda step: make(modes[train.mode](step))
 
 
 def train_segmentation(
@@ -232,11 +194,7 @@ def train_segmentation(
 ) -> None:
     """Trains the network, from the newest checkpoint in `folder` where there is one.
 
-    Args:
-      config: the whole config.
-      splits: who trains and who validates.
-      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1], or a signed difference.
-      folder: gets checkpoints/, tensorboard/, metrics.jsonl and refined targets/.
+    `read_pseudo_mask` gives a case's (D, H, W) pseudo-mask in [0, 1], or a signed difference.
 
     Raises:
       InputError: a setting does not exist, batch and devices do not fit, no high- or no
@@ -249,7 +207,7 @@ def train_segmentation(
     splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     validation = splits.validation or splits.train[:1]
     validation = feeds.all_slices(validation, [read_target(case) for case in validation])
-    step_at = choose_step(config, parts)
+    step_at = choose_segmentation_step(config, parts)
     evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
     state = parts.make_state()
     for number, each in enumerate(_plan_rounds(config)):
@@ -274,23 +232,15 @@ def train_segmentation(
                 num_hosts=hosts.count(),
             ),
             step_at=step_at,
-            shard=lambda batch: sharding.shard_batch(batch, parts.mesh),
             evaluate=evaluate,
-            schedule=loop.Schedule(
-                each.end,
-                train.log_every,
-                train.evaluate_every,
-                train.save_every,
-                tuple(train.profile_steps),
-                train.max_skipped_steps,
-            ),
+            schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
 
 
 def _make_evaluation(
     config: ml_collections.ConfigDict, parts: SegmentationParts, validation: feeds.Slices
-):
+) -> loop.Evaluate:
     """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
     evaluate_step = steps.make_evaluation_step(
         parts.network,
@@ -299,7 +249,6 @@ def _make_evaluation(
         target_share_of_max=config.synthesize.share_of_max,
     )
     predict = steps.make_predict(parts.network, config.predict.output)
-    use_plateau = config.train.schedule == 'plateau'
 
     @jax.jit
     def step_plateau(state: SegmentationState, value: jax.Array) -> SegmentationState:
@@ -308,31 +257,24 @@ def _make_evaluation(
         return state.replace(plateau=plateau)
 
     def evaluate(state: SegmentationState):
-        collected, shown = [], None
+        collected, shown, most = [], None, -np.inf
         for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
             collected.append(evaluate_step(state.ema, batch))
-            most = batch[feeds.TARGET].sum()
-            if shown is None or most > shown[feeds.TARGET].sum():
-                shown = batch
+            if batch[feeds.TARGET].sum() > most:
+                shown, most = batch, batch[feeds.TARGET].sum()
         values = loop.mean_metrics(collected)
-        if use_plateau:
+        if config.train.schedule == 'plateau':
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
         probability = np.asarray(predict(state.ema, shown[feeds.IMAGE]))
-        pictures = {'pictures/slice_pseudo_mask_prediction': _strip(shown, probability)}
-        return state, {f'validation/{k}': v for k, v in values.items()}, pictures
+        return state, values, {'slice_pseudo_mask_prediction': _strip(shown, probability)}
 
     return evaluate
 
 
 def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4) -> np.ndarray:
     most = np.argsort(-batch[feeds.TARGET].sum((1, 2, 3)), kind='stable')[:rows]
-    return image_strip(
-        [
-            [2 * batch[feeds.IMAGE][i, ..., 0], batch[feeds.TARGET][i, ..., 0],
-             probability[i, ..., 0]]
-            for i in most
-        ]
-    )  # fmt: skip
+    columns = (2 * batch[feeds.IMAGE], batch[feeds.TARGET], probability)
+    return image_strip([[column[i, ..., 0] for column in columns] for i in most])
 
 
 def load_variables(

@@ -7,6 +7,7 @@ the process with it when it fails.
 """
 
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -27,16 +28,12 @@ _GIB = 1024**3
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One device of a TPU, from Google Cloud's pages on its versions: a chip, and on v4 one of its
-    two cores, which this compiler takes for devices of their own.
-
-    Attributes: memory, GiB; bfloat16 arithmetic, FLOP/s; memory bandwidth, bytes/s; clock, Hz, that
-    the compiler's cycles are of.
-    """
+    two cores, which this compiler takes for devices of their own."""
 
     memory_gib: float
-    flops_per_s: float
+    flops_per_s: float  # in bfloat16
     bytes_per_s: float
-    cycles_per_s: float
+    cycles_per_s: float  # of the clock that the compiler's cycles are of
 
 
 CHIPS = {
@@ -49,12 +46,9 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 
 
 
 def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict[str, dict]]:
-    """Compiles for `topology` every training step that the config's stages 'gan' and 'train' take,
-    and what their trained networks are applied with.
-
-    Args:
-      config: the whole config. Batch sizes are global ones, as in training.
-      topology: 'CHIP:SHAPE', such as 'v5e:2x4' or 'v4:2x2x1'.
+    """Compiles for a topology, such as 'v5e:2x4' or 'v4:2x2x1', every training step that the
+    config's stages 'gan' and 'train' take, and what their trained networks are applied with. Batch
+    sizes are global ones, as in training.
 
     Returns:
       For each of the two stages that the config runs, and each of its programs by name (training
@@ -70,9 +64,8 @@ def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dic
             f'compile_check.topology={topology!r}: name one as CHIP:SHAPE, such as v5e:2x4 or '
             f'v4:2x2x1; chips are {", ".join(CHIPS)}'
         )
-    wanted = [stage for stage in ('gan', 'train') if stage in config.stages.split(',')]
-    if config.gan.recipe == 'none' and 'gan' in wanted:
-        wanted.remove('gan')
+    stages = ['train'] if config.gan.recipe == 'none' else ['gan', 'train']
+    wanted = [stage for stage in stages if stage in config.stages.split(',')]
     if not wanted:
         raise InputError(
             f'compile_check: config.stages={config.stages!r} trains nothing; name gan or train'
@@ -129,56 +122,42 @@ def find_devices(topology: str) -> list:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function, and how to get the shapes of its arguments for a batch size.
-
-    Attributes:
-      function: to lower.
-      arguments: batch size -> shapes with shardings. It raises an InputError for a size that cannot
-        be split.
-      batch_size: the config's.
-      least: the size that others are multiples of.
-    """
+    """A jitted function, and how to get the shapes of its arguments for a batch size."""
 
     function: Callable
+    # Batch size -> shapes with shardings; an InputError for a size that cannot be split.
     arguments: Callable[[int], tuple]
-    batch_size: int
-    least: int
+    batch_size: int  # the config's
+    least: int  # the size that others are multiples of
 
 
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
     """One stage's part of `run_check`, in a process of its own."""
+    devices = find_devices(topology)
     from covseg_jax.models.convolution import tracing_for
 
-    with tracing_for('tpu'):  # not for the machine that compiles
-        return _check_programs(config, topology, stage)
-
-
-def _check_programs(
-    config: ml_collections.ConfigDict, topology: str, stage: str
-) -> dict[str, dict]:
-    devices = find_devices(topology)
-    group = config.gan if stage == 'gan' else config.train
     found = {}
-    for name, program in list_programs(config, devices, stage).items():
-        print(f'compile_check: {stage}: compiling {name}', file=sys.stderr, flush=True)
-        compiled = _compile(program, program.batch_size)
-        found[name] = {
-            'topology': topology,
-            'devices': len(devices),
-            'batch_size': program.batch_size,
-            'compute_dtype': group.compute_dtype,
-            'fits': compiled is not None,
-        }
-        if compiled is None:
-
-            def fits(size: int, program: Program = program) -> bool:
-                return _compile(program, size) is not None
-
-            largest = _largest_that(fits, program.batch_size, program.least)
-            found[name]['largest_batch_size'] = largest
-        else:
-            found[name] |= describe(compiled, CHIPS[topology.split(':')[0]])
+    with tracing_for('tpu'):  # not for the machine that compiles
+        for name, program in list_programs(config, devices, stage).items():
+            print(f'compile_check: {stage}: compiling {name}', file=sys.stderr, flush=True)
+            found[name] = {
+                'topology': topology,
+                'devices': len(devices),
+                'batch_size': program.batch_size,
+                'compute_dtype': (config.gan if stage == 'gan' else config.train).compute_dtype,
+                **_check_program(program, CHIPS[topology.split(':')[0]]),
+            }
     return found
+
+
+def _check_program(program: Program, chip: Chip) -> dict:
+    compiled = _compile(program, program.batch_size)
+    if compiled is not None:
+        return {'fits': True, **describe(compiled, chip)}
+    largest = _largest_that(
+        lambda size: _compile(program, size) is not None, program.batch_size, program.least
+    )
+    return {'fits': False, 'largest_batch_size': largest}
 
 
 def list_programs(
@@ -186,66 +165,52 @@ def list_programs(
 ) -> dict[str, Program]:
     """What the stage 'gan' or 'train' compiles: its training steps by their losses, and what the
     trained network is applied with. Nothing is computed."""
-    find = _gan_programs if stage == 'gan' else _segmentation_programs
-    return find(config, devices)
-
-
-def _gan_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
     import jax
     import jax.numpy as jnp
 
-    from covseg_jax.gan import steps as gan_steps
-    from covseg_jax.gan import train as gan
-    from covseg_jax.training import loop, sharding
-
-    mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
-    parts = gan.build_gan(config, mesh)
-    size, key = config.gan.batch_size, jax.eval_shape(jax.random.key, 0)
-
-    def shapes(batch_size: int) -> tuple:
-        sharding.check_batch_size(batch_size, mesh, 'gan.batch_size')
-        batch = sharding.abstract_batch(gan.batch_shapes(config, batch_size), mesh)
-        return parts.abstract_state, batch
-
-    def scans(batch_size: int) -> tuple:
-        scan = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid, 1), jnp.float32)
-        return sharding.abstract_copy((parts.abstract_state.ema, scan, key), one)
-
-    steps = loop.distinct_steps(gan.choose_step(config, parts), config.gan.num_steps)
-    programs = {
-        name_step(step, *shapes(size)): Program(step, shapes, size, len(devices)) for step in steps
-    }
-    return programs | {'heal': Program(gan_steps.make_heal(parts.generator), scans, 1, 1)}
-
-
-def _segmentation_programs(config: ml_collections.ConfigDict, devices: list) -> dict[str, Program]:
-    import jax
-    import jax.numpy as jnp
-
-    from covseg_jax.segmentation import train as segmentation
+    from covseg_jax.gan.steps import make_heal
+    from covseg_jax.gan.train import build_gan, check_gan_batch, choose_gan_step, gan_batch_shapes
     from covseg_jax.segmentation.steps import make_predict
+    from covseg_jax.segmentation.train import (
+        build_segmentation,
+        check_train_batch,
+        choose_segmentation_step,
+        segmentation_batch_shapes,
+    )
     from covseg_jax.training import loop, sharding
 
     mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
-    parts = segmentation.build_segmentation(config, mesh)
-    size = config.train.batch_size
-    least = max(2, len(devices)) * config.train.micro_batches
+    grid = config.prepare.grid
+    if stage == 'gan':
+        group, least, parts = config.gan, len(devices), build_gan(config, mesh)
+        step_at = choose_gan_step(config, parts)
+        check_batch, batch_shapes = check_gan_batch, gan_batch_shapes
+        name, apply, apply_size = 'heal', make_heal(parts.generator), 1
+        apply_shape, apply_key = grid, [jax.eval_shape(jax.random.key, 0)]
+    else:
+        group, parts = config.train, build_segmentation(config, mesh)
+        least = max(2, len(devices)) * group.micro_batches
+        step_at = choose_segmentation_step(config, parts)
+        check_batch, batch_shapes = check_train_batch, segmentation_batch_shapes
+        name, apply = 'predict', make_predict(parts.network, config.predict.output)
+        apply_size, apply_shape, apply_key = config.predict.batch_size, grid[1:], []
 
-    def shapes(batch_size: int) -> tuple:
-        segmentation.check_train_batch(config, batch_size, mesh)
-        batch = sharding.abstract_batch(segmentation.batch_shapes(config, batch_size), mesh)
+    def of_step(batch_size: int) -> tuple:
+        check_batch(config, batch_size, mesh)
+        batch = sharding.abstract(batch_shapes(config, batch_size), sharding.split(mesh))
         return parts.abstract_state, batch
 
-    def slices(batch_size: int) -> tuple:
-        image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
-        return sharding.abstract_copy((parts.abstract_state.ema, image), one)
+    def of_apply(batch_size: int) -> tuple:
+        image = jax.ShapeDtypeStruct((batch_size, *apply_shape, 1), jnp.float32)
+        arguments = (parts.abstract_state.ema, image, *apply_key)
+        return sharding.abstract(arguments, sharding.replicated(one))
 
-    steps = loop.distinct_steps(segmentation.choose_step(config, parts), config.train.num_steps)
+    size = group.batch_size
+    steps = loop.distinct_steps(step_at, group.num_steps)
     programs = {
-        name_step(step, *shapes(size)): Program(step, shapes, size, least) for step in steps
+        name_step(step, *of_step(size)): Program(step, of_step, size, least) for step in steps
     }
-    predict = make_predict(parts.network, config.predict.output)
-    return programs | {'predict': Program(predict, slices, config.predict.batch_size, 1)}
+    return programs | {name: Program(apply, of_apply, apply_size, 1)}
 
 
 def name_step(step: Callable, state: Any, batch: Any) -> str:
@@ -307,34 +272,17 @@ def describe(compiled: Any, chip: Chip) -> dict:
     }
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """A compiled program's text -> the lines of each computation, and the entry's name."""
-    lines: dict[str, list[str]] = {}
-    entry = name = ''
-    for line in text.splitlines():
-        begins = re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line)
-        if begins and not line.startswith(' '):
-            name = begins.group(2)
-            lines[name] = []
-            entry = name if begins.group(1) else entry
-        elif line.startswith('}'):
-            name = ''
-        elif name:
-            lines[name].append(line)
-    return lines, entry
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
 
 
 def sum_estimated_cycles(text: str) -> int:
     """The compiler's cycles of a whole program: loops count as often as they turn, and of the
     branches of a condition the dearest does."""
-    computations, entry = _computations(text)
-    known: dict[str, int] = {}
+    computations = {name: lines.splitlines() for _, name, lines in _COMPUTATION.findall(text)}
 
+    @functools.cache
     def cycles_of(name: str) -> int:
-        if name not in known:
-            known[name] = 0  # no computation calls itself
-            known[name] = sum(map(cycles_of_line, computations.get(name, [])))
-        return known[name]
+        return sum(map(cycles_of_line, computations.get(name, [])))
 
     def cycles_of_line(line: str) -> int:
         own = re.search(r'"estimated_cycles":"(\d+)"', line)
@@ -353,29 +301,20 @@ def sum_estimated_cycles(text: str) -> int:
         called = re.search(r' call\(.*to_apply=%?([\w.\-]+)', line)
         return cycles_of(called.group(1)) if called else 0
 
-    return cycles_of(entry)
+    return sum(cycles_of(name) for entry, name, _ in _COMPUTATION.findall(text) if entry)
 
 
 def count_collectives(text: str) -> dict[str, dict[str, int]]:
     """Kind -> how many, and the bytes that their results hold, in a compiled program's text."""
     found: dict[str, dict[str, int]] = {}
-    for line in text.splitlines():
-        match = re.match(r'\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', line)
-        if not match:
-            continue
-        kind = match.group(2).removesuffix('-start')
+    instruction = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(', re.MULTILINE)
+    for results, operation in instruction.findall(text):
+        kind = operation.removesuffix('-start')
         if kind in _COLLECTIVES:
             entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
             entry['count'] += 1
-            entry['bytes'] += _result_bytes(match.group(1))
+            entry['bytes'] += sum(
+                math.prod(int(size) for size in sizes.split(',') if size) * _BYTES.get(dtype, 4)
+                for dtype, sizes in re.findall(r'(\w+)\[([\d,]*)\]', results)
+            )
     return found
-
-
-def _result_bytes(shapes: str) -> int:
-    total = 0
-    for kind, sizes in re.findall(r'(\w+)\[([\d,]*)\]', shapes):
-        count = 1
-        for size in filter(None, sizes.split(',')):
-            count *= int(size)
-        total += count * _BYTES.get(kind, 4)
-    return total

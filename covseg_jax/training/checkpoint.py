@@ -1,10 +1,11 @@
 """Orbax checkpoints: a run's state with what its log needs, the two newest kept."""
 
-import dataclasses
+import contextlib
 import pathlib
 import shutil
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +19,25 @@ from covseg_jax.errors import InputError
 _CHECKSUM = 'checksum'
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint that was read: its step, the state, and what was saved beside it."""
+class Restored(NamedTuple):
+    """A checkpoint that was read."""
 
     step: int
     state: Any
-    progress: dict[str, Any]
+    progress: dict[str, Any]  # what was saved beside the state
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder.
+    """The checkpoints of one run, in one folder, the two newest of them.
 
     Saving is asynchronous: call `wait` before the process ends. A save that was cut off leaves a
     temporary folder that is never taken for a checkpoint and goes when the folder is opened again.
-    All hosts call the same methods.
+    All hosts call the same methods. `save`, `wait` and `close` raise an InputError where the disk
+    is full or cannot be written.
     """
 
     def __init__(self, folder: pathlib.Path):
-        """Opens or makes `folder`. The two newest checkpoints are kept."""
+        """Opens or makes `folder`."""
         self._folder = folder.resolve()
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -63,22 +64,16 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Starts to save the state after `step` steps, with `progress` (as JSON has it) beside it.
-
-        Raises:
-          InputError: the disk is full or does not let itself be written.
-        """
+        """Starts to save the state after `step` steps, with `progress` (as JSON has it) beside
+        it."""
         if self.latest_step() == step:
             return
-        progress = progress | {_CHECKSUM: int(_checksum(state))}
         items = {
             'state': ocp.args.StandardSave(state),
-            'progress': ocp.args.JsonSave(progress),
+            'progress': ocp.args.JsonSave(progress | {_CHECKSUM: int(_checksum(state))}),
         }
-        try:
+        with self._explained():  # an error may be of the save before this one
             self._manager.save(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # of this save, or of the one before it
-            raise self._explain(error) from error
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` says (shapes and
@@ -101,53 +96,47 @@ class Checkpoints:
         return found
 
     def wait(self) -> None:
-        """Returns once everything is on disk.
-
-        Raises:
-          InputError: it cannot be written there.
-        """
-        try:
+        """Returns once everything is on disk."""
+        with self._explained():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._explain(error) from error
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        try:
+        with self._explained():
             self._manager.close()
-        except Exception as error:
-            raise self._explain(error) from error
 
-    def _explain(self, error: Exception) -> Exception:
-        """What to raise for an error of Orbax: an InputError where the disk is at fault."""
-        text = str(error)
-        if not isinstance(error, OSError) and not any(
-            sign in text for sign in ('Error writing', 'No space left', 'PERMISSION_DENIED')
-        ):
-            return error
-        whole = max(self._manager.all_steps(), default=None)
-        remains = 'none was written before' if whole is None else f'that of step {whole} is whole'
-        return InputError(
-            f'{self._folder}: a checkpoint could not be written ({_first_line(error)}), {remains}; '
-            'free space there or let it be written, and run the same command again'
-        )
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """An error of Orbax becomes an InputError where the disk is at fault."""
+        try:
+            yield
+        except Exception as error:
+            signs = ('Error writing', 'No space left', 'PERMISSION_DENIED')
+            if not isinstance(error, OSError) and not any(sign in str(error) for sign in signs):
+                raise
+            whole = max(self._manager.all_steps(), default=None)
+            remains = (
+                'there is none before it' if whole is None else f'that of step {whole} is whole'
+            )
+            raise InputError(
+                f'{self._folder}: a checkpoint could not be written ({_first_line(error)}), '
+                f'{remains}; free space there or make it writable, and run the same command again'
+            ) from error
 
 
 def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[Any, int]:
     """The newest state of a finished or unfinished run, and its step.
 
     Raises:
-      InputError: there is no checkpoint, or it does not fit the network that the config describes.
+      InputError: there is no checkpoint, or none that fits the config.
     """
-    if not folder.is_dir():
-        raise InputError(f'{folder}: no checkpoint; train first')
-    manager = ocp.CheckpointManager(
-        folder.resolve(), options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    try:
-        found, _ = _restore_newest(manager, folder, abstract_state)
-    finally:
-        manager.close()
+    found = None
+    if folder.is_dir():
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with contextlib.closing(
+            ocp.CheckpointManager(folder.resolve(), options=options)
+        ) as manager:
+            found, _ = _restore_newest(manager, folder, abstract_state)
     if found is None:
         raise InputError(f'{folder}: no checkpoint; train first')
     return found.state, found.step

@@ -23,7 +23,6 @@ class Events:
         # Not tensorboardX's SummaryWriter: its thread holds events back, and dies of a full disk
         # without a word.
         self._writer = EventsWriter(str(folder / 'events'), f'.{os.getpid()}.{start_step}')
-        # TensorBoard drops these steps of earlier files.
         self._write(start_step + 1, file_version='brain.Event:2')
         self._write(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 

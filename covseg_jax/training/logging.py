@@ -15,24 +15,19 @@ from covseg_jax.training.events import Events
 
 
 class SilentLog:
-    """The log of a host that leaves the writing to the first one."""
+    """The log of a host other than host 0, which alone writes."""
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
+    def _ignore(self, *arguments: object) -> None: ...
 
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    write = write_image = sync = close = _ignore
 
 
-class MetricsLog(SilentLog):
+class MetricsLog:
     """Scalars and images of one run: `folder`/metrics.jsonl (one line a logged step, full
-    precision) and `folder`/tensorboard/."""
+    precision) and `folder`/tensorboard/.
+
+    Its methods raise an InputError where the disk is full or cannot be written.
+    """
 
     def __init__(self, folder: pathlib.Path, *, start_step: int):
         """Opens the log of a run that goes on after `start_step` steps: what an earlier process
@@ -46,11 +41,7 @@ class MetricsLog(SilentLog):
         self._events = Events(folder / 'tensorboard', start_step=start_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, and one TensorBoard scalar a value.
-
-        Raises:
-          InputError: the disk is full or does not let itself be written.
-        """
+        """One line, and one TensorBoard scalar a value."""
         # JSON has no NaN: an undefined value is null, as everywhere in this project.
         line = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         with self._explained():
@@ -60,20 +51,12 @@ class MetricsLog(SilentLog):
             self._events.flush()
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One (H, W) or (H, W, 3) picture in [0, 1].
-
-        Raises:
-          InputError: as `write`.
-        """
+        """One (H, W) or (H, W, 3) picture in [0, 1]."""
         with self._explained():
             self._events.image(step, name, image)
 
     def sync(self) -> None:
-        """Returns once what was written is on disk.
-
-        Raises:
-          InputError: as `write`.
-        """
+        """Returns once what was written is on disk."""
         with self._explained():
             self._events.flush()
             self._file.flush()
@@ -81,10 +64,9 @@ class MetricsLog(SilentLog):
 
     def close(self) -> None:
         """Lets go of both files."""
-        with contextlib.suppress(OSError):  # nothing is held back but what a full disk refused
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self._events.close()
+        for file in (self._file, self._events):
+            with contextlib.suppress(OSError):  # nothing is held back but what a full disk refused
+                file.close()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -93,13 +75,13 @@ class MetricsLog(SilentLog):
         except OSError as error:
             raise InputError(
                 f'{self._path.parent}: the log could not be written ({error.strerror or error}); '
-                'free space there or let it be written, and run the same command again: it goes on '
+                'free space there or make it writable, and run the same command again: it goes on '
                 'from the last checkpoint'
             ) from error
 
 
-def open_log(folder: pathlib.Path, *, start_step: int) -> SilentLog:
-    """The `MetricsLog` of a run; only host 0 writes it."""
+def open_log(folder: pathlib.Path, *, start_step: int) -> MetricsLog | SilentLog:
+    """The log of a run; only host 0 writes it."""
     return MetricsLog(folder, start_step=start_step) if hosts.is_first() else SilentLog()
 
 
@@ -118,13 +100,6 @@ def read_newest(path: pathlib.Path) -> dict[str, float | None]:
 
 def image_strip(rows: list[list[np.ndarray]]) -> np.ndarray:
     """Rows of equal (H, W) pictures -> one picture, a thin white line between them."""
-    height, width = rows[0][0].shape
     gap = 2
-    strip = np.ones(
-        (len(rows) * (height + gap) - gap, len(rows[0]) * (width + gap) - gap), np.float32
-    )
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            top, left = r * (height + gap), c * (width + gap)
-            strip[top : top + height, left : left + width] = picture
-    return strip
+    padded = [[np.pad(each, (0, gap), constant_values=1) for each in row] for row in rows]
+    return np.block(padded)[:-gap, :-gap]

@@ -1,7 +1,7 @@
 """The only training loop: evaluate -> save -> next batch -> step -> log.
 
-What a run writes depends on its steps alone and not on where it was cut: the state, the values that
-are not logged yet and the last evaluation's are saved together, the batch of a step is its feed's.
+What a run writes depends on its steps alone and not on where it was cut: the state and the values
+that are not logged yet are saved together, and the batch of a step is its feed's.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,33 +21,41 @@ from tqdm import tqdm
 from covseg_jax import atomic, hosts
 from covseg_jax.data.feeds import Feed
 from covseg_jax.errors import GO_ON, InputError, Stopped
-from covseg_jax.training.checkpoint import Checkpoints
-from covseg_jax.training.finite import SKIPPED
+from covseg_jax.training.checkpoint import Checkpoints, Restored
 from covseg_jax.training.logging import open_log
 from covseg_jax.training.progress import draw_progress
+from covseg_jax.training.sharding import shard_batch
+from covseg_jax.training.step import SKIPPED
 
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
+# state -> (state, values, pictures); may change the state (plateau)
+Evaluate = Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """How long, and how often what, in steps. 0 means never, but for the end of the run.
 
-    `profile` is () or (first, last): the steps that XLA's profiler looks at. `max_skipped` steps in
-    a row may be skipped because their loss or gradient is not finite.
+    `profile_steps` is () or (first, last): the steps that XLA's profiler looks at. At most
+    `max_skipped_steps` in a row may be skipped because their loss or gradient is not finite.
     """
 
     num_steps: int
     log_every: int
     evaluate_every: int
     save_every: int
-    profile: tuple[int, int] | tuple[()] = ()
-    max_skipped: int = 10
+    profile_steps: tuple[int, int] | tuple[()]
+    max_skipped_steps: int
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], **changes: Any) -> 'Schedule':
+        """A config group's own, but for the changes."""
+        return cls(**{each.name: group[each.name] for each in dataclasses.fields(cls)} | changes)
 
 
 def distinct_steps(step_at: Callable[[int], Callable], num_steps: int) -> list[Callable]:
     """The compiled steps that a run of `num_steps` takes, in the order of their first use."""
-    return list({id(step): step for step in map(step_at, range(num_steps))}.values())
+    return list(dict.fromkeys(map(step_at, range(num_steps))))
 
 
 def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
@@ -100,36 +108,54 @@ class _Profiler:
             self._is_running = False
 
 
-class _ProgressPicture:
-    """progress.png of a work directory, which the first host draws."""
+class _Records:
+    """What a run writes as it goes: checkpoints, log lines, and progress.png of the work directory.
 
-    _EVERY_SECONDS = 60
+    It keeps the metrics of the steps since the last line, and which steps in a row, up to the
+    newest, were skipped.
+    """
 
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir, self._due = workdir, -math.inf
-
-    def draw(self, *, always: bool) -> None:
-        """Draws it; unless `always`, only where the last one is a minute old."""
-        if not hosts.is_first() or not (always or time.monotonic() >= self._due):
-            return
-        with contextlib.suppress(OSError):  # a full disk is the log's and the checkpoints' to tell
-            draw_progress(self._workdir)
-        self._due = time.monotonic() + self._EVERY_SECONDS
-
-
-class _Unlogged:
-    """The metrics of the steps since the last logged line, and which steps in a row, up to the
-    newest, were skipped."""
-
-    def __init__(self, saved: dict[str, Any]):
-        """From what `to_json` gave."""
-        self._metrics: list[Metrics] = saved.get('metrics', [])
-        self._skipped: list[tuple[int, list[str]]] = saved.get('skipped', [])
+    def __init__(
+        self, name: str, folder: pathlib.Path, checkpoints: Checkpoints, schedule: Schedule,
+        found: Restored,
+    ):  # fmt: skip
+        self._name, self._folder, self._checkpoints = name, folder, checkpoints
+        self._schedule, self._start = schedule, int(found.state.step)
+        self._log = open_log(folder, start_step=self._start)
+        unlogged = found.progress.get('unlogged', {})
+        self._metrics: list[Metrics] = unlogged.get('metrics', [])
+        self._skipped: list[tuple[int, list[str]]] = unlogged.get('skipped', [])
         self._studies: list[tuple[int, list[str]]] = []  # of the steps not looked at yet
+        self._picture_due = -math.inf
 
-    def add(self, step: int, metrics: Metrics, studies: list[str]) -> None:
+    def close(self) -> None:
+        self._log.close()
+
+    def add_step(self, step: int, metrics: Metrics, studies: list[str]) -> None:
         self._metrics.append(metrics)
         self._studies.append((step, studies))
+
+    def keep(
+        self, step: int, state: Any, evaluate: Evaluate, stop_asked: Callable[[], bool]
+    ) -> tuple[Any, bool]:
+        """Evaluates and saves where that is due before `step`. Returns the state, and whether to
+        stop there."""
+        schedule, at_end = self._schedule, step == self._schedule.num_steps
+        is_new = step > self._start
+        evaluates = is_new and (at_end or _is_due(step, schedule.evaluate_every))
+        if evaluates:
+            state, values, pictures = evaluate(state)
+            self._log.write(step, {f'validation/{name}': value for name, value in values.items()})
+            for name, picture in pictures.items():
+                self._log.write_image(step, f'pictures/{name}', picture)
+        # Hosts have to agree on it, and agreeing waits for the device.
+        asks = hosts.count() == 1 or _is_due(step, schedule.log_every)
+        stop = asks and hosts.is_any(stop_asked())
+        if is_new and (at_end or stop or _is_due(step, schedule.save_every)):
+            self._save(step, state)
+        if evaluates or stop:
+            self._draw_progress(always=at_end or stop)
+        return state, stop and not at_end
 
     def _look(self) -> None:
         """Brings the steps from the device, and counts those that were skipped."""
@@ -142,21 +168,64 @@ class _Unlogged:
             self._skipped = [*self._skipped, named] if metrics.get(SKIPPED, (0,))[0] else []
         self._studies = []
 
-    def to_json(self) -> dict[str, Any]:
+    def _save(self, step: int, state: Any) -> None:
+        self._log.sync()  # the lines up to this step are on disk before it
         self._look()
         # a copy: what is saved is written while steps go on
-        return {'metrics': list(self._metrics), 'skipped': self._skipped}
+        unlogged = {'metrics': list(self._metrics), 'skipped': self._skipped}
+        self._checkpoints.save(step, state, {'unlogged': unlogged})
 
-    def skipped(self) -> list[tuple[int, list[str]]]:
-        """(step, study ids) of the newest steps, all in a row, that were skipped."""
+    def write_line(self, step: int, speeds: dict[str, float]) -> float:
+        """Logs the means of the metrics, and returns that of the loss.
+
+        Raises:
+          InputError: too many steps in a row were skipped; their studies are in not_finite.json.
+        """
         self._look()
-        return self._skipped
+        if len(self._skipped) > self._schedule.max_skipped_steps:
+            name = 'not_finite.json' if hosts.is_first() else f'not_finite_{hosts.index()}.json'
+            steps = [{'step': step, 'studies': studies} for step, studies in self._skipped]
+            atomic.write_text(self._folder / name, json.dumps(steps, indent=2))
+            raise InputError(
+                f'{self._name}: loss or gradient is not finite in steps {steps[0]["step"]} to '
+                f'{step}, all skipped; look at the studies in {self._folder / name}, or go on with '
+                'a smaller learning rate in another --workdir; the checkpoints in '
+                f'{self._folder / "checkpoints"} are whole'
+            )
+        means, self._metrics = mean_metrics(self._metrics), []
+        self._log.write(step, means | speeds)
+        return means['loss/total']
 
-    def take_means(self) -> dict[str, float]:
-        """Their means; they count as logged then."""
-        means = mean_metrics(self._metrics)
-        self._metrics = []
-        return means
+    def _draw_progress(self, *, always: bool) -> None:
+        """Draws the picture, on host 0; unless `always`, only where the last is a minute old."""
+        if hosts.is_first() and (always or time.monotonic() >= self._picture_due):
+            with contextlib.suppress(OSError):  # log and checkpoints tell of a full disk
+                draw_progress(self._folder.parent)
+            self._picture_due = time.monotonic() + 60
+
+
+class _Timer:
+    """How fast steps were since the last line, and which share of the time they waited for data."""
+
+    def __init__(self) -> None:
+        self._since, self._seconds = time.monotonic(), {'pause': [], 'wait': []}
+
+    @contextlib.contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        """The block is a 'pause', which belongs to no step, or a step's 'wait' for its batch."""
+        began = time.monotonic()
+        yield
+        self._seconds[what].append(time.monotonic() - began)
+
+    def take(self) -> dict[str, float]:
+        """The two, and begins anew."""
+        now, waits = time.monotonic(), self._seconds['wait']
+        seconds = now - self._since - sum(self._seconds['pause'])
+        self._since, self._seconds = now, {'pause': [], 'wait': []}
+        return {
+            'speed/steps_per_s': len(waits) / seconds,
+            'speed/input_wait_share': sum(waits) / seconds,
+        }
 
 
 def run(
@@ -167,29 +236,21 @@ def run(
     abstract_state: Any,
     feed: Feed,
     step_at: Callable[[int], Callable[[Any, Any], tuple[Any, Metrics]]],
-    shard: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
-    evaluate: Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]],
+    evaluate: Evaluate,
     schedule: Schedule,
     first_step: int = 0,
 ) -> Any:
-    """Trains, from the newest checkpoint in `folder` or from `state`.
+    """Trains from the newest checkpoint in `folder`, or from `state`, to the schedule's end, and
+    returns the last state, saved.
 
     Args:
       name: what the progress bar says.
-      folder: gets checkpoints/, tensorboard/, metrics.jsonl and, with a profile, profile/, which
-        TensorBoard's profile plugin and Perfetto show. The folder around it, the work directory,
-        gets progress.png.
+      folder: gets checkpoints/, tensorboard/, metrics.jsonl and, with a profile, profile/, for
+        TensorBoard's profile plugin and Perfetto. The work directory around it gets progress.png.
       state: a fresh state with a `step` field; donated.
       abstract_state: its shapes and shardings.
-      feed: the batches.
+      feed: the batches; its first one is of `first_step`.
       step_at: step number -> the compiled step to run there.
-      shard: host batch -> device batch.
-      evaluate: state -> (state, values, pictures); may change the state (plateau).
-      schedule: how long and how often.
-      first_step: the step of the feed's first batch.
-
-    Returns:
-      The state after the last step, saved.
 
     Raises:
       Stopped: Ctrl-C or SIGTERM came; everything is saved.
@@ -197,106 +258,36 @@ def run(
     """
     checkpoints = Checkpoints(folder / 'checkpoints')
     checkpoints.check_space(abstract_state)
-    restored = checkpoints.restore(abstract_state)
-    progress: dict[str, Any] = {}
-    if restored is not None:
-        state, progress = restored.state, restored.progress
-    start = int(state.step)
-    unlogged = _Unlogged(progress.get('unlogged', {}))
+    found = checkpoints.restore(abstract_state) or Restored(0, state, {})
+    state, start, end = found.state, int(found.state.step), schedule.num_steps
     batches = feed.start(max(start - first_step, 0))
-    timer, progress_picture = _Timer(), _ProgressPicture(folder.parent)
+    timer, mesh = _Timer(), abstract_state.step.sharding.mesh
     with (
         _stop_signals() as stop_asked,  # before the log: who sees it may ask
         contextlib.closing(checkpoints),
-        contextlib.closing(open_log(folder, start_step=start)) as log,
-        contextlib.closing(_Profiler(folder / 'profile', schedule.profile)) as profiler,
-        tqdm(total=schedule.num_steps, initial=start, desc=name, unit='step', disable=None) as bar,
+        contextlib.closing(_Records(name, folder, checkpoints, schedule, found)) as records,
+        contextlib.closing(_Profiler(folder / 'profile', schedule.profile_steps)) as profiler,
+        tqdm(total=end, initial=start, desc=name, unit='step', disable=None) as bar,
     ):
-        for step in range(start, schedule.num_steps + 1):
-            at_end = step == schedule.num_steps
-            with timer.pause():  # the speed that is logged is the steps' own
-                evaluates = step > start and (at_end or _is_due(step, schedule.evaluate_every))
-                if evaluates:
-                    state, values, pictures = evaluate(state)
-                    log.write(step, values)
-                    for title, picture in pictures.items():
-                        log.write_image(step, title, picture)
-                # Hosts have to agree on it, and agreeing waits for the device.
-                asks = hosts.count() == 1 or _is_due(step, schedule.log_every)
-                stop = asks and hosts.is_any(stop_asked())
-                if step > start and (at_end or stop or _is_due(step, schedule.save_every)):
-                    log.sync()  # the lines up to this step are on disk before it
-                    checkpoints.save(step, state, {'unlogged': unlogged.to_json()})
-                if evaluates or stop:
-                    progress_picture.draw(always=at_end or stop)
-                if at_end:
-                    break
-                if stop:
-                    checkpoints.wait()
-                    raise Stopped(f'{name}: stopped and saved at step {step}; {GO_ON}')
-            with timer.wait():
+        for step in range(start, end + 1):
+            with timer.measure('pause'):
+                state, stop = records.keep(step, state, evaluate, stop_asked)
+            if stop:
+                checkpoints.wait()
+                raise Stopped(f'{name}: stopped and saved at step {step}; {GO_ON}')
+            if step == end:
+                break
+            with timer.measure('wait'):
                 batch = next(batches)
             profiler.before(step)
-            state, metrics = step_at(step)(state, shard(feed.inputs(batch)))
+            state, metrics = step_at(step)(state, shard_batch(feed.inputs(batch), mesh))
             profiler.after(step, state)
-            unlogged.add(step + 1, metrics, feed.studies(batch))
+            records.add_step(step + 1, metrics, feed.studies(batch))
             bar.update()
-            if _is_due(step + 1, schedule.log_every) or step + 1 == schedule.num_steps:
-                _check_skipped(unlogged.skipped(), schedule.max_skipped, name, folder)
-                means = unlogged.take_means()
-                log.write(step + 1, means | timer.take())
-                bar.set_postfix(loss=f'{means["loss/total"]:.4f}')
+            if step + 1 == end or _is_due(step + 1, schedule.log_every):
+                bar.set_postfix(loss=f'{records.write_line(step + 1, timer.take()):.4f}')
     return state
-
-
-class _Timer:
-    """How fast steps were since the last line, and which share of the time they waited for data."""
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._since, self._waited, self._paused, self._steps = time.monotonic(), 0.0, 0.0, 0
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._paused += time.monotonic() - began
-
-    @contextlib.contextmanager
-    def wait(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._waited += time.monotonic() - began
-        self._steps += 1
-
-    def take(self) -> dict[str, float]:
-        """The two, and begins anew."""
-        seconds = time.monotonic() - self._since - self._paused
-        found = {
-            'speed/steps_per_s': self._steps / seconds,
-            'speed/input_wait_share': self._waited / seconds,
-        }
-        self._begin()
-        return found
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _check_skipped(
-    skipped: list[tuple[int, list[str]]], most: int, name: str, folder: pathlib.Path
-) -> None:
-    if len(skipped) <= most:
-        return
-    path = folder / ('not_finite.json' if hosts.is_first() else f'not_finite_{hosts.index()}.json')
-    steps = [{'step': step, 'studies': studies} for step, studies in skipped]
-    atomic.write_text(path, json.dumps(steps, indent=2))
-    first, last = skipped[0][0], skipped[-1][0]
-    raise InputError(
-        f'{name}: loss or gradient is not finite in steps {first} to {last}, all skipped; look at '
-        f'the studies in {path}, or go on with a smaller learning rate in another --workdir; the '
-        f'checkpoints in {folder / "checkpoints"} are whole'
-    )

@@ -1,4 +1,5 @@
-"""Losses: plain functions of arrays, computed in float32 or better whatever comes in.
+"""Losses: plain functions of arrays of any floating type. They give a scalar, computed in float32,
+or in float64 where that comes in.
 
 Sources: Shabani et al. 2022 and its adaptation, as METHOD.md section 4 writes them down; the
 contrastive form follows Khosla et al., Supervised Contrastive Learning (NeurIPS 2020), with sums
@@ -30,23 +31,19 @@ def contrastive_loss(
     all others and receives no gradient.
 
     Args:
-      features: (B, F), any floating type.
+      features: (B, F).
       labels: (B,) integers.
       temperature: divisor of the similarities, above 0.
       sensitivity_weight: w, above 0.
       include_self: count the pair (i, i) among the positives, as published.
-
-    Returns:
-      Scalar, float32 (float64 for float64 features).
     """
     unit = _unit_vectors(_at_least_float32(features))
     similarity = unit @ unit.T / temperature  # (B, B)
     same = labels[:, None] == labels[None, :]
     positive = same if include_self else same & ~jnp.eye(labels.shape[0], dtype=bool)
     counts = positive.any(axis=1) & (~same).any(axis=1)  # (B,)
-    left_out = ~counts[
-        :, None
-    ]  # their sums run over all pairs, so that no log(0) is differentiated
+    # The sums of those left out run over all pairs, so that no log(0) is differentiated.
+    left_out = ~counts[:, None]
     log_positive = jax.nn.logsumexp(similarity, axis=1, where=positive | left_out)
     log_negative = jax.nn.logsumexp(similarity, axis=1, where=~same | left_out)
     losses = jax.nn.softplus(log_negative - log_positive - jnp.log(sensitivity_weight))
@@ -67,7 +64,7 @@ def sensitivity_loss(
     softplus(z) − z t. METHOD.md section 4.
 
     Args:
-      logits: (B, H, W, 1) z, any floating type.
+      logits: (B, H, W, 1) z.
       targets: the shape of logits, t, soft or hard.
       beta: weight of missed lesion pixels, at least 0.
       weights: None or an array that broadcasts to the logits, such as (B, H, W, 1) pixel weights or
@@ -75,9 +72,6 @@ def sensitivity_loss(
       clip: clip the targets to [0, 1] first. Published is False, on signed differences: below 0
         they make the cross entropy fall without bound as z does, and only the squared error of the
         logits, which the published sum holds too, stops it.
-
-    Returns:
-      Scalar, float32 (float64 for float64 logits).
     """
     logits = _at_least_float32(logits)
     targets = _targets_like(logits, targets, clip)
@@ -100,13 +94,10 @@ def mse_loss(
     against the cross entropy (METHOD.md section 4).
 
     Args:
-      logits: (B, H, W, 1) z, any floating type.
+      logits: (B, H, W, 1) z.
       targets: the shape of logits.
       on: 'probability' or 'logits'.
       weights, clip: as for `sensitivity_loss`.
-
-    Returns:
-      Scalar, float32 (float64 for float64 logits).
 
     Raises:
       ValueError: `on` is neither of the two.
@@ -120,14 +111,12 @@ def mse_loss(
 
 
 def one_hot_loss(probabilities: jax.Array, label: int) -> jax.Array:
-    """Published GAN loss: mean squared error between D's softmax and a one-hot label.
+    """Published GAN loss: mean squared error between D's softmax and a one-hot label. METHOD.md
+    section 2.
 
     Args:
       probabilities: (B, 2) softmax of the published discriminator.
       label: 1 for "real healthy", 0 for "generated". The generator is trained towards 1.
-
-    Returns:
-      Scalar, float32 or better. METHOD.md section 2.
     """
     probabilities = _at_least_float32(probabilities)
     one_hot = jax.nn.one_hot(label, probabilities.shape[-1], dtype=probabilities.dtype)
@@ -141,29 +130,19 @@ def lsgan_discriminator_loss(
     weights: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> jax.Array:
     """Least-squares loss of D: ½ mean (D(real) − 1)² + ½ mean D(fake)². Mao et al., equation 2.
+    0.25 for a D that says 0.5 everywhere.
 
     Args:
       real, fake: patch logits of any shape, such as (B, d, h, w, 1).
       weights: of the patches of each, as for `sensitivity_loss`.
-
-    Returns:
-      Scalar, float32 or better; 0.25 for a D that says 0.5 everywhere.
     """
-    real, fake = _at_least_float32(real), _at_least_float32(fake)
-    on_real = _weighted_mean(jnp.square(real - 1), weights[0])
-    return 0.5 * on_real + 0.5 * _weighted_mean(jnp.square(fake), weights[1])
+    on_fake = _weighted_mean(jnp.square(_at_least_float32(fake)), weights[1])
+    return lsgan_generator_loss(real, weights=weights[0]) + 0.5 * on_fake
 
 
 def lsgan_generator_loss(fake: jax.Array, *, weights: jax.Array | None = None) -> jax.Array:
-    """Least-squares loss of G: ½ mean (D(G(x)) − 1)². Mao et al., equation 2.
-
-    Args:
-      fake: patch logits of any shape.
-      weights: of the patches, as for `sensitivity_loss`.
-
-    Returns:
-      Scalar, float32 or better.
-    """
+    """Least-squares loss of G: ½ mean (D(G(x)) − 1)². Mao et al., equation 2. Arguments as for
+    `lsgan_discriminator_loss`."""
     return 0.5 * _weighted_mean(jnp.square(_at_least_float32(fake) - 1), weights)
 
 

@@ -1,36 +1,27 @@
 """Adam with warm-up, cosine or plateau schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+SCHEDULES = ('cosine', 'plateau', 'constant')
+
 
 def reduce_on_plateau(
-    *,
-    factor: float = 0.1,
-    patience: int = 10,
-    rtol: float = 1e-4,
-    atol: float = 0.0,
-    cooldown: int = 0,
-    min_scale: float = 0.0,
+    *, patience: int = 10, **settings: float
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates down when `value` stops falling, with patience as PyTorch counts it.
 
     torch.optim.lr_scheduler.ReduceLROnPlateau cuts once the number of evaluations without
-    improvement is *greater* than patience; optax.contrib.reduce_on_plateau once it is equal. Feed
-    it one positive value to be minimised per evaluation, not per step: `update(updates, state,
-    value=...)`. The scale so far is `state.scale`.
+    improvement is *greater* than patience; optax.contrib.reduce_on_plateau, which takes the other
+    settings (factor, rtol, atol, cooldown, min_scale), once it is equal. Feed it one positive value
+    to be minimised per evaluation, not per step: `update(updates, state, value=...)`. The scale so
+    far is `state.scale`.
     """
-    return optax.contrib.reduce_on_plateau(
-        factor=factor,
-        patience=patience + 1,
-        rtol=rtol,
-        atol=atol,
-        cooldown=cooldown,
-        min_scale=min_scale,
-    )
+    return optax.contrib.reduce_on_plateau(patience=patience + 1, **settings)
 
 
 def learning_rate_schedule(
@@ -40,8 +31,10 @@ def learning_rate_schedule(
     which the state's scale cuts, and 'constant').
 
     Raises:
-      ValueError: the schedule is not one of 'cosine', 'plateau', 'constant'.
+      ValueError: the schedule is not one of SCHEDULES.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule {schedule!r} is not one of {SCHEDULES}')
     if schedule == 'cosine':
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
@@ -50,30 +43,14 @@ def learning_rate_schedule(
             decay_steps=max(num_steps, warmup_steps + 1),
             end_value=peak / 100,
         )
-    if schedule in ('plateau', 'constant'):
-        return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))
-    raise ValueError(f"schedule {schedule!r} is not one of 'cosine', 'plateau', 'constant'")
+    return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))
 
 
-def restarting_schedule(
-    *, peak: float, schedule: str, warmup_steps: int, ends: Sequence[int]
-) -> optax.Schedule:
-    """`learning_rate_schedule` for each of several rounds of training, one after the other.
-
-    Args:
-      peak, schedule, warmup_steps: of each round.
-      ends: the step after the last of each round, ascending.
-
-    Raises:
-      ValueError: as `learning_rate_schedule`.
-    """
+def restarting_schedule(*, ends: Sequence[int], **settings: Any) -> optax.Schedule:
+    """`learning_rate_schedule` of the settings for each of several rounds of training, which end
+    before the steps `ends`, ascending."""
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    parts = [
-        learning_rate_schedule(
-            peak=peak, schedule=schedule, warmup_steps=warmup_steps, num_steps=length
-        )
-        for length in lengths
-    ]
+    parts = [learning_rate_schedule(num_steps=length, **settings) for length in lengths]
     return optax.join_schedules(parts, list(ends[:-1]))
 
 
@@ -90,6 +67,24 @@ def make_adam(
     if clip_norm <= 0:
         return adam
     return optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+
+
+def minimise(
+    loss: Callable[..., tuple[jax.Array, Any]],
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    *arguments: Any,
+) -> tuple[tuple[jax.Array, Any], Any, Any, jax.Array]:
+    """One update of the params against loss(params, *arguments) -> (value, more).
+
+    Returns:
+      What the loss gave, the new params, the new state of the optimizer, and the global norm of the
+      gradient.
+    """
+    found, gradients = jax.value_and_grad(loss, has_aux=True)(params, *arguments)
+    updates, opt_state = optimizer.update(gradients, opt_state)
+    return found, optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
 
 
 def update_ema(ema, new, step: jax.Array, decay: float):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # imported where something is drawn: training alone does with
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (N,) steps, (N,) values, NaN: undefined
 
 _MODELS = {'gan': 'GAN', 'transunet': 'Segmentation network'}  # folder -> title
-_HEAVY = 'total'
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _FAINT = '#8a8a8a'
@@ -49,11 +48,8 @@ def learning_curves(workdir: pathlib.Path) -> Figure | None:
     From left to right: losses; validation's scores, and below them its errors; the learning rate,
     and below it the GAN's discriminator. Legends give the newest value of each series.
     """
-    logs = {
-        title: read_rows(workdir / name / 'metrics.jsonl')
-        for name, title in _MODELS.items()
-        if (workdir / name / 'metrics.jsonl').exists()
-    }
+    paths = {title: workdir / name / 'metrics.jsonl' for name, title in _MODELS.items()}
+    logs = {title: read_rows(path) for title, path in paths.items() if path.exists()}
     logs = {title: rows for title, rows in logs.items() if rows}
     if not logs:
         return None
@@ -68,16 +64,14 @@ def learning_curves(workdir: pathlib.Path) -> Figure | None:
 
 def _take_series(rows: list[dict], group: str) -> Series:
     """The series named `group`/..., without the group."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith(group + '/'):
-                point = row['step'], math.nan if value is None else value
-                found.setdefault(name.removeprefix(group + '/'), []).append(point)
-    return {
-        name: (np.array([s for s, _ in points]), np.array([v for _, v in points], np.float64))
-        for name, points in sorted(found.items())
-    }
+    names = sorted({name for row in rows for name in row if name.startswith(f'{group}/')})
+    found = {}
+    for name in names:
+        points = [(row['step'], row[name]) for row in rows if name in row]
+        steps, values = zip(*points, strict=True)
+        # None, an undefined value, becomes NaN.
+        found[name.removeprefix(f'{group}/')] = np.array(steps), np.array(values, np.float64)
+    return found
 
 
 def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
@@ -135,13 +129,12 @@ def _draw_lines(axes: Axes, title: str, series: Series, *, median: bool = True) 
         return
     colours = iter(_COLOURS * len(series))
     for name, (steps, values) in series.items():
-        heavy = name == _HEAVY  # and behind the others, one of which it may be almost equal to
-        style = {
-            'color': 'black' if heavy else next(colours),
-            'linewidth': 3 if heavy else 1.5,
-            'zorder': 2 if heavy else 3,
-            'label': f'{name.replace("_", " ")} {_show(values[-1])}',
-        }
+        # The total lies behind the others, one of which it may be almost equal to.
+        heavy = {'color': 'black', 'linewidth': 3, 'zorder': 2}
+        light = {'linewidth': 1.5, 'zorder': 3}
+        style = heavy if name == 'total' else light | {'color': next(colours)}
+        newest = f'{values[-1]:.3g}' if math.isfinite(values[-1]) else 'undefined'
+        style['label'] = f'{name.replace("_", " ")} {newest}'
         if len(steps) > _LONG and median:
             axes.plot(steps, values, color=style['color'], linewidth=0.6, alpha=0.35, zorder=1)
             axes.plot(steps, _running_median(values), **style)
@@ -153,10 +146,6 @@ def _draw_lines(axes: Axes, title: str, series: Series, *, median: bool = True) 
         bbox_to_anchor=(1, 1), borderpad=0.1, borderaxespad=0.2, handlelength=1.2,
         columnspacing=1,
     )  # fmt: skip
-
-
-def _show(value: float) -> str:
-    return f'{value:.3g}' if math.isfinite(value) else 'undefined'
 
 
 def _use_log_scale(axes: Axes, series: Series) -> None:

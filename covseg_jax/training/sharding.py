@@ -32,12 +32,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def split(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: split along their first axis."""
+    return NamedSharding(mesh, PartitionSpec('data'))
+
+
 def place_state(init: Callable[[], Any], mesh: Mesh) -> tuple[Callable[[], Any], Any]:
     """Turns a function that makes a state into one that makes it on the mesh, and gives the
     state's shapes, types and shardings without making it."""
     # Made inside jit, so that no leaf shares memory with another and all may be donated.
     make = jax.jit(init, out_shardings=replicated(mesh))
-    return make, abstract_copy(jax.eval_shape(init), mesh)
+    return make, abstract(jax.eval_shape(init), replicated(mesh))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
@@ -49,26 +54,16 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str) -> None:
         )
 
 
-def abstract_batch(shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict:
-    """The shapes of a batch, split along their first axis: what a step is compiled for."""
-    sharding = NamedSharding(mesh, PartitionSpec('data'))
-    return {
-        key: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=sharding)
-        for key, each in shapes.items()
-    }
-
-
-def abstract_copy(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree of which each device of the mesh holds a copy."""
-    sharding = replicated(mesh)
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+    """The shapes of a tree that is laid out so: what a step is compiled for."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
     )
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch -> global arrays split along their first axis."""
-    sharding = NamedSharding(mesh, PartitionSpec('data'))
     return {
-        key: jax.make_array_from_process_local_data(sharding, array) for key, array in batch.items()
+        key: jax.make_array_from_process_local_data(split(mesh), array)
+        for key, array in batch.items()
     }

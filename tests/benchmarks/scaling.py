@@ -21,7 +21,11 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import jax  # noqa: E402
 
 from configs import transunet  # noqa: E402
-from covseg_jax.segmentation import train as segmentation  # noqa: E402
+from covseg_jax.segmentation.train import (  # noqa: E402
+    build_segmentation,
+    choose_segmentation_step,
+    segmentation_batch_shapes,
+)
 from covseg_jax.stages.compile_check import count_collectives  # noqa: E402
 from covseg_jax.training import sharding  # noqa: E402
 
@@ -36,10 +40,10 @@ def main() -> None:
     config.train.mode = 'combined'
     for count in (1, 2, 4, 8):
         mesh = sharding.make_mesh(jax.devices()[:count])
-        parts = segmentation.build_segmentation(config, mesh)
-        step = segmentation.choose_step(config, parts)(0)
-        shapes = segmentation.batch_shapes(config, arguments.batch_size * count)
-        batch = sharding.abstract_batch(shapes, mesh)
+        parts = build_segmentation(config, mesh)
+        step = choose_segmentation_step(config, parts)(0)
+        shapes = segmentation_batch_shapes(config, arguments.batch_size * count)
+        batch = sharding.abstract(shapes, sharding.split(mesh))
         compiled = step.lower(parts.abstract_state, batch).compile()
         collectives = count_collectives(compiled.as_text())
         gradient_bytes = sum(4 * leaf.size for leaf in jax.tree.leaves(parts.abstract_state.params))

@@ -30,9 +30,7 @@ def main() -> None:
     placed = sharding.replicated(sharding.make_mesh(one_chip))
 
     def place(tree):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), tree
-        )
+        return sharding.abstract(tree, placed)
 
     generator, discriminator = Generator(dtype=jnp.bfloat16), Discriminator(dtype=jnp.bfloat16)
     volume = place(jax.ShapeDtypeStruct((arguments.batch_size, 32, 128, 128, 1), jnp.float32))

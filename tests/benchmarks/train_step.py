@@ -33,10 +33,13 @@ import numpy as np  # noqa: E402
 
 from configs import gan3d, transunet  # noqa: E402
 from covseg_jax.data.feeds import COVID, IMAGE, LABEL, LUNGS, TARGET  # noqa: E402
-from covseg_jax.gan import train as gan  # noqa: E402
+from covseg_jax.gan.train import build_gan, choose_gan_step  # noqa: E402
 from covseg_jax.models.gan3d import Generator  # noqa: E402
-from covseg_jax.segmentation import steps  # noqa: E402
-from covseg_jax.segmentation import train as segmentation  # noqa: E402
+from covseg_jax.segmentation.steps import make_predict  # noqa: E402
+from covseg_jax.segmentation.train import (  # noqa: E402
+    build_segmentation,
+    choose_segmentation_step,
+)
 
 Work = tuple[Callable[[], None], float]  # one call, and its FLOPs
 
@@ -57,14 +60,14 @@ def _transunet_config(arguments: argparse.Namespace):
 
 def transunet_work(arguments: argparse.Namespace) -> Work:
     config = _transunet_config(arguments)
-    parts = segmentation.build_segmentation(config)
+    parts = build_segmentation(config)
     rng = np.random.default_rng(0)
     shape = (arguments.batch_size, *config.prepare.grid[1:], 1)
     image = jnp.asarray(rng.random(shape, np.float32))
     state = parts.make_state()
     if arguments.mode == 'forward':
         variables = jax.device_put(state.ema)
-        predict = steps.make_predict(parts.network).lower(variables, image).compile()
+        predict = make_predict(parts.network).lower(variables, image).compile()
         return lambda: jax.block_until_ready(predict(variables, image)), _flops(predict)
     batch = {
         IMAGE: image,
@@ -72,7 +75,7 @@ def transunet_work(arguments: argparse.Namespace) -> Work:
         LUNGS: jnp.ones(shape),
         LABEL: jnp.arange(arguments.batch_size, dtype=jnp.int32) % 2,
     }
-    return _stateful(segmentation.choose_step(config, parts)(0), state, batch)
+    return _stateful(choose_segmentation_step(config, parts)(0), state, batch)
 
 
 def gan_work(arguments: argparse.Namespace) -> Work:
@@ -88,9 +91,9 @@ def gan_work(arguments: argparse.Namespace) -> Work:
         params = jax.jit(generator.init)(jax.random.key(0), volume, noise)
         forward = jax.jit(generator.apply).lower(params, volume, noise).compile()
         return lambda: jax.block_until_ready(forward(params, volume, noise)), _flops(forward)
-    parts = gan.build_gan(config)
+    parts = build_gan(config)
     batch = {IMAGE: volume, COVID: volume[:, ::-1]}
-    return _stateful(gan.choose_step(config, parts)(0), parts.make_state(), batch)
+    return _stateful(choose_gan_step(config, parts)(0), parts.make_state(), batch)
 
 
 def _stateful(step: Callable, state, batch: dict) -> Work:

@@ -7,9 +7,8 @@ import pytest
 from configs import transunet
 from covseg_jax.data import feeds
 from covseg_jax.gan import steps
-from covseg_jax.gan import train as gan
-from covseg_jax.gan.perlin import PerlinModel
 from covseg_jax.gan.published_step import make_published_step
+from covseg_jax.gan.train import build_gan
 from covseg_jax.training import sharding
 from tests.settings import gan_losses
 
@@ -30,21 +29,12 @@ def volume_batch(size):
 @pytest.mark.slow
 def test_gan_step_moves_both_networks_only_when_adversarial():
     config = transunet.get_config('tiny').unlock()
-    parts = gan.build_gan(config.lock())
+    parts = build_gan(config.lock())
     mesh = sharding.make_mesh(jax.devices()[:1])
     batch = sharding.shard_batch(volume_batch(2), mesh)
 
     def one_step(adversarial):
-        step = steps.make_gan_step(
-            parts.generator,
-            parts.discriminator,
-            *parts.optimizers,
-            parts.learning_rate,
-            parts.opacities,
-            gan_losses(),
-            adversarial=adversarial,
-            ema_decay=0.9,
-        )
+        step = steps.make_gan_step(parts, gan_losses(), adversarial=adversarial, ema_decay=0.9)
         state = jax.device_put(parts.make_state(), sharding.replicated(mesh))
         before = jax.device_get((state.generator, state.discriminator))
         # The first step's learning rate is 0 (warm-up): take two.
@@ -65,7 +55,7 @@ def test_gan_step_moves_both_networks_only_when_adversarial():
 
 def test_published_step_is_the_published_networks_three_updates():
     published = transunet.get_config('published')
-    parts = gan.build_gan(published)
+    parts = build_gan(published)
     sizes = [
         sum(leaf.size for leaf in jax.tree.leaves(tree))
         for tree in (parts.abstract_state.generator, parts.abstract_state.discriminator)
@@ -77,10 +67,8 @@ def test_published_step_is_the_published_networks_three_updates():
     small.gan.depth = 16
     small.gan.generator.filters, small.gan.generator.bottleneck_filters = (4,), 4
     small.gan.discriminator.filters = (4, 4)
-    parts = gan.build_gan(small.lock())
-    step = make_published_step(
-        parts.generator, parts.discriminator, *parts.optimizers, parts.learning_rate, PerlinModel()
-    )
+    parts = build_gan(small.lock())
+    step = make_published_step(parts)
     state = parts.make_state()
     before = jax.device_get((state.generator, state.discriminator))
     state, metrics = step(state, volume_batch(2))

@@ -13,7 +13,14 @@ from covseg_jax.errors import InputError
 from covseg_jax.models import published
 from covseg_jax.prepare.cases import Splits, find_cases
 from covseg_jax.segmentation import import_weights
-from covseg_jax.segmentation import train as segmentation
+from covseg_jax.segmentation.train import (
+    build_segmentation,
+    load_variables,
+    make_network,
+    make_probability,
+    train_segmentation,
+)
+from covseg_jax.training.checkpoint import restore_for_inference
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +34,7 @@ def config():
 
 def make_variables(config):
     """Random variables of the config's network, running statistics included."""
-    shapes = segmentation.build_segmentation(config).abstract_state.ema
+    shapes = build_segmentation(config).abstract_state.ema
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape).astype('f4'), shapes)
 
@@ -123,12 +130,12 @@ def test_damaged_entry_of_an_archive_is_refused(tmp_path):
 def test_imported_weights_predict_and_train_on(tmp_path, config, variables, tensors, prepared):
     folder = tmp_path / 'transunet'
     import_weights.import_transunet(config, tensors, folder)
-    network, averaged, step = segmentation.load_variables(config, folder)
-    probability = segmentation.make_probability(config, network, averaged)
+    network, averaged, step = load_variables(config, folder)
+    probability = make_probability(config, network, averaged)
     cases = find_cases(prepared)[:3]
     case = cases[0]
     image, lungs = np.asarray(case.image(), np.float32), np.asarray(case.lungs())
-    model = segmentation.make_network(config)
+    model = make_network(config)
     logits = jax.jit(model.apply)(variables, image[..., None]).logits
     expected = np.asarray(jax.nn.sigmoid(logits))[..., 0] * (lungs > 0)
     np.testing.assert_allclose(probability(image, lungs), expected, atol=1e-6)
@@ -140,8 +147,8 @@ def test_imported_weights_predict_and_train_on(tmp_path, config, variables, tens
     config = config.copy_and_resolve_references().unlock()
     config.train.rounds, config.train.round_shares = ('targets',), (1.0,)
     targets = {c.study_id: np.random.default_rng(0).uniform(size=c.lungs().shape) for c in cases}
-    segmentation.train_segmentation(config, splits, lambda c: targets[c.study_id], folder)
-    _, _, step = segmentation.load_variables(config, folder)
+    train_segmentation(config, splits, lambda c: targets[c.study_id], folder)
+    _, _, step = load_variables(config, folder)
     assert step == 2
 
 
@@ -161,7 +168,7 @@ def test_position_embedding_is_interpolated_to_the_grid(tmp_path, config, tensor
     embedding = np.concatenate([np.full((1, features), 9.0), grid.reshape(16, features)])
     larger = {**tensors, 'encoder.vit.embedding': embedding.astype(np.float32)}
     import_weights.import_transunet(config, larger, tmp_path)
-    state = segmentation.build_segmentation(config).abstract_state
-    restored, _ = segmentation.restore_for_inference(tmp_path / 'checkpoints', state)
+    state = build_segmentation(config).abstract_state
+    restored, _ = restore_for_inference(tmp_path / 'checkpoints', state)
     found = np.asarray(restored.ema['params']['vit']['position_embedding'])[:, 0]
     np.testing.assert_allclose(found, [9.0, 0.5, 0.5, 2.5, 2.5], atol=1e-6)

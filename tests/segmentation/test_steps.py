@@ -12,7 +12,7 @@ from configs import transunet
 from covseg_jax.data import feeds
 from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
-from covseg_jax.segmentation import train as segmentation
+from covseg_jax.segmentation.train import build_segmentation, choose_segmentation_step
 from covseg_jax.training import losses, sharding
 from tests.settings import segmentation_losses
 
@@ -47,12 +47,9 @@ def mesh_of(num_devices):
 
 
 def train(config, terms, num_steps, mesh_size=1, repeat=1, micro_batches=1, unroll=False):
-    parts = segmentation.build_segmentation(config)
+    parts = build_segmentation(config)
     step = steps.make_segmentation_step(
-        parts.network,
-        parts.projection,
-        parts.optimizer,
-        parts.learning_rate,
+        parts,
         segmentation_losses(contrastive=1.0, binary_targets=False, doubtful=()),
         None,
         terms=terms,
@@ -144,12 +141,12 @@ class Pixelwise(nn.Module):
 
 def published_step(config, monkeypatch, **losses):
     """The first step of the published training, and the state before and after it."""
-    monkeypatch.setattr(segmentation, 'make_network', lambda config: Pixelwise())
+    monkeypatch.setattr('covseg_jax.segmentation.train.make_network', lambda config: Pixelwise())
     config = config.copy_and_resolve_references().unlock()
     config.train.update(transunet.get_config('published').train.to_dict())
     config.train.losses.update(losses)
-    parts = segmentation.build_segmentation(config)
-    step = segmentation.choose_step(config, parts)(0)
+    parts = build_segmentation(config)
+    step = choose_segmentation_step(config, parts)(0)
     state = parts.make_state()
     before = jax.device_get(state)
     state, metrics = step(state, slice_batch())
@@ -216,7 +213,7 @@ def test_evaluation_step_cuts_raw_output_and_difference_at_a_share_of_their_maxi
 
 
 def test_contrastive_step_leaves_the_decoder_without_gradient(config):
-    parts = segmentation.build_segmentation(config)
+    parts = build_segmentation(config)
     before = jax.device_get(parts.make_state().params)
     state, _ = train(config, steps.CONTRASTIVE, 1)
     after = jax.device_get(state.params)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from covseg_jax.training.finite import SKIPPED, skip_non_finite
+from covseg_jax.training.step import SKIPPED, skip_non_finite
 
 
 @struct.dataclass

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from covseg_jax.data.feeds import Feed
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.training import loop, sharding
-from covseg_jax.training.finite import skip_non_finite
 from covseg_jax.training.logging import open_log, read_rows
+from covseg_jax.training.step import skip_non_finite
 
 
 @struct.dataclass
@@ -72,7 +72,7 @@ def run(
     def evaluate(state):
         if evaluated is not None:
             evaluated.append(int(state.step))
-        return state, {'validation/score': float(state.step)}, {'picture': np.zeros((4, 4))}
+        return state, {'score': float(state.step)}, {'picture': np.zeros((4, 4))}
 
     return loop.run(
         name='count',
@@ -81,10 +81,14 @@ def run(
         abstract_state=abstract,
         feed=feed(first_step),
         step_at=step_at,
-        shard=lambda batch: sharding.shard_batch(batch, mesh),
         evaluate=evaluate,
         schedule=loop.Schedule(
-            num_steps, log_every=2, evaluate_every=4, save_every=3, profile=profile, max_skipped=3
+            num_steps,
+            log_every=2,
+            evaluate_every=4,
+            save_every=3,
+            profile_steps=profile,
+            max_skipped_steps=3,
         ),
         first_step=first_step,
     )
@@ -255,7 +259,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
     run(tmp_path)
     events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
     assert [event.step for event in events.Scalars('loss/total')] == [2, 4, 6, 8, 10, 12]
-    assert [event.step for event in events.Images('picture')] == [4, 8, 12]
+    assert [event.step for event in events.Images('pictures/picture')] == [4, 8, 12]
 
 
 def test_mean_metrics_weighs_by_count():

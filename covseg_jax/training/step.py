@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite change nothing, and are counted."""
+"""What every training step does around its own loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,26 @@ import jax.numpy as jnp
 SKIPPED = 'optimizer/skipped'  # the metric: 1 for a step that was skipped, as (sum, count)
 
 
+def compile_step(step: Callable[[Any, dict, jax.Array], tuple[Any, dict]]) -> Callable:
+    """`step`, a (state, batch, key) -> (state, values), as a jitted (state, batch) -> (state,
+    metrics).
+
+    The key is `fold_in(state.key, state.step)`, the step's number is counted up, and the state is
+    donated. A step whose values are not all finite is skipped, see `skip_non_finite`.
+    """
+
+    def numbered(state: Any, batch: dict) -> tuple[Any, dict]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        stepped, values = step(state, batch, key)
+        metrics = {name: (value, 1.0) for name, value in values.items()}
+        return stepped.replace(step=state.step + 1), metrics
+
+    return jax.jit(skip_non_finite(numbered), donate_argnums=0)
+
+
 def skip_non_finite(step: Callable[[Any, dict], tuple[Any, dict]]) -> Callable:
-    """`step` as a (state, batch) -> (state, metrics) that leaves the state as it was, but for its
-    number, where one of the step's metrics is not finite.
+    """`step` as a (state, batch) -> (state, metrics) that changes nothing but the step's number
+    where one of the metrics is not finite.
 
     Metrics are (sum, count) pairs; those of a skipped step count nothing. The norms of all
     gradients should be among them: a loss may be finite where they are not.

@@ -1,0 +1,59 @@
+"""What the training of either network is made of."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from covseg_jax.errors import InputError
+from covseg_jax.training.optim import restarting_schedule
+from covseg_jax.training.sharding import place_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Parts of a training, of which nothing is computed yet; subclasses add the networks."""
+
+    seed: int  # of the weights and of everything random in the steps
+    mesh: Mesh  # the devices that the state lives on, a copy on each
+    learning_rate: optax.Schedule
+
+    def init_state(self) -> Any:
+        """The training's first state."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _placed(self) -> tuple[Callable[[], Any], Any]:
+        return place_state(self.init_state, self.mesh)
+
+    def make_state(self) -> Any:
+        """`init_state`, made on the mesh."""
+        return self._placed[0]()
+
+    @property
+    def abstract_state(self) -> Any:
+        """The state's shapes, types and shardings."""
+        return self._placed[1]
+
+
+def make_learning_rate(
+    name: str, group: ml_collections.ConfigDict, ends: Sequence[int]
+) -> optax.Schedule:
+    """The learning rate of a config's group `name` over rounds that end before the steps `ends`.
+
+    Raises:
+      InputError: the schedule is not one that exists.
+    """
+    try:
+        return restarting_schedule(
+            peak=group.learning_rate,
+            schedule=group.schedule,
+            warmup_steps=group.warmup_steps,
+            ends=ends,
+        )
+    except ValueError as error:
+        raise InputError(f'{name}.schedule: {error}') from error
