@@ -100,7 +100,8 @@ def write_nnunet_data_set(
     for case in tqdm(hosts.share(cases), desc='nnunet', unit='study', disable=None):
         if case.study_id not in studies:
             raise InputError(f'{case.study_id}: no such study in the data set; prepare it again')
-        _write_image(data_set / _IMAGE.format(case.study_id), case, studies, data_set)
+        path = data_set / _IMAGE.format(case.study_id)
+        _write_image(path, case, studies[case.study_id], data_set)
         label = np.zeros(case.geometry.canonical_shape, np.uint8)
         if case.study_id in marked:
             label = read_volume(masks / f'{case.study_id}_mask.nii.gz').array
@@ -126,9 +127,11 @@ def refuse_foreign_files(
     data_set = folder / _DATA_SET
     _refuse_other_cases(data_set, learned)
     kinds = ('mask', 'probability')
-    files = [masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds]
-    files += [data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)]
-    files.append(data_set / _DESCRIBED)
+    files = [
+        *(masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds),
+        *(data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)),
+        data_set / _DESCRIBED,
+    ]
     hosts.check_shared(lambda path: written.refuse_foreign([path]), files)
 
 
@@ -147,14 +150,11 @@ def _write_description(path: pathlib.Path, num_covid: int, num_healthy: int) -> 
         written.write_text(path, text)
 
 
-def _write_image(
-    path: pathlib.Path, case: Case, studies: Mapping[str, Study], record: pathlib.Path
-) -> None:
+def _write_image(path: pathlib.Path, case: Case, study: Study, record: pathlib.Path) -> None:
     voxel_crc32 = case.description['voxel_crc32']
     there = _read_on_grid(path, case.geometry)
     if there is not None and study_files.voxel_crc32(there) == voxel_crc32:
         return
-    study = studies[case.study_id]
     volume = study_files.read_image(study)
     is_same_grid = np.allclose(volume.affine, case.geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
     if study_files.voxel_crc32(volume) != voxel_crc32 or not is_same_grid:
