@@ -1,6 +1,8 @@
 """Files and folders that are either there and whole, or not there."""
 
 import contextlib
+import errno
+import fcntl
 import glob
 import json
 import os
@@ -9,43 +11,34 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 # `new_file` below, or another that does more.
 NewFile = Callable[[str | os.PathLike], AbstractContextManager[pathlib.Path]]
 
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # Names of what lies beside a file or folder while it is replaced: .KIND-HOST-PROCESS-NAME. The
 # suffixes stay at the end: writers such as nibabel choose the format by them.
 _NEW, _OLD = 'tmp', 'old'
+_HOST = socket.gethostname().replace('-', '_')
 
 
-def temporary_sibling(path: pathlib.Path) -> pathlib.Path:
+def temporary_sibling(path: pathlib.Path, kind: str = _NEW) -> pathlib.Path:
     """Where this process writes what `path` will be; `remove_leftovers` knows its name."""
-    return _sibling(path, _NEW)
-
-
-def _sibling(path: pathlib.Path, kind: str) -> pathlib.Path:
-    return path.with_name(f'.{kind}-{_host()}-{os.getpid()}-{path.name}')
-
-
-def _host() -> str:
-    return socket.gethostname().replace('-', '_')
+    return path.with_name(f'.{kind}-{_HOST}-{os.getpid()}-{path.name}')
 
 
 def _is_leftover(path: pathlib.Path) -> bool:
-    """Whether a process of this host that is no more left it."""
+    """Whether a process of this host that has ended left it."""
     parts = path.name.split('-', 3)
-    if len(parts) < 4 or parts[1] != _host() or not parts[2].isdigit():
+    if len(parts) < 4 or parts[1] != _HOST or not parts[2].isdigit():
         return False
-    return not _is_running(int(parts[2]))
+    try:
+        os.kill(int(parts[2]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it runs, and is another user's
+        pass
+    return False
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
@@ -69,7 +62,7 @@ def recover(path: str | os.PathLike) -> None:
     with contextlib.suppress(OSError):  # a disk that cannot be written, or no such place
         for old in list(path.parent.glob(f'.{_OLD}-*-{glob.escape(path.name)}')):
             # In a container a killed process had this one's number.
-            is_own = old == _sibling(path, _OLD)
+            is_own = old == temporary_sibling(path, _OLD)
             if is_own or (old.name.split('-', 3)[3:] == [path.name] and _is_leftover(old)):
                 _end_replacement(old)
 
@@ -82,16 +75,6 @@ def _end_replacement(old: pathlib.Path) -> None:
         (new if new.exists() else old).rename(path)
         _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
 
 
 @contextlib.contextmanager
@@ -119,7 +102,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    temporary, old = temporary_sibling(path), _sibling(path, _OLD)
+    temporary, old = temporary_sibling(path), temporary_sibling(path, _OLD)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -139,15 +122,46 @@ def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
 
+def append_json_line(path: pathlib.Path, value: Any, head: bytes = b'') -> None:
+    """Appends one line to a file that other processes and hosts append to; a new file begins with
+    `head`.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        # Several hosts append, and a shared disk appends for one at a time only under a lock.
+        with contextlib.suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        is_new = os.fstat(descriptor).st_size == 0
+        # One call writes the line whole. A kill may have left half a line before it.
+        text = (head if is_new else b'') + f'\n{json.dumps(value)}\n'.encode()
+        if os.write(descriptor, text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:  # the folder has to keep its name too
+        _sync(path.parent)
+
+
 def read_json_lines(path: str | os.PathLike) -> list[dict]:
-    """The objects in a file of JSON lines that grows, without a line that is, or was left,
-    half-written."""
+    """The objects in a file of JSON lines that grows, without lines that are half-written."""
     rows = []
     for line in pathlib.Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError):

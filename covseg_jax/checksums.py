@@ -32,7 +32,7 @@ def describe_data_set(folder: pathlib.Path, known: pathlib.Path) -> str:
     changed = [name for name in found if before.get(name, [])[:-1] != found[name]]
     sums = {name: before[name][-1] for name in found if name not in set(changed)}
     with futures.ThreadPoolExecutor(cpu.count_cores()) as threads:
-        jobs = threads.map(lambda name: _sha256(folder / name), changed)
+        jobs = threads.map(lambda name: sha256(folder / name), changed)
         bar = tqdm(jobs, 'checksums', len(changed), unit='file', disable=None, leave=False)
         sums |= dict(zip(changed, bar, strict=True))
     rows = {name: [*found[name], sums[name]] for name in sorted(found)}
@@ -73,6 +73,7 @@ def _identity(path: pathlib.Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: pathlib.Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     with path.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -14,18 +14,14 @@ _HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 # XLA: convolutions by Eigen. Since jaxlib 0.10 another library has them, which is slower where
 # channels are few: 40 → 24 at 32 × 128² took 77 instead of 110 ms, its kernel's gradient 150
 # instead of 845 ms (2 cores, float32). Products of matrices stay with that library.
-_CONVOLUTIONS, _BY_EIGEN = (
-    'xla_cpu_experimental_ynn_fusion_type',
-    'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT',
-)
+_CONVOLUTIONS = 'xla_cpu_experimental_ynn_fusion_type'
+_BY_EIGEN = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'
 
 
 def tune_process() -> None:
     """Starts this process over, once, with both settings, which are read when a process starts;
-    those that are set already stay.
-
-    For programs to call first of all. Processes that they start inherit it.
-    """
+    those that are set already stay. Programs call it first of all; processes that they start
+    inherit it."""
     wanted = dict(os.environ)
     if sys.platform == 'linux':
         wanted.setdefault('GLIBC_TUNABLES', _HUGE_PAGES)
@@ -66,12 +62,8 @@ def _jaxlib_libraries() -> list[pathlib.Path]:
     """The largest first."""
     spec = importlib.util.find_spec('jaxlib')
     folders = (spec and spec.submodule_search_locations) or ()
-    found = [
-        path
-        for folder in map(pathlib.Path, folders)
-        for path in folder.rglob('*')
-        if path.suffix in ('.so', '.dylib', '.pyd', '.dll')
-    ]
+    files = [path for folder in folders for path in pathlib.Path(folder).rglob('*')]
+    found = [path for path in files if path.suffix in ('.so', '.dylib', '.pyd', '.dll')]
     return sorted(found, key=lambda path: path.stat().st_size, reverse=True)
 
 

@@ -25,9 +25,9 @@ def find_revision() -> str | None:
 
     None without either, and for a copy that lies in another project's repository.
     """
-    written = (_HERE / 'revision.txt').read_text(encoding='utf-8').strip()
-    if re.fullmatch('[0-9a-f]{40,64}', written):
-        return written
+    archived = (_HERE / 'revision.txt').read_text(encoding='utf-8').strip()
+    if re.fullmatch('[0-9a-f]{40,64}', archived):
+        return archived
     if _ask_git('ls-files', '--error-unmatch', pathlib.Path(__file__).name) is None:
         return None
     return _ask_git('rev-parse', 'HEAD')

@@ -1,7 +1,7 @@
 """Runs over several hosts, all with the same command; on one host nothing of this does anything.
 
-All hosts see the same work directory. Whole studies are shared out, and what each found of its own
-is gathered; files of the whole run are the first host's to write.
+All hosts see the same work directory. Each takes its share of the studies, and what each found is
+gathered; only host 0 writes the files of the whole run.
 """
 
 import importlib.util
@@ -76,61 +76,70 @@ def share(items: Sequence) -> list:
     return list(items[_index::_num_hosts])
 
 
-def wait_for_all(what: str) -> None:
-    """Returns once every host has come here; `what` is the same on all and names the place."""
-    if _num_hosts > 1:
-        from jax.experimental import multihost_utils
+def gather(found: list, total: int) -> list:
+    """One entry for each of `total` items, in their order, from those that each host found for its
+    `share` of them: JSON values, and NumPy's numbers."""
+    parts = _tell_all(found)
+    return [parts[item % _num_hosts][item // _num_hosts] for item in range(total)]
 
-        multihost_utils.sync_global_devices(what)
+
+def check_shared(check: Callable[[Any], None], items: Sequence) -> None:
+    """Each host checks its share of the items; all call it.
+
+    Raises:
+      InputError: on all hosts, with the message of the first item whose check raised one on any.
+    """
+    faults = []
+    for item in share(items):
+        try:
+            faults.append(check(item))
+        except InputError as error:
+            faults.append(one_line(error))
+    for fault in filter(None, gather(faults, len(items))):
+        raise InputError(fault)
 
 
 def is_any(flag: bool) -> bool:
     """True on all hosts where it is true on one; all call it."""
-    if _num_hosts == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+    return any(_tell_all(bool(flag)))
 
 
-def gather(found: list, total: int) -> list:
-    """One entry for each of `total` items, in their order, from those that each host found for what
-    `share` gave it: JSON values, and NumPy's numbers."""
-    if _num_hosts == 1:
-        return found
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(found, default=_plain).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(text)))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(text)] = text
-    texts = multihost_utils.process_allgather(padded)
-    parts = [json.loads(row[:n].tobytes()) for row, n in zip(texts, lengths, strict=True)]
-    return [parts[item % _num_hosts][item // _num_hosts] for item in range(total)]
+def wait_for_all(what: str) -> None:
+    """Returns once every host has come here; `what` is the same on all and names the place."""
+    first_decides(lambda: None, what)
 
 
-def _plain(number: Any) -> Any:
-    return number.item()
+def first_alone(work: Callable[[], Any], what: str) -> None:
+    """Host 0 does the work, and all go on once it is done.
+
+    Raises:
+      InputError: as `first_decides`: where the work fails, it ends all hosts.
+    """
+
+    def do() -> None:
+        work()
+
+    first_decides(do, what)
 
 
 def first_decides(decide: Callable[[], Any], what: str) -> Any:
-    """What `decide` says on the first host, a JSON value, on all of them.
+    """What `decide` returns on host 0, a JSON value, on all of them.
 
-    `what` is the same on all and names the place. All hosts call it, and wait for the first.
+    `what` is the same on all and names the place. All hosts call it, and wait for the others.
 
     Raises:
-      InputError: on the other hosts, with the first one's message, where `decide` fails there; the
-        first host raises what it raised.
+      InputError: on the other hosts, with host 0's message, where `decide` fails there; host 0
+        raises what it raised.
     """
     if _num_hosts == 1:
         return decide()
-    told, error = None, None
+    told, error = {'what': what}, None
     if is_first():
         try:
-            told = {'what': what, 'answer': decide()}
+            told['answer'] = decide()
         except BaseException as caught:  # Ctrl-C too: the others would wait for ever
-            told, error = {'what': what, 'fault': one_line(caught)}, caught
-    told = _tell(told)
+            told['fault'], error = one_line(caught), caught
+    told = _tell_all(told)[0]
     if error is not None:
         raise error
     if told['what'] != what:
@@ -140,25 +149,16 @@ def first_decides(decide: Callable[[], Any], what: str) -> Any:
     return told['answer']
 
 
-def _tell(value: Any) -> Any:
-    """The first host's JSON value, on all hosts."""
-    from jax.experimental import multihost_utils
+def _tell_all(value: Any) -> list:
+    """The JSON values of all hosts, in the hosts' order, on all of them."""
+    if _num_hosts == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
 
-    text = json.dumps(value).encode() if is_first() else b''
-    length = int(multihost_utils.broadcast_one_to_all(np.array(len(text), np.int32)))
-    padded = np.zeros(length, np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
-
-
-def first_alone(work: Callable[[], Any], what: str) -> None:
-    """The first host does it, and all go on once it is done.
-
-    Raises:
-      InputError: as `first_decides`: where it fails, it ends all hosts.
-    """
-
-    def do() -> None:
-        work()
-
-    first_decides(do, what)
+    text = json.dumps(value, default=lambda number: number.item())  # NumPy's numbers
+    content = np.frombuffer(text.encode(), np.uint8)
+    lengths = process_allgather(np.array(len(content)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(content)] = content
+    rows = process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]

@@ -15,9 +15,8 @@ from typing import Any
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
 
-# Of the settings' names, in a record: 2 since fields are grouped as the dataclasses that they fill.
-_NAMES = 'names'
-_NAMES_VERSION = 2
+# Version of the settings' names: 2 since fields are grouped as the dataclasses that they fill.
+_NAMES, _NAMES_VERSION = 'names', 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,32 +40,25 @@ def _path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
     return workdir / 'manifests' / f'{stage}.json'
 
 
-def _begun_path(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    return workdir / 'manifests' / f'{stage}.begun.json'
+def _read(path: pathlib.Path) -> dict | None:
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
-def read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
-    """The stage's manifest, or None where it has not ended well yet."""
-    path = _path(workdir, stage)
-    if not path.exists():
-        return None
-    return Manifest(**json.loads(path.read_text(encoding='utf-8')))
+def _read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
+    """None where the stage has not ended well yet."""
+    values = _read(_path(workdir, stage))
+    return values and Manifest(**values)
 
 
 def read_begun(workdir: pathlib.Path, stage: str) -> dict | None:
     """The settings that the stage was begun with, or None where nobody knows them."""
-    record = _read_record(workdir, stage)
-    return None if record is None else {k: v for k, v in record.items() if k != _NAMES}
-
-
-def _read_record(workdir: pathlib.Path, stage: str) -> dict | None:
-    path = _begun_path(workdir, stage)
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+    record = _read(_path(workdir, f'{stage}.begun'))
+    return record and {key: value for key, value in record.items() if key != _NAMES}
 
 
 def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     """True when the stage ended well with this fingerprint and its outputs are as it left them."""
-    manifest = read_manifest(workdir, stage)
+    manifest = _read_manifest(workdir, stage)
     if manifest is None or manifest.fingerprint != expected:
         return False
     return all(
@@ -77,25 +69,25 @@ def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
 
 def describe(workdir: pathlib.Path, stage: str) -> str:
     """In a few words: done, begun or not begun."""
-    manifest = read_manifest(workdir, stage)
+    manifest = _read_manifest(workdir, stage)
     if manifest is not None:
         return f'done {manifest.finished_at}, in {manifest.seconds:.0f} s'
-    return 'begun, not done' if _begun_path(workdir, stage).exists() else 'not begun'
+    return 'begun, not done' if _path(workdir, f'{stage}.begun').exists() else 'not begun'
 
 
 def refuse_other_settings(
     workdir: pathlib.Path, stage: str, settings: Mapping, remedy: str
 ) -> None:
-    """What a stage was begun with decides, for itself where it goes on and for those that use it.
+    """Holds a stage that goes on, and those that use what it made, to what it was begun with.
 
     Settings that only one side names do not count: they are of an older or a newer program, or not
-    the stage's that asks. A stage without a record refuses nothing.
+    of the stage that asks. A stage without a record refuses nothing.
 
     Raises:
       InputError: the stage was begun with other settings; names those that differ, and `remedy`.
         Or it was begun by a version whose settings had other names.
     """
-    begun = _read_record(workdir, stage)
+    begun = _read(_path(workdir, f'{stage}.begun'))
     if begun is None:
         return
     if begun.pop(_NAMES, None) != _NAMES_VERSION:
@@ -104,8 +96,7 @@ def refuse_other_settings(
             'other names; go on with that version (environment.json names its revision), or use '
             'another --workdir'
         )
-    begun = flatten(begun)
-    now = flatten(json.loads(json.dumps(settings, default=str)))
+    begun, now = flatten(begun), flatten(json.loads(json.dumps(settings, default=str)))
     changed = sorted(key for key in begun.keys() & now.keys() if begun[key] != now[key])
     if changed:
         listed = ', '.join(f'{key} was {begun[key]}, is {now[key]}' for key in changed[:5])
@@ -133,8 +124,8 @@ def begin(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
 
 
 def _record(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
-    record = {_NAMES: _NAMES_VERSION, **settings}
-    atomic.write_text(_begun_path(workdir, stage), json.dumps(record, indent=2, default=str))
+    text = json.dumps({_NAMES: _NAMES_VERSION, **settings}, indent=2, default=str)
+    atomic.write_text(_path(workdir, f'{stage}.begun'), text)
 
 
 def finish(
@@ -144,10 +135,8 @@ def finish(
     outputs: Iterable[pathlib.Path],
     seconds: float,
 ) -> None:
-    """Marks a stage as done. Outputs are files, inside the work directory or not.
-
-    The settings are those that it began with, but for a stage that made the data set which they
-    describe."""
+    """Marks a stage as done. Outputs are files, inside the work directory or not. Settings differ
+    from those that it began with only where the stage made the data set that they describe."""
     _record(workdir, stage, settings)
     sizes = {
         str(p.relative_to(workdir) if p.is_relative_to(workdir) else p.resolve()): p.stat().st_size

@@ -11,10 +11,7 @@ many, and never a file that nobody claims.
 """
 
 import contextlib
-import errno
-import fcntl
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -42,30 +39,16 @@ def is_output(path: str | os.PathLike) -> bool:
     return note is not None and not note.get('scan')
 
 
-def find_foreign(paths: Iterable[str | os.PathLike]) -> pathlib.Path | None:
-    """The first of the paths where something is that this program did not write."""
-    # In this order: another host may remove what is its own between the two.
-    return next((pathlib.Path(p) for p in paths if not is_ours(p) and os.path.lexists(p)), None)
-
-
 def refuse_foreign(paths: Iterable[str | os.PathLike]) -> None:
     """To be called before any work with what is to be written or removed.
 
     Raises:
         InputError: at one of the paths is something that this program did not write, or that was
-            changed since; names it.
+            changed since; names the first.
     """
-    refuse_first([find_foreign(paths)])
-
-
-def refuse_first(found: Iterable[str | os.PathLike | None]) -> None:
-    """Names the first of what `find_foreign` found, where that is not None.
-
-    Raises:
-        InputError: it is not.
-    """
-    for path in found:
-        if path is not None:
+    for path in paths:
+        # In this order: another host may remove what is its own between the two.
+        if not is_ours(path) and os.path.lexists(path):
             raise InputError(
                 f'{path}: is in the way: this program did not write it, or it was changed since; '
                 'name another --output, or move it elsewhere'
@@ -213,23 +196,4 @@ def _append(
     folder = path.parent if folder is None else pathlib.Path(folder)
     name = path.absolute().relative_to(folder.absolute()).as_posix()
     line = {'name': name, 'bytes': size, 'crc32': crc32, **more}
-    # A kill may have left half a line before it.
-    text = f'\n{json.dumps(line)}\n'.encode()
-    record = folder / RECORD
-    descriptor = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        # Several hosts append, and a shared disk appends for one at a time only under a lock.
-        with contextlib.suppress(OSError):
-            fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        is_new = os.fstat(descriptor).st_size == 0
-        if os.write(descriptor, text) < len(text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(record))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if is_new:  # the folder has to keep its name too
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    atomic.append_json_line(folder / RECORD, line)

@@ -49,8 +49,8 @@ def test_another_added_removed_or_renamed_file_is_another_data_set(data_set, des
 
 
 def test_files_are_read_again_only_where_they_changed(data_set, describe, monkeypatch):
-    read, sha256 = [], checksums._sha256
-    monkeypatch.setattr(checksums, '_sha256', lambda path: read.append(path.name) or sha256(path))
+    read, sha256 = [], checksums.sha256
+    monkeypatch.setattr(checksums, 'sha256', lambda path: read.append(path.name) or sha256(path))
     for _ in range(2):
         describe(data_set)
     assert sorted(read) == ['a.nii', 'b.nii', 'b_mask.nii']

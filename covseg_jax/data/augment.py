@@ -15,23 +15,14 @@ _DEPENDENT_DENSITY = 0.45  # image value; −370 HU in the default window
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How far slices are changed.
+    """How far slices are changed: the most that each may be."""
 
-    Attributes:
-      enabled: False leaves slices as they are.
-      zoom: largest relative change of size of each axis, for example 0.1.
-      shift: largest shift, as a share of the axis.
-      gain: largest relative change of the lungs' contrast.
-      bias: largest change of brightness, in units of [0, 1].
-      noise: largest standard deviation of added noise, in units of [0, 1].
-    """
-
-    enabled: bool
-    zoom: float
-    shift: float
-    gain: float
-    bias: float
-    noise: float
+    enabled: bool  # False leaves slices as they are
+    zoom: float  # relative change of size of each axis
+    shift: float  # share of the axis
+    gain: float  # relative change of the lungs' contrast
+    bias: float  # change of brightness, in units of [0, 1]
+    noise: float  # standard deviation of added noise, in units of [0, 1]
 
 
 def _resampling_matrix(size: int, zoom: jax.Array, shift: jax.Array) -> jax.Array:
@@ -64,8 +55,8 @@ def add_dependent_density(
     """
     num, height, width = image.shape[0], image.shape[2], image.shape[3]
     strength_key, start_key, power_key = jax.random.split(key, 3)
-    uniform = jax.random.uniform(strength_key, (num * 2,)).reshape(num, 2)
-    strengths = most * uniform  # left and right
+    # Left and right.
+    strengths = most * jax.random.uniform(strength_key, (num * 2,)).reshape(num, 2)
     start = jax.random.uniform(start_key, (num, 1), minval=0.2, maxval=0.8)
     power = jax.random.uniform(power_key, (num, 1), minval=0.7, maxval=2.0)
     rows = jnp.linspace(0.0, 1.0, height)[None]
@@ -79,16 +70,9 @@ def add_dependent_density(
 def augment_slices(
     key: jax.Array, batch: dict[str, jax.Array], settings: Augmentation
 ) -> dict[str, jax.Array]:
-    """Flips left and right, zooms, shifts, and changes brightness, contrast and noise.
-
-    Args:
-      key: PRNG key.
-      batch: IMAGE, TARGET, LUNGS (B, H, W, 1); other keys pass through.
-      settings: how far.
-
-    Returns:
-      A batch of the same shapes; IMAGE and TARGET stay in [0, 1] and IMAGE 0 outside the lungs.
-    """
+    """Flips left and right, zooms, shifts, and changes brightness, contrast and noise of IMAGE,
+    TARGET, LUNGS (B, H, W, 1); other keys pass through. IMAGE and TARGET stay in [0, 1], and are 0
+    outside the lungs."""
     num, height, width, _ = batch[IMAGE].shape
     keys = jax.random.split(key, 8)
 
@@ -100,11 +84,11 @@ def augment_slices(
         return values[:, None, None, None]
 
     flip = per_slice(uniform(keys[0], 1.0) < 0)
-    rows = _resampling_matrix(
-        height, 1 + uniform(keys[1], settings.zoom), uniform(keys[2], settings.shift)
-    )
-    columns = _resampling_matrix(
-        width, 1 + uniform(keys[3], settings.zoom), uniform(keys[4], settings.shift)
+    rows, columns = (
+        _resampling_matrix(
+            size, 1 + uniform(zoom_key, settings.zoom), uniform(shift_key, settings.shift)
+        )
+        for size, zoom_key, shift_key in ((height, *keys[1:3]), (width, *keys[3:5]))
     )
 
     def move(array: jax.Array) -> jax.Array:

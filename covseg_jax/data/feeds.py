@@ -28,22 +28,19 @@ COVID_LUNGS = 'covid_lungs'
 CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
 COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
-_UNRANKED = -1
+
+def _as_input(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float32)[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """Axial slices of some cases with their targets: a random-access source.
-
-    `targets` holds one (D, H, W) array for each case (see TARGET), or None for cases without
-    lesions.
-    `index` is (N, 2): case number and slice number. `labels` is (N,) int32.
-    """
+    """Axial slices of some cases with their targets: a random-access source."""
 
     cases: tuple[Case, ...]
-    targets: tuple[np.ndarray | None, ...]
-    index: np.ndarray
-    labels: np.ndarray
+    targets: tuple[np.ndarray | None, ...]  # (D, H, W) of each case; None: without lesions
+    index: np.ndarray  # (N, 2): case number and slice number
+    labels: np.ndarray  # (N,) int32
 
     def __len__(self) -> int:
         return len(self.index)
@@ -51,18 +48,14 @@ class Slices:
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         case_number, z = self.index[item]
         case, target = self.cases[case_number], self.targets[case_number]
-        image = np.asarray(case.image()[z], np.float32)[..., None]
-        lungs = np.asarray(case.lungs()[z], np.float32)[..., None]
-        if target is None:
-            target = np.zeros_like(image)
-        else:
-            target = np.asarray(target[z], np.float32)[..., None]
+        image = _as_input(case.image()[z])
+        is_healthy = target is None
         return {
             IMAGE: image,
-            TARGET: target,
-            LUNGS: lungs,
+            TARGET: np.zeros_like(image) if is_healthy else _as_input(target[z]),
+            LUNGS: _as_input(case.lungs()[z]),
             LABEL: self.labels[item],
-            HEALTHY: np.float32(self.targets[case_number] is None),
+            HEALTHY: np.float32(is_healthy),
             CASE: np.int32(case_number),
         }
 
@@ -83,12 +76,8 @@ def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> S
         for number, case in enumerate(cases)
         for z in np.flatnonzero(np.asarray(case.lungs()).any(axis=(1, 2)))
     ]
-    return Slices(
-        tuple(cases),
-        tuple(targets),
-        np.array(index, np.int64).reshape(-1, 2),
-        np.zeros(len(index), np.int32),
-    )
+    index = np.array(index, np.int64).reshape(-1, 2)
+    return Slices(tuple(cases), tuple(targets), index, np.zeros(len(index), np.int32))
 
 
 def rank_slices(
@@ -111,8 +100,7 @@ def rank_slices(
     if by not in ('quartiles', 'infection'):
         raise InputError(f"train.labels={by!r} is not one of 'quartiles', 'infection'")
     healthy = slices.are_healthy()
-    sums = np.zeros(len(slices))
-    lungs = np.ones(len(slices))
+    sums, lungs = np.zeros(len(slices)), np.ones(len(slices))
     for row, (number, z) in enumerate(slices.index):
         if not healthy[row]:
             target = np.asarray(slices.targets[number][z], np.float32)
@@ -123,9 +111,9 @@ def rank_slices(
         labels = (100 * sums / lungs > high_percent).astype(np.int32)
     else:
         first, third = np.quantile(sums[~healthy], [0.25, 0.75])
-        labels = np.where(sums > third, 1, np.where(sums >= first, 0, _UNRANKED)).astype(np.int32)
+        labels = np.where(sums > third, 1, np.where(sums >= first, 0, -1)).astype(np.int32)
         labels[healthy] = 0
-    kept = labels != _UNRANKED
+    kept = labels >= 0
     return dataclasses.replace(slices, index=slices.index[kept], labels=labels[kept])
 
 
@@ -139,13 +127,10 @@ def spread_healthy(slices: Slices) -> Slices:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Endless batches of one host. Its place needs no saving: the batch of a step is `batches[n]`.
-
-    `batches` is their random-access dataset; `study_ids` gives for CASE, and for COVID_CASE where
-    batches have it, the study ids that their numbers stand for.
-    """
+    """Endless batches of one host. Its place needs no saving: step n has `batches[n]`."""
 
     batches: grain.MapDataset
+    # For CASE, and COVID_CASE where batches have it: the study ids that the numbers stand for.
     study_ids: dict[str, tuple[str, ...]]
 
     def start(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -159,8 +144,11 @@ class Feed:
 
     def studies(self, batch: dict[str, np.ndarray]) -> list[str]:
         """The ids of the studies in a batch, in order, each once."""
-        found = {ids[number] for key, ids in self.study_ids.items() for number in batch[key]}
-        return sorted(found)
+        return sorted({ids[n] for key, ids in self.study_ids.items() for n in batch[key]})
+
+
+def _repeat_shuffled(source, seed: int, name: str) -> grain.MapDataset:
+    return grain.MapDataset.source(source).seed(stream_seed(seed, name)).shuffle().repeat()
 
 
 def _share(dataset: grain.MapDataset, size: int, host: int, num_hosts: int) -> grain.MapDataset:
@@ -191,7 +179,7 @@ def balanced_feed(
             '(is the pseudo-mask threshold right?)'
         )
     shuffled = [
-        grain.MapDataset.source(group).seed(stream_seed(seed, name)).shuffle().repeat()
+        _repeat_shuffled(group, seed, name)
         for name, group in zip(('high', 'low'), groups, strict=True)
     ]
     # Pairs of both groups go to a host together: each host's share is balanced too.
@@ -221,8 +209,8 @@ class Volumes:
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         case = self.cases[item]
         return {
-            IMAGE: np.asarray(case.image(), np.float32)[..., None],
-            LUNGS: np.asarray(case.lungs(), np.float32)[..., None],
+            IMAGE: _as_input(case.image()),
+            LUNGS: _as_input(case.lungs()),
             CASE: np.int32(item),
         }
 
@@ -255,11 +243,7 @@ def paired_volume_feed(
     1) float32, with CASE and COVID_CASE.
     """
     sides = [
-        grain.MapDataset.source(Volumes(tuple(cases)))
-        .seed(stream_seed(seed, name))
-        .shuffle()
-        .repeat()
-        .random_map(_CropDepth(depth))
+        _repeat_shuffled(Volumes(tuple(cases)), seed, name).random_map(_CropDepth(depth))
         for name, cases in (('healthy', healthy), ('covid', covid))
     ]
     pairs = grain.experimental.ZipMapDataset(sides).map(

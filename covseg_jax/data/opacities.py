@@ -28,41 +28,25 @@ _CORE_EDGE = 0.15
 
 @dataclasses.dataclass(frozen=True)
 class OpacityModel:
-    """Statistics of the synthetic opacities.
+    """Statistics of the synthetic opacities; pairs are ranges."""
 
-    Attributes:
-      window_hu: HU of image values 0 and 1.
-      target_hu: range of the density that a blob is blended towards.
-      opacity: range of the blending weight at a blob's core.
-      coverage_threshold: range of the level, in standard deviations, above which the random field
-        is a blob: 0.7 covers about 24 % of the lungs, 2.6 about 0.5 %.
-      grain_voxels: finest and coarsest in-plane spacing of the random field's nodes.
-      grain_slices: finest and coarsest spacing of the nodes along depth.
-      edge: range of the softness of the blobs' borders, in standard deviations of the field.
-      texture: relative strength of the texture inside a blob.
-      periphery: range of how much the field rises from deep inside the lungs to their edge, before
-        it is standardised.
-      dependence: range of how much it rises from the middle of the image to its last row, the back.
-      core_share: share of samples whose blobs have a consolidated core.
-      core_hu: range of the core's density.
-      clean_fraction: share of samples that stay as they are.
-      dependent_density: how far healthy lungs are varied, `augment.add_dependent_density`.
-    """
-
-    window_hu: tuple[float, float]
-    target_hu: tuple[float, float]
-    opacity: tuple[float, float]
+    window_hu: tuple[float, float]  # of image values 0 and 1
+    target_hu: tuple[float, float]  # the density that a blob is blended towards
+    opacity: tuple[float, float]  # the blending weight at a blob's core
+    # The level, in standard deviations, above which the random field is a blob: 0.7 covers about
+    # 24 % of the lungs, 2.6 about 0.5 %.
     coverage_threshold: tuple[float, float]
-    grain_voxels: tuple[float, float]
-    grain_slices: tuple[float, float]
-    edge: tuple[float, float]
-    texture: float
+    grain_voxels: tuple[float, float]  # finest and coarsest in-plane spacing of the field's nodes
+    grain_slices: tuple[float, float]  # and along depth
+    edge: tuple[float, float]  # softness of the blobs' borders, in standard deviations of the field
+    texture: float  # its relative strength inside a blob
+    # How much the field rises from deep inside the lungs to their edge, before it is standardised.
     periphery: tuple[float, float]
-    dependence: tuple[float, float]
-    core_share: float
+    dependence: tuple[float, float]  # and from the middle of the image to its last row, the back
+    core_share: float  # of samples whose blobs have a consolidated core
     core_hu: tuple[float, float]
-    clean_fraction: float
-    dependent_density: float
+    clean_fraction: float  # of samples that stay as they are
+    dependent_density: float  # how far healthy lungs are varied, `augment.add_dependent_density`
 
 
 def opacity_model(config: ml_collections.ConfigDict) -> OpacityModel:
@@ -100,14 +84,14 @@ def _field_of_mixed_grain(key: jax.Array, shape: tuple[int, ...], model: Opacity
 
 def _periphery(lungs: jax.Array) -> jax.Array:
     """(B, D, H, W) map of 1 at the edge of the lungs, falling to 0 deep inside, slice by slice."""
-    rows, columns = (_blur_matrix(size, size / 12) for size in lungs.shape[2:])
+    rows, columns = map(_blur_matrix, lungs.shape[2:])
     blurred = jnp.einsum('ih,bdhw,jw->bdij', rows, lungs, columns)
     return jnp.clip(2.0 * (1.0 - blurred), 0.0, 1.0)  # a straight edge blurs to one half
 
 
-def _blur_matrix(size: int, sigma: float) -> jax.Array:
+def _blur_matrix(size: int) -> jax.Array:
     at = jnp.arange(size)
-    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / sigma))
+    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / (size / 12)))
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -123,13 +107,7 @@ def _standardise_inside(field: jax.Array, lungs: jax.Array) -> jax.Array:
 def add_opacities(
     key: jax.Array, image: jax.Array, lungs: jax.Array, model: OpacityModel
 ) -> tuple[jax.Array, jax.Array]:
-    """Puts random opacities into healthy lungs.
-
-    Args:
-      key: PRNG key.
-      image: (B, D, H, W, 1) in [0, 1].
-      lungs: as image, 1 inside the lungs.
-      model: their statistics.
+    """Puts random opacities into healthy lungs; `image` in [0, 1] and `lungs` are (B, D, H, W, 1).
 
     Returns:
       The corrupted image, nowhere darker than the input and equal to it outside the lungs; and the
@@ -182,7 +160,7 @@ def paint_slices(
     Args:
       key: PRNG key.
       batch: IMAGE, TARGET, LUNGS (B, H, W, 1), LABEL and HEALTHY (B,); other keys pass through.
-      model: the opacities' statistics; its clean_fraction is on top of `share`.
+      model: its clean_fraction is on top of `share`.
       share: of the slices that are painted, in [0, 1].
 
     Returns:
@@ -215,8 +193,8 @@ class PaintedScan:
 
 
 def paint_scans(cases: Sequence[Case], model: OpacityModel, seed: int) -> Iterator[PaintedScan]:
-    """Healthy scans, each painted once and, by its study id and the seed, always the same way:
-    truth without a human mask."""
+    """Healthy scans, each painted once, always in the same way for its study id and the seed: truth
+    without a human mask."""
     always = dataclasses.replace(model, clean_fraction=0.0)
     paint = jax.jit(functools.partial(add_opacities, model=always))
     for case in cases:

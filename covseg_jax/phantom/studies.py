@@ -1,8 +1,8 @@
 """Synthetic chest CT studies with true masks, in MosMed's layout.
 
-They stand in for MosMedData in tests and wherever the data set is not at hand. They are made hard
-where real scans are: vessels, airway walls, fissures, dependent opacities, bands and nodules have
-the attenuation of lesions, so that a threshold inside the lungs does not find them.
+They stand in for MosMedData in tests and wherever the data set is not at hand. They are as hard as
+real scans: vessels, airway walls, fissures, dependent opacities, bands and nodules have the
+attenuation of lesions, so that a threshold inside the lungs does not find them.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ import tqdm
 
 from covseg_jax import atomic, errors
 from covseg_jax.imaging import nifti
-from covseg_jax.imaging.geometry import to_canonical
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.phantom import anatomy, lesions, vessels
 
@@ -34,17 +33,16 @@ _REGISTRY_FILE = 'dataset_registry.xlsx'
 
 @dataclasses.dataclass(frozen=True)
 class Phantom:
-    """One synthetic study; arrays (X, Y, Z), axes to the patient's Left, Anterior and Superior.
+    """One synthetic study; arrays (Z, Y, X) canonical.
 
-    image: int16 HU. lesion: uint8, 1 where the opacity is at least half of its full strength.
-    lungs: uint8, 1 inside the lungs' outline: lesions, vessels and bronchi within it included;
-    hilum, main bronchi, trachea and mediastinum excluded. affine: (4, 4) to RAS mm.
+    `lungs` is 1 inside the lungs' outline: lesions, vessels and bronchi within it included; hilum,
+    main bronchi, trachea and mediastinum excluded.
     """
 
-    image: np.ndarray
-    lesion: np.ndarray
-    lungs: np.ndarray
-    affine: np.ndarray
+    image: np.ndarray  # int16 HU
+    lesion: np.ndarray  # uint8, 1 where the opacity is at least half of its full strength
+    lungs: np.ndarray  # uint8
+    affine: np.ndarray  # (4, 4) of the file, whose axes run to Left, Anterior and Superior
 
 
 def _sample_points(rng, grid, lungs, count: int, *, left: bool) -> np.ndarray:
@@ -119,8 +117,7 @@ def make_phantom(
     Args:
         seed: not negative; a tuple of such numbers is a seed too.
         category: 'CT-0' (healthy) to 'CT-4', MosMed's classes by infected share of the lungs.
-        shape: voxels (X, Y, Z), at least 16 × 16 × 4.
-        spacing_mm: (x, y, z).
+        shape, spacing_mm: of the file, (X, Y, Z); at least 16 × 16 × 4 voxels.
 
     Raises:
         ValueError: unknown category, or a shape or spacing that is out of range.
@@ -159,7 +156,8 @@ def make_phantom(
     affine = np.diag([-spacing_mm[0], spacing_mm[1], spacing_mm[2], 1.0])
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     volumes = (image.astype(np.int16), lesion, lungs.astype(np.uint8))
-    return Phantom(*(np.transpose(v, (2, 1, 0)) for v in volumes), affine)
+    # The grid's y runs to Anterior, a canonical array's to Posterior.
+    return Phantom(*(volume[:, ::-1] for volume in volumes), affine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +167,8 @@ class _Order:
     study_id: str
     category: str
     seed: tuple[int, int]
-    has_mask: bool
-
-    @property
-    def image(self) -> str:
-        return f'studies/{self.category}/{self.study_id}.nii.gz'
-
-    @property
-    def mask(self) -> str:
-        return f'masks/{self.study_id}_mask.nii.gz'
+    image: str  # file in the data set
+    mask: str | None
 
 
 def _list_orders(
@@ -193,24 +184,21 @@ def _list_orders(
             f'cannot give {num_masked} of them masks'
         )
     categories = [c for c in lesions.CATEGORIES for _ in range(counts[c])]
-    return [
-        _Order(
-            study_id=f'study_{index + 1:04d}',
-            category=category,
-            seed=(seed, index),
-            has_mask=num_healthy <= index < num_healthy + num_masked,
-        )
-        for index, category in enumerate(categories)
-    ]
+    orders = []
+    for index, category in enumerate(categories):
+        name, is_masked = f'study_{index + 1:04d}', 0 <= index - num_healthy < num_masked
+        image = f'studies/{category}/{name}.nii.gz'
+        mask = f'masks/{name}_mask.nii.gz' if is_masked else None
+        orders.append(_Order(name, category, (seed, index), image, mask))
+    return orders
 
 
 def _write_study(folder: pathlib.Path, order: _Order, shape, spacing_mm) -> None:
     phantom = make_phantom(order.seed, order.category, shape, spacing_mm)
-    image, lesion = (to_canonical(each, phantom.affine) for each in (phantom.image, phantom.lesion))
-    if order.has_mask:
-        nifti.write_volume(folder / order.mask, lesion, phantom.affine)
+    if order.mask:
+        nifti.write_volume(folder / order.mask, phantom.lesion, phantom.affine)
     # Last, so that a study whose image is there has its mask too.
-    nifti.write_volume(folder / order.image, image, phantom.affine)
+    nifti.write_volume(folder / order.image, phantom.image, phantom.affine)
 
 
 def _write_registry(folder: pathlib.Path, orders: list[_Order]) -> None:
@@ -218,7 +206,7 @@ def _write_registry(folder: pathlib.Path, orders: list[_Order]) -> None:
     sheet = book.active
     sheet.append(_COLUMNS)
     for order in orders:
-        mask = f'/{order.mask}' if order.has_mask else None
+        mask = f'/{order.mask}' if order.mask else None
         sheet.append((order.study_id, order.category, f'/{order.image}', mask))
     with atomic.new_file(folder / _REGISTRY_FILE) as temporary:
         book.save(temporary)
@@ -226,8 +214,7 @@ def _write_registry(folder: pathlib.Path, orders: list[_Order]) -> None:
 
 def _claim_folder(folder: pathlib.Path, settings: dict) -> None:
     """Notes the settings in the folder, or checks them against those noted there before."""
-    text = json.dumps(settings, indent=1)
-    note = folder / _SETTINGS_FILE
+    text, note = json.dumps(settings, indent=1), folder / _SETTINGS_FILE
     if note.is_file():
         if note.read_text(encoding='utf-8') != text:
             raise errors.InputError(
@@ -263,9 +250,8 @@ def write_phantom_data_set(
         folder: new, empty, or left by an earlier call with the same settings.
         num_healthy, num_covid: studies in CT-0, and in CT-1 to CT-4 together.
         num_masked: CT-1 studies that get a mask file.
-        severe_shares: of the COVID studies, those in CT-2, CT-3 and CT-4, by default MosMed's; the
-            rest is CT-1.
-        shape, spacing_mm: (X, Y, Z) of every study.
+        severe_shares: of the COVID studies, those in CT-2, CT-3 and CT-4; the rest is CT-1.
+        shape, spacing_mm: (X, Y, Z) of every study's file.
         num_workers: processes; 0 or 1 is this one.
 
     Returns:

@@ -9,7 +9,7 @@ from covseg_jax.imaging.masks import MaskSettings, mask_on_model_grid
 from covseg_jax.prepare.cases import Case
 from covseg_jax.segmentation.volumes import Probability
 
-# Not lower and no higher: painted opacities can be cut at 0.3 and be asked for a 0.96 somewhere;
+# Not lower and not higher: painted opacities can be cut at 0.3 and be asked for a 0.96 somewhere;
 # lesions unlike them then run into the vessels beside them, or are never sure enough. Chosen on the
 # phantoms of phantom.seed 0, their evaluation subjects included: what is reported is measured on
 # phantoms of another seed, as launch/ablation.sh does.
@@ -27,9 +27,9 @@ def calibrate_mask(
     thresholds: Sequence[float] = THRESHOLDS,
     seed_thresholds: Sequence[float] = SEED_THRESHOLDS,
 ) -> tuple[MaskSettings, float]:
-    """The cuts that an operator should use, found without any human mask: of those that mark at
-    most `max_healthy_ml` in a held-out healthy scan on average, the ones with the best mean Dice on
-    healthy scans with painted opacities. Where none marks so little, the highest.
+    """The cuts that an operator should use: of those that mark at most `max_healthy_ml` in a
+    held-out healthy scan on average, the ones with the best mean Dice on healthy scans with painted
+    opacities. Where none marks so little, the highest.
 
     Args:
       probability: the network.
@@ -57,14 +57,9 @@ def calibrate_mask(
             marked = mask_on_model_grid(found, scan.voxel_ml, settings)
             overlap = (scan.mask & marked).sum()
             dice[number] += 2 * overlap / max(scan.mask.sum() + marked.sum(), 1)
-    false_ml = np.zeros((len(healthy), len(candidates)))
-    for row, case in enumerate(healthy):
-        found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
-        voxel_ml = case.geometry.voxel_ml
-        for number, settings in enumerate(candidates):
-            marked = mask_on_model_grid(found, voxel_ml, settings)
-            false_ml[row, number] = marked.sum() * voxel_ml
-    mean_ml = false_ml.mean(axis=0) if len(healthy) else np.full(len(candidates), np.nan)
+    mean_ml = np.full(len(candidates), np.nan)
+    if len(healthy):
+        mean_ml = _mark_healthy(probability, healthy, candidates).mean(axis=0)
     allowed = np.flatnonzero(~(mean_ml > max_healthy_ml))
     best = int(allowed[np.argmax(dice[allowed])]) if allowed.size else len(candidates) - 1
     return candidates[best], float(mean_ml[best])
@@ -75,9 +70,17 @@ def marked_ml(
 ) -> float | None:
     """What the settings mark in a held-out healthy scan on average, in ml; None without such scans.
     For cuts that are given and not found, as `calibrate_mask` finds them."""
+    return float(_mark_healthy(probability, healthy, [settings]).mean()) if healthy else None
+
+
+def _mark_healthy(
+    probability: Probability, healthy: Sequence[Case], candidates: Sequence[MaskSettings]
+) -> np.ndarray:
+    """(cases, candidates): what each of the cuts marks in each healthy case, in ml."""
     marked = []
     for case in healthy:
         found = probability(np.asarray(case.image()), np.asarray(case.lungs()))
         voxel_ml = case.geometry.voxel_ml
-        marked.append(mask_on_model_grid(found, voxel_ml, settings).sum() * voxel_ml)
-    return float(np.mean(marked)) if marked else None
+        masks = (mask_on_model_grid(found, voxel_ml, settings) for settings in candidates)
+        marked.append([mask.sum() * voxel_ml for mask in masks])
+    return np.array(marked)

@@ -15,9 +15,9 @@
 Nothing in it is a pickle or code: the functions are StableHLO.
 """
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -33,6 +33,7 @@ from flax import traverse_util
 from jax import export
 
 from covseg_jax import atomic, cpu
+from covseg_jax.checksums import sha256
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
@@ -48,45 +49,29 @@ INTENDED_USE = (
 )
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
-_SUMS = 'SHA256SUMS'
-_NAMES = {
-    'model.json', 'weights.safetensors', 'network.onnx', _SUMS,
-    *(f'function_{platform}.bin' for platform in PLATFORMS),
-}  # fmt: skip
+_SUMS, _FUNCTION = 'SHA256SUMS', 'function_{}.bin'
+_NAMES = {_SUMS, 'model.json', 'weights.safetensors', 'network.onnx'}
+_NAMES |= {_FUNCTION.format(platform) for platform in PLATFORMS}
 _EXPORT_AGAIN = 'copy or export it again'
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What goes into an export beside the network.
-
-    Attributes:
-      preparation, volumes, masks: from a study to its mask.
-      facts: what else model.json says: metrics of the run, its training data, its licence.
-      onnx: write network.onnx too.
-    """
+    """What goes into an export beside the network."""
 
     preparation: PrepareSettings
     volumes: VolumeSettings
     masks: MaskSettings
-    facts: Mapping[str, Any]
-    onnx: bool = False
+    facts: Mapping[str, Any]  # what else model.json says: metrics, training data, licence
+    onnx: bool = False  # write network.onnx too
 
 
 def write_export(
-    folder: pathlib.Path,
-    network: nn.Module,
-    variables: Any,
-    contents: Exported,
+    folder: pathlib.Path, network: nn.Module, variables: Any, contents: Exported
 ) -> None:
     """Writes the folder, whole or not at all; an export that is there and as it was written is
-    replaced.
-
-    Args:
-      folder: the export.
-      network: each platform gets its form of the convolutions.
-      variables: of the network, a nested dict.
-      contents: the rest.
+    replaced. Each platform gets its form of the network's convolutions; `variables` is a nested
+    dict.
 
     Raises:
       InputError: the folder holds something else, or an ONNX file is wanted and jax2onnx is not
@@ -109,60 +94,22 @@ def write_export(
     }
     with atomic.new_folder(folder) as temporary:
         for platform in PLATFORMS:
+            # Made anew for each: JAX remembers what it traced of a function.
             predict = make_predict(network, contents.volumes.output)
             with tracing_for(platform):
                 function = export.export(predict, platforms=(platform,))(shapes, slices)
-            (temporary / _function_name(platform)).write_bytes(function.serialize())
+            (temporary / _FUNCTION.format(platform)).write_bytes(function.serialize())
         if to_onnx:
-            # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
-            predict = make_predict(network.clone(dtype=jnp.float32), contents.volumes.output)
-            output = 'logit' if contents.volumes.output == 'linear' else 'probability'
-            with tracing_for('cpu'):
-                to_onnx(
-                    functools.partial(predict, variables),
-                    [('B', *slices.shape[1:])],
-                    return_mode='file',
-                    output_path=str(temporary / 'network.onnx'),
-                    input_names=['image'],
-                    output_names=[output],
-                )
+            _write_onnx(to_onnx, network, variables, contents, temporary / 'network.onnx')
         flat = traverse_util.flatten_dict(variables, sep='/')
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         # Not save_file, whose file nobody but its owner may read.
         (temporary / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
-        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
         refuse_other_contents(folder)  # it took a while
-
-
-def refuse_other_contents(folder: pathlib.Path) -> None:
-    """What is in the folder goes: it may be an export, all of whose files are as its checksums say,
-    or nothing.
-
-    Raises:
-      InputError: it holds a file that was not exported, or that was changed since.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f'{folder}: is not a folder; name one that is new')
-    files = sorted(folder.iterdir()) if folder.exists() else []
-    sums = _read_sums(folder / _SUMS) if _is_export(folder) else {}  # others have checksums too
-    for path in files:
-        is_ours = path.name in _NAMES and path.is_file() and not path.is_symlink() and bool(sums)
-        if not is_ours or (path.name != _SUMS and sums.get(path.name) != _sha256(path)):
-            raise InputError(
-                f'{path}: is in the way: it was not exported, or it was changed since; name a new '
-                'folder, or move it elsewhere'
-            )
-
-
-def _is_export(folder: pathlib.Path) -> bool:
-    try:
-        _read_description(folder / 'model.json')
-    except (FileFault, OSError):
-        return False
-    return (folder / _SUMS).is_file()
 
 
 def _import_to_onnx() -> Callable:
@@ -176,13 +123,43 @@ def _import_to_onnx() -> Callable:
     return to_onnx
 
 
-def _function_name(platform: str) -> str:
-    return f'function_{platform}.bin'
+def _write_onnx(
+    to_onnx: Callable, network: nn.Module, variables: Any, contents: Exported, path: pathlib.Path
+) -> None:
+    # ONNX Runtime cannot add bfloat16; what is quick on a CPU is quick there too.
+    predict = make_predict(network.clone(dtype=jnp.float32), contents.volumes.output)
+    with tracing_for('cpu'):
+        to_onnx(
+            functools.partial(predict, variables),
+            [('B', *contents.preparation.grid[1:], 1)],
+            return_mode='file',
+            output_path=str(path),
+            input_names=['image'],
+            output_names=['logit' if contents.volumes.output == 'linear' else 'probability'],
+        )
 
 
-def _sha256(path: pathlib.Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+def refuse_other_contents(folder: pathlib.Path) -> None:
+    """To be called before the folder is replaced: it must be empty or new, or an export whose files
+    all have their checksums.
+
+    Raises:
+      InputError: it holds a file that was not exported, or that was changed since.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f'{folder}: is not a folder; name one that is new')
+    files = sorted(folder.iterdir()) if folder.exists() else []
+    sums = {}
+    with contextlib.suppress(FileFault, OSError):
+        _read_description(folder / 'model.json')  # folders of other programs have checksums too
+        sums = _read_sums(folder / _SUMS)
+    for path in files:
+        is_ours = path.name in _NAMES and path.is_file() and not path.is_symlink() and bool(sums)
+        if not is_ours or (path.name != _SUMS and sums.get(path.name) != sha256(path)):
+            raise InputError(
+                f'{path}: is in the way: it was not exported, or it was changed since; name a new '
+                'folder, or move it elsewhere'
+            )
 
 
 def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
@@ -203,7 +180,7 @@ def _load_one(folder: pathlib.Path) -> Model:
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
     platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
-    path = folder / _function_name(platform)
+    path = folder / _FUNCTION.format(platform)
     if path.name not in sums:
         raise InputError(
             f'{folder}: has no function for {platform}; export it again, or run it on '
@@ -246,7 +223,7 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
         file = folder / name
         if pathlib.Path(name).name != name or not file.is_file():
             raise FileFault(file, 'is missing', _EXPORT_AGAIN)
-        if _sha256(file) != expected:
+        if sha256(file) != expected:
             raise FileFault(file, f'is not the file that was exported (see {_SUMS})', _EXPORT_AGAIN)
     return sums
 

@@ -1,8 +1,6 @@
 """What a prediction over many studies has done, so that it can go on after it was killed."""
 
 import dataclasses
-import json
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -19,21 +17,15 @@ _NAME = re.compile(r'results\.\d+\.jsonl')
 
 @dataclasses.dataclass(frozen=True)
 class Journal:
-    """A file of JSON lines, one a study that is done, `results.<host>.jsonl`; one file a host, read
-    all together.
+    """A line for each study that is done, in `results.<host>.jsonl`. Each host writes its own file
+    and reads all of them."""
 
-    Attributes:
-      folder: where predictions go.
-      host: which host this is.
-      identity: of the model and of what was asked for.
-    """
-
-    folder: pathlib.Path
+    folder: pathlib.Path  # where predictions go
     host: int
-    identity: str
+    identity: str  # of the model and of what was asked for
 
     def files(self) -> list[pathlib.Path]:
-        """This host's, whether it is there or not, and what is there of the others."""
+        """This host's file, whether it is there or not, and those of the others that are there."""
         found = {p for p in self.folder.glob('results.*.jsonl') if _NAME.fullmatch(p.name)}
         return sorted(found | {self._path})
 
@@ -54,16 +46,7 @@ class Journal:
             'files': {path.name: _crc32(path) for path in files},
             'row': dict(row),
         }
-        # A kill may have left half a line before it.
-        text = f'\n{json.dumps(line)}\n'.encode()
-        # Several processes write: one call appends one line, whole.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            head = b'' if os.fstat(descriptor).st_size else _HEAD
-            os.write(descriptor, head + text)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        atomic.append_json_line(self._path, line, _HEAD)
 
     def read_done(self, studies: Iterable[Study]) -> dict[str, dict[str, Any]]:
         """Study id -> row, of those that were done by the same model from the same files, and whose
@@ -76,23 +59,16 @@ class Journal:
             study.study_id: entry['row']
             for study in studies
             for entry in entries.get(study.study_id, ())
-            if self._is_whole(entry, study)
-        }
-
-    def _is_whole(self, entry: Mapping[str, Any], study: Study) -> bool:
-        return (
-            entry['identity'] == self.identity
+            if entry['identity'] == self.identity
             and entry['source'] == _describe_source(study)
             and all(_crc32(self.folder / name) == crc32 for name, crc32 in entry['files'].items())
-        )
+        }
 
 
 def _describe_source(study: Study) -> list:
     """Names, sizes and times of a study's files: reading them all would cost what is saved."""
     found = []
-    for path in (study.image, study.lung_mask):
-        if path is None:
-            continue
+    for path in filter(None, (study.image, study.lung_mask)):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.name == written.RECORD or written.is_output(file):  # written into the series
                 continue

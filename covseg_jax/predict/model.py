@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from covseg_jax.errors import InputError
-from covseg_jax.imaging import geometry as geometries
+from covseg_jax.imaging.geometry import from_canonical, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import find_inputs
 from covseg_jax.manifest import fingerprint
@@ -19,18 +19,14 @@ from covseg_jax.segmentation.volumes import Probability
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """What a mask says of a study.
-
-    Attributes:
-      lesion_ml, lung_ml: volumes.
-      infection_percent: 100 × lesion / lungs.
-    """
+    """What a mask says of a study."""
 
     lesion_ml: float
     lung_ml: float
 
     @property
     def infection_percent(self) -> float:
+        """100 × lesion / lungs."""
         return 100 * self.lesion_ml / self.lung_ml if self.lung_ml else 0.0
 
     @property
@@ -51,45 +47,24 @@ def measure(mask: np.ndarray, lungs: np.ndarray, voxel_ml: float) -> Measures:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
-    """A study's lesions, voxel for voxel as the scan's array.
+class Prediction(Measures):
+    """A study's lesions, voxel for voxel as the scan's array, and their `Measures`."""
 
-    Attributes:
-      mask: (X, Y, Z) uint8, 1 in lesions, in the axis order of the scan's own file.
-      probability: (X, Y, Z) float32 in [0, 1], 0 outside the lungs.
-      affine: (4, 4), voxel indices to mm, as the scan's.
-      lesion_ml, lung_ml: volumes.
-      infection_percent: 100 × lesion / lungs.
-      severity: 'CT-0' … 'CT-4', see `Measures`.
-      notes: what was settled by rule in the scan's file.
-    """
-
-    mask: np.ndarray
-    probability: np.ndarray
-    affine: np.ndarray
-    lesion_ml: float
-    lung_ml: float
-    infection_percent: float
-    severity: str
-    notes: tuple[str, ...]
+    mask: np.ndarray  # (X, Y, Z) uint8, 1 in lesions, in the axis order of the scan's own file
+    probability: np.ndarray  # (X, Y, Z) float32 in [0, 1], 0 outside the lungs
+    affine: np.ndarray  # (4, 4), voxel indices to mm, as the scan's
+    notes: tuple[str, ...]  # what was settled by rule in the scan's file
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained network, or several whose probabilities are averaged.
+    """A trained network, or several whose probabilities are averaged."""
 
-    Attributes:
-      probabilities: the function of volumes, once on each device of this host.
-      preparation: how a study becomes a volume.
-      masks: how probabilities become a mask.
-      identity: equal for models that predict the same.
-      description: model.json of an export; {} of a run that is not exported.
-    """
-
-    probabilities: tuple[Probability, ...]
+    probabilities: tuple[Probability, ...]  # one function of volumes on each device of this host
     preparation: PrepareSettings
     masks: MaskSettings
-    identity: str
+    identity: str  # equal for models that predict the same
+    # model.json of an export; {} of a run that is not exported
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def predict(self, scan: str | os.PathLike) -> Prediction:
@@ -107,25 +82,20 @@ class Model:
         case = prepare_volume(studies[0], self.preparation)
         probability = self.probabilities[0](case.image, case.lungs)
         found = mask_on_study_grid(probability, case.lungs, case.geometry, self.masks)
+        native = native_probability(case, probability, found)
         affine = np.asarray(case.geometry.affine)
-        measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
         return Prediction(
-            mask=geometries.from_canonical(found.mask.astype(np.uint8), affine),
-            probability=geometries.from_canonical(
-                native_probability(case, probability, found), affine
-            ),
+            **vars(measure(found.mask, found.lungs, case.geometry.study_voxel_ml)),
+            mask=from_canonical(found.mask.astype(np.uint8), affine),
+            probability=from_canonical(native, affine),
             affine=affine,
-            lesion_ml=measures.lesion_ml,
-            lung_ml=measures.lung_ml,
-            infection_percent=measures.infection_percent,
-            severity=measures.severity,
             notes=case.notes,
         )
 
 
 def native_probability(case: PreparedCase, probability: np.ndarray, found: StudyMask) -> np.ndarray:
     """(Z, Y, X) float32, canonical: the probability on the study's own grid."""
-    return (geometries.to_study_grid(probability, case.geometry) * found.lungs).astype(np.float32)
+    return (to_study_grid(probability, case.geometry) * found.lungs).astype(np.float32)
 
 
 def average_models(models: Sequence[Model]) -> Model:
@@ -143,7 +113,6 @@ def average_models(models: Sequence[Model]) -> Model:
                 'the models of an ensemble see studies in different ways '
                 f'({first.preparation} and {other.preparation}); average those of one kind'
             )
-
     if len({model.masks.share_of_max for model in models}) > 1:
         raise InputError(
             'the models of an ensemble cut their masks by different rules (at a threshold, or at a '

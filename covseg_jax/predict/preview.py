@@ -1,5 +1,6 @@
 """A study at a glance: its slices in one picture, and what pictures of slices have in common."""
 
+import functools
 import math
 import pathlib
 
@@ -7,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from scipy import ndimage
 
-from covseg_jax import atomic
+from covseg_jax import written
 
 # Level -600, width 1500 HU: the window in which lungs are read.
 LUNG_WINDOW_HU = (-1350.0, 150.0)
@@ -29,7 +30,6 @@ def write_preview(
     lungs: np.ndarray,
     spacing_mm: tuple[float, float, float],
     title: str,
-    new_file: atomic.NewFile = atomic.new_file,
 ) -> None:
     """Writes a PNG of up to 20 axial slices with the lesion outlined, from the apex to the base.
 
@@ -38,15 +38,13 @@ def write_preview(
     number on the canonical grid (0 is the lowest slice).
 
     Args:
-      path: the file; its folder is made.
+      path: the file, written as `written.new_file` does.
       image_hu: (Z, Y, X) canonical, HU.
       mask, lungs: (Z, Y, X) boolean; either may be empty. Without both, all slices count.
       spacing_mm: (z, y, x).
       title: the line on top.
-      new_file: what puts the file there: `written.new_file` in a folder that a person named.
     """
-    shown = lungs | mask
-    areas = mask.sum(axis=(1, 2))
+    shown, areas = lungs | mask, mask.sum(axis=(1, 2))
     most = int(areas.argmax()) if areas.any() else None
     slices = choose_slices(shown, _MAX_TILES)
     if most is not None:
@@ -66,16 +64,16 @@ def write_preview(
     )
     picture = _with_head(montage, title, note)
     draw = ImageDraw.Draw(picture)
-    label_style = {
-        'fill': 'white', 'font': _font(_LABEL_SIZE), 'stroke_width': 2, 'stroke_fill': 'black'
-    }  # fmt: skip
+    write = functools.partial(
+        draw.text, fill='white', font=_font(_LABEL_SIZE), stroke_width=2, stroke_fill='black'
+    )
     for number, z in enumerate(slices):
         row, column = divmod(number, columns)
         corner = column * size[0] + _EDGE, _HEAD_HEIGHT + row * size[1] + _EDGE // 2
         label = f'{z}  most lesion' if z == most else f'{z}'
-        draw.text(corner, label, **label_style)
-    draw.text((_EDGE, _HEAD_HEIGHT + size[1] // 2), 'R', **label_style)
-    with new_file(path) as temporary:
+        write(corner, label)
+    write((_EDGE, _HEAD_HEIGHT + size[1] // 2), 'R')
+    with written.new_file(path) as temporary:
         # Fast: the noise of a scan hardly gets smaller by looking longer.
         picture.save(temporary, 'PNG', compress_level=1)
 

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.imaging import geometry as geometries
-from covseg_jax.imaging.geometry import Geometry
+from covseg_jax.imaging.geometry import Geometry, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
 from covseg_jax.imaging.nifti import read_volume, write_volume
 from covseg_jax.imaging.studies import Study
@@ -28,7 +27,8 @@ _DESCRIPTION = (
     'healthy studies held out for calibration.'
 )
 _PSEUDO_MASK = '{}_{}.nii.gz'  # study id, mask or probability
-_NUMBER, _NAME = 501, 'CovidPseudoMasks'  # of the data set
+_NAME = 'CovidPseudoMasks'
+_DATA_SET = f'Dataset501_{_NAME}'
 _IMAGE, _LABEL, _DESCRIBED = 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz', 'dataset.json'
 _NOTE = (
     'The labels are pseudo-masks, computed without any human mask; what is measured against them '
@@ -44,17 +44,11 @@ def write_pseudo_masks(
 ) -> None:
     """Brings pseudo-masks onto the studies' own grids: `<study_id>_mask.nii.gz` (uint8, 0 or 1) and
     `<study_id>_probability.nii.gz` (float32 in [0, 1], 0 outside the lungs), each with its study's
-    shape and affine. A file that is there and the same is kept. With several hosts, each writes its
+    shape and affine. A file that is there and the same is kept. Each of several hosts writes its
     share. `refuse_foreign_files` is to be called before.
 
     The mask is not the probability cut: it comes from a sharper resampling, and without small
-    components.
-
-    Args:
-      cases: prepared cases.
-      read_pseudo_mask: case -> its (D, H, W) pseudo-mask in [0, 1].
-      folder: gets the files; it is made where it is not there.
-      settings: how a pseudo-mask is cut.
+    components. `read_pseudo_mask` takes a case and gives its (D, H, W) pseudo-mask in [0, 1].
 
     Raises:
       InputError: from `read_pseudo_mask`, where a case has none; another file, which this program
@@ -64,7 +58,7 @@ def write_pseudo_masks(
     for case in tqdm(hosts.share(cases), desc='pseudo_masks', unit='study', disable=None):
         pseudo_mask = np.asarray(read_pseudo_mask(case), np.float32)
         found = mask_on_study_grid(pseudo_mask, np.asarray(case.lungs()), case.geometry, settings)
-        probability = geometries.to_study_grid(pseudo_mask, case.geometry) * found.lungs
+        probability = to_study_grid(pseudo_mask, case.geometry) * found.lungs
         for kind, array in (('mask', found.mask.astype(np.uint8)), ('probability', probability)):
             path = folder / _PSEUDO_MASK.format(case.study_id, kind)
             _write_where_new(path, array, case.geometry, folder)
@@ -72,29 +66,21 @@ def write_pseudo_masks(
 
 
 def write_nnunet_data_set(
-    splits: Splits,
-    studies: Mapping[str, Study],
-    masks: pathlib.Path,
-    folder: pathlib.Path,
-    *,
-    number: int = _NUMBER,
-    name: str = _NAME,
+    splits: Splits, studies: Mapping[str, Study], masks: pathlib.Path, folder: pathlib.Path
 ) -> pathlib.Path:
     """Writes what the networks learn from in nnU-Net v2's raw layout: the COVID studies of training
     and validation with their pseudo-masks, and the healthy ones of training with empty labels;
-    dataset.json last. What is there and whole is kept. With several hosts, each writes its share.
+    dataset.json last. What is there and whole is kept. Each of several hosts writes its share.
     `refuse_foreign_files` is to be called before.
 
-    An image is its source's file, byte for byte, where other readers take that for what
-    `read_image` does; else it is written anew, in HU.
+    An image is a copy of its source's file where other readers find the same in it as `read_image`
+    does; else it is written anew, in HU.
 
     Args:
       splits: who serves what; `evaluation` and `healthy_calibration` are left out.
-      studies: study id -> the study whose image is wanted.
+      studies: by study id.
       masks: the folder of `write_pseudo_masks`.
-      folder: gets `Dataset<number>_<name>/` with imagesTr/, labelsTr/ and dataset.json.
-      number: nnU-Net's id of the data set, up to 999.
-      name: of the data set.
+      folder: gets the data set's folder, with imagesTr/, labelsTr/ and dataset.json.
 
     Returns:
       The data set's folder.
@@ -106,7 +92,7 @@ def write_nnunet_data_set(
     """
     covid = splits.train + splits.validation
     cases = covid + splits.healthy_train
-    data_set = folder / _data_set_name(number, name)
+    data_set = folder / _DATA_SET
     atomic.remove_leftovers(data_set)
     _refuse_other_cases(data_set, cases)
     # Not by category: a healthy study of a subject who fell ill has a pseudo-mask too.
@@ -114,7 +100,8 @@ def write_nnunet_data_set(
     for case in tqdm(hosts.share(cases), desc='nnunet', unit='study', disable=None):
         if case.study_id not in studies:
             raise InputError(f'{case.study_id}: no such study in the data set; prepare it again')
-        _write_image(data_set / _IMAGE.format(case.study_id), case, studies, data_set)
+        path = data_set / _IMAGE.format(case.study_id)
+        _write_image(path, case, studies[case.study_id], data_set)
         label = np.zeros(case.geometry.canonical_shape, np.uint8)
         if case.study_id in marked:
             label = read_volume(masks / f'{case.study_id}_mask.nii.gz').array
@@ -122,18 +109,12 @@ def write_nnunet_data_set(
         _write_where_new(path, label, case.geometry, data_set)
     hosts.wait_for_all('images and labels are written')
     if hosts.is_first():
-        _write_description(data_set / _DESCRIBED, name, len(covid), len(splits.healthy_train))
+        _write_description(data_set / _DESCRIBED, len(covid), len(splits.healthy_train))
     return data_set
 
 
 def refuse_foreign_files(
-    cases: Sequence[Case],
-    masks: pathlib.Path,
-    splits: Splits,
-    folder: pathlib.Path,
-    *,
-    number: int = _NUMBER,
-    name: str = _NAME,
+    cases: Sequence[Case], masks: pathlib.Path, splits: Splits, folder: pathlib.Path
 ) -> None:
     """To be called before any work: whether `write_pseudo_masks(cases, ..., masks, ...)` and
     `write_nnunet_data_set(splits, ..., folder, ...)` may write all that they would.
@@ -143,24 +124,20 @@ def refuse_foreign_files(
         case that is not of this training set.
     """
     learned = splits.train + splits.validation + splits.healthy_train
-    data_set = folder / _data_set_name(number, name)
+    data_set = folder / _DATA_SET
     _refuse_other_cases(data_set, learned)
     kinds = ('mask', 'probability')
-    files = [masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds]
-    files += [data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)]
-    files.append(data_set / _DESCRIBED)
-    # Each host looks at its share, and all refuse what one of them found.
-    found = [written.find_foreign([path]) for path in hosts.share(files)]
-    written.refuse_first(hosts.gather([path and str(path) for path in found], len(files)))
+    files = [
+        *(masks / _PSEUDO_MASK.format(case.study_id, kind) for case in cases for kind in kinds),
+        *(data_set / form.format(c.study_id) for c in learned for form in (_IMAGE, _LABEL)),
+        data_set / _DESCRIBED,
+    ]
+    hosts.check_shared(lambda path: written.refuse_foreign([path]), files)
 
 
-def _data_set_name(number: int, name: str) -> str:
-    return f'Dataset{number:03d}_{name}'
-
-
-def _write_description(path: pathlib.Path, name: str, num_covid: int, num_healthy: int) -> None:
+def _write_description(path: pathlib.Path, num_covid: int, num_healthy: int) -> None:
     content = {
-        'name': name,
+        'name': _NAME,
         'description': _DESCRIPTION.format(num_covid, num_healthy),
         'note': _NOTE,
         'channel_names': {'0': 'CT'},
@@ -173,24 +150,21 @@ def _write_description(path: pathlib.Path, name: str, num_covid: int, num_health
         written.write_text(path, text)
 
 
-def _write_image(
-    path: pathlib.Path, case: Case, studies: Mapping[str, Study], record: pathlib.Path
-) -> None:
+def _write_image(path: pathlib.Path, case: Case, study: Study, record: pathlib.Path) -> None:
     voxel_crc32 = case.description['voxel_crc32']
     there = _read_on_grid(path, case.geometry)
     if there is not None and study_files.voxel_crc32(there) == voxel_crc32:
         return
-    study = studies[case.study_id]
     volume = study_files.read_image(study)
     is_same_grid = np.allclose(volume.affine, case.geometry.affine, rtol=0, atol=AFFINE_TOLERANCE)
     if study_files.voxel_crc32(volume) != voxel_crc32 or not is_same_grid:
         raise FileFault(study.image, 'is not the image that was prepared', 'prepare it again')
     new_file = functools.partial(written.new_file, folder=record, is_scan=True)
-    if not _reads_alike(study, volume):
+    if _reads_alike(study, volume):
+        with new_file(path) as temporary:
+            shutil.copyfile(study.image, temporary)
+    else:
         write_volume(path, volume.array, volume.affine, new_file)
-        return
-    with new_file(path) as temporary:
-        shutil.copyfile(study.image, temporary)
 
 
 def _reads_alike(study: Study, volume: Volume) -> bool:

@@ -1,6 +1,5 @@
 """Studies in -> NIfTI out on the same grid, with lesion ml, lung ml and infection %."""
 
-import contextlib
 import csv
 import dataclasses
 import functools
@@ -9,13 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from contextlib import ExitStack
 
 import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
-from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
+from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
@@ -31,36 +31,22 @@ from covseg_jax.segmentation.volumes import Probability
 Row = dict[str, str | float]
 
 _ENDINGS = {
-    'mask': 'mask.nii.gz',
-    'probability': 'probability.nii.gz',
-    'preview': 'preview.png',
-}
+    'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png'
+}  # fmt: skip
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
 COLUMNS = (
-    'study_id',
-    'status',
-    *_MEASURES,
-    'severity',
-    'seconds',
-    'mask',
-    *(f'{side}_{name}' for side in ('right', 'left') for name in _MEASURES),
-    'notes',
-)
+    'study_id', 'status', *_MEASURES, 'severity', 'seconds', 'mask',
+    *(f'{side}_{name}' for side in ('right', 'left') for name in _MEASURES), 'notes',
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Extras:
-    """What is written of a study beside its mask.
+    """What is written of a study beside its mask."""
 
-    Attributes:
-      probability: `<study_id>_probability.nii.gz`, float32.
-      preview: `<study_id>_preview.png`, slices with the lesions outlined.
-      per_lung: volumes of either lung in results.csv.
-    """
-
-    probability: bool = False
-    preview: bool = False
-    per_lung: bool = False
+    probability: bool = False  # `<study_id>_probability.nii.gz`, float32
+    preview: bool = False  # `<study_id>_preview.png`, slices with the lesions outlined
+    per_lung: bool = False  # volumes of either lung, in results.csv
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
@@ -79,24 +65,24 @@ def write_prediction(
     output: pathlib.Path,
     wanted: Extras,
     study: Study,
-) -> tuple[Row, list[pathlib.Path]]:
+) -> Row:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
     `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
-
-    Returns:
-      A row of results.csv, and the files.
-    """
+    Returns a row of results.csv."""
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
-    mask, probability_map, preview = (
-        _file_of(case.study_id, kind, output) for kind in ('mask', 'probability', 'preview')
-    )
+    mask, probability_map, preview = (_file_of(case.study_id, kind, output) for kind in _ENDINGS)
     if wanted.probability:
         on_study_grid = native_probability(case, probability, found)
         write_volume(probability_map, on_study_grid, affine, written.new_file)
     if wanted.preview:
-        _write_preview(preview, study, case, found, measures)
+        title = (
+            f'{case.study_id}: lesion {measures.lesion_ml:.1f} ml, infection '
+            f'{measures.infection_percent:.1f} %, {measures.severity}'
+        )
+        image_hu = read_image(study).array
+        write_preview(preview, image_hu, found.mask, found.lungs, case.geometry.spacing_mm, title)
     write_volume(mask, found.mask, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
     row |= _cells(measures) | {'severity': measures.severity, 'mask': mask.name}
@@ -107,26 +93,11 @@ def write_prediction(
             row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
     if case.notes:
         row['notes'] = '; '.join(case.notes)
-    return row, wanted.files(case.study_id, output)
+    return row
 
 
 def _cells(measures: Measures) -> Row:
     return {name: round(getattr(measures, name), 4) for name in _MEASURES}
-
-
-def _write_preview(
-    path: pathlib.Path, study: Study, case: PreparedCase, found: StudyMask, measures: Measures
-) -> None:
-    write_preview(
-        path,
-        read_image(study).array,
-        found.mask,
-        found.lungs,
-        case.geometry.spacing_mm,
-        f'{case.study_id}: lesion {measures.lesion_ml:.1f} ml, infection '
-        f'{measures.infection_percent:.1f} %, {measures.severity}',
-        written.new_file,
-    )
 
 
 def predict_studies(
@@ -139,7 +110,7 @@ def predict_studies(
     resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Segments studies and writes results.csv; a study that cannot be used is named in it and
-    passed over. With several hosts, each does its share of them.
+    passed over. Each of several hosts does its share of them.
 
     While each device is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their
@@ -162,15 +133,12 @@ def predict_studies(
         `output` where a file would go.
     """
     identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
-    journal = Journal(output, hosts.index(), identity)
-    results = output / 'results.csv'
-    own = hosts.share(studies)
-    # Each host looks for what it would write over, and all refuse what one of them found.
-    foreign = written.find_foreign([*journal.files(), results])
-    found = [foreign or written.find_foreign(wanted.files(s.study_id, output)) for s in own]
-    written.refuse_first(hosts.gather([path and str(path) for path in found], len(studies)))
+    journal, results = Journal(output, hosts.index(), identity), output / 'results.csv'
+    files = [wanted.files(study.study_id, output) for study in studies]
+    hosts.check_shared(written.refuse_foreign, [[*journal.files(), results], *files])
     output.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(output)
+    own = hosts.share(studies)
     rows: dict[str, Row] = journal.read_done(own) if resume else {}
     to_do = [study for study in own if study.study_id not in rows]
     # Of an earlier run, with another model or of a scan that cannot be used any more.
@@ -188,7 +156,10 @@ def predict_studies(
             bar.update()
     all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
     if hosts.is_first():
-        _write_results(results, all_rows)
+        with written.new_file(results) as temporary, temporary.open('w', newline='') as file:
+            writer = csv.DictWriter(file, COLUMNS, restval='')
+            writer.writeheader()
+            writer.writerows(all_rows)
     return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
 
 
@@ -197,10 +168,9 @@ def _predict_each(
 ) -> Iterator[Row]:
     """The studies' rows, in the order in which they are done. `finish` writes what was found."""
     devices = model.probabilities[: max(1, len(to_do))]
-    with (
-        process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool,
-        _threads(len(devices)) as threads,
-    ):
+    with process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool, ExitStack() as stack:
+        # Each thread does one thing after the other.
+        threads = [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in devices]
         to_prepare, preparing, running, writing = deque(to_do), deque(), deque(), deque()
 
         def collect(most_running: int, most_writing: int) -> Iterator[Row]:
@@ -249,21 +219,7 @@ def _finish(
     journal: Journal,
 ) -> Row:
     began = time.monotonic()
-    row, files = write_prediction(case, probability, settings, output, wanted, study)
+    row = write_prediction(case, probability, settings, output, wanted, study)
     row['seconds'] = round(seconds + time.monotonic() - began, 3)
-    journal.append(study, row, files)
+    journal.append(study, row, wanted.files(study.study_id, output))
     return row
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[list[futures.Executor]]:
-    """That many threads, each of which does one thing after the other."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(futures.ThreadPoolExecutor(1)) for _ in range(number)]
-
-
-def _write_results(path: pathlib.Path, rows: Sequence[Row]) -> None:
-    with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS, restval='')
-        writer.writeheader()
-        writer.writerows(rows)

@@ -20,13 +20,12 @@ import numpy as np
 
 from configs import transunet
 from covseg_jax import cpu
-from covseg_jax.imaging import studies
+from covseg_jax.imaging import nifti, studies
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.predict.model import Model
 from covseg_jax.predict.studies import Extras, predict_studies, write_prediction
 from covseg_jax.prepare import prepare_studies
-from tests.imaging.chest import write_stored
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -52,7 +51,8 @@ def main() -> None:
         folder = pathlib.Path(name)
         for number in range(options.num_studies):
             made = phantom.make_phantom(number, 'CT-1', SHAPE, SPACING_MM)
-            write_stored(folder / 'scans' / f'study_{number:04d}.nii.gz', made.image, made.affine)
+            path = folder / 'scans' / f'study_{number:04d}.nii.gz'
+            nifti.write_volume(path, made.image, made.affine)
         found = studies.find_inputs(folder / 'scans')
 
         def predict(num_workers: int) -> float:

@@ -27,7 +27,6 @@ from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs, prepare_studies
 from tests.benchmarks.turns import take_turns
-from tests.imaging.chest import write_stored
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 
@@ -90,7 +89,7 @@ def main() -> None:
         folder = pathlib.Path(name)
         image = folder / 'study_0001.nii.gz'
         made = phantom.make_phantom(1, 'CT-1', SHAPE, SPACING_MM)
-        write_stored(image, made.image, made.affine)
+        nifti.write_volume(image, made.image, made.affine)
         study = studies.find_inputs(image)[0]
         volume = nifti.read_volume(image)
         canonical = volume.array

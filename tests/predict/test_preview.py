@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+from covseg_jax import written
 from covseg_jax.predict import preview
 
 SPACING_MM = (8.0, 1.0, 1.0)
@@ -18,7 +19,7 @@ def _write(folder, mask, lungs=LUNGS):
     image_hu = np.where(lungs, -850, 40).astype(np.int16)
     path = folder / 'study_0001_preview.png'
     preview.write_preview(path, image_hu, mask, lungs, SPACING_MM, 'study_0001: lesion 1.2 ml')
-    assert [file.name for file in folder.iterdir()] == [path.name]
+    assert written.is_ours(path)
     with Image.open(path) as picture:
         assert picture.format == 'PNG'
         return np.asarray(picture)
