@@ -1,9 +1,9 @@
-"""Study grid <-> model grid, there and back.
+"""From a study's grid to the model's grid and back.
 
-Two steps. The file's axis order and flips are undone exactly: canonical arrays are (Z, Y, X) with
-z to Superior, y to Posterior and x to Left, so that `array[z]` shown as an image is the
-radiological view. Then the box around the lungs is mapped onto the model's grid by small
-matrices, one an axis, in millimetres: in plane one scale for both axes, the shorter side padded.
+Two steps. First the file's axis order and flips are undone exactly: canonical arrays are (Z, Y, X),
+with z to Superior, y to Posterior and x to Left, so `array[z]` is the radiological view. Then the
+box around the lungs is mapped onto the model's grid in millimetres, by one small matrix per axis.
+In plane both axes have the same scale, and the shorter side is padded.
 """
 
 import dataclasses
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from nibabel import orientations
 
+Shape = tuple[int, int, int]
+SpacingMm = tuple[float, float, float]  # along z, y and x
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 
 
@@ -20,34 +22,32 @@ def to_canonical(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Turns a file's array (X, Y, Z) into the canonical view (Z, Y, X); nothing is copied.
 
     Oblique grids take the closest axes (nibabel's io_orientation); nothing is interpolated.
-
-    Raises:
-        ValueError: an array that is not 3D.
     """
-    _require_3d(data)
     turn = orientations.ornt_transform(orientations.io_orientation(affine), _CANONICAL)
     return orientations.apply_orientation(data, turn).T
 
 
 def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The inverse of `to_canonical`: (Z, Y, X) back to the file's axis order (X, Y, Z), a view.
-
-    Raises:
-        ValueError: an array that is not 3D.
-    """
-    _require_3d(array)
+    """The inverse of `to_canonical`: (Z, Y, X) back to the file's axis order (X, Y, Z), a view."""
     turn = orientations.ornt_transform(_CANONICAL, orientations.io_orientation(affine))
     return orientations.apply_orientation(array.T, turn)
 
 
-def canonical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
-    """Voxel spacing (z, y, x) in mm of the canonical array that belongs to `affine` (4, 4)."""
-    affine = np.asarray(affine, np.float64)
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+def _canonical_axes(affine: np.ndarray) -> np.ndarray:
+    """The file's axes that run along z, y and x."""
     # io_orientation()[i] names the world axis (0 right-left, 1, 2) of the file's axis i.
-    world_axes = orientations.io_orientation(affine)[:, 0].astype(int)
-    x, y, z = lengths[np.argsort(world_axes)]
-    return float(z), float(y), float(x)
+    return np.argsort(orientations.io_orientation(affine)[:, 0])[::-1]
+
+
+def canonical_spacing(affine: np.ndarray) -> SpacingMm:
+    """Voxel spacing of the canonical array that belongs to `affine` (4, 4)."""
+    lengths = np.linalg.norm(np.asarray(affine, np.float64)[:3, :3], axis=0)
+    return tuple(lengths[_canonical_axes(affine)].tolist())
+
+
+def voxel_volume_ml(affine: np.ndarray) -> float:
+    """Volume of one voxel of a file with this (4, 4) affine, in ml (1000 mm³)."""
+    return float(abs(np.linalg.det(np.asarray(affine)[:3, :3]))) / 1000.0
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,25 @@ class Geometry:
         grid: (D, H, W) of the model.
     """
 
-    source_shape: tuple[int, int, int]
+    source_shape: Shape
     affine: tuple[tuple[float, ...], ...]
     box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    grid: tuple[int, int, int]
+    grid: Shape
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Spacing (z, y, x) of the canonical study array, mm."""
+    def spacing_mm(self) -> SpacingMm:
+        """Spacing of the canonical study array."""
         return canonical_spacing(self.affine)
 
     @property
-    def canonical_shape(self) -> tuple[int, int, int]:
+    def canonical_shape(self) -> Shape:
         """(Z, Y, X) of the canonical study array."""
-        world_axes = orientations.io_orientation(self.affine)[:, 0].astype(int)
-        x, y, z = np.asarray(self.source_shape)[np.argsort(world_axes)]
-        return int(z), int(y), int(x)
+        return tuple(np.asarray(self.source_shape)[_canonical_axes(self.affine)].tolist())
 
     @property
-    def model_spacing_mm(self) -> tuple[float, float, float]:
-        """Spacing (d, h, w) of the model grid, mm; h and w are equal.
-
-        The box's slices fill the depth; in plane the longer side in mm fills its axis.
-        """
+    def model_spacing_mm(self) -> SpacingMm:
+        """Spacing of the model grid. The box's slices fill the depth; in plane, where both axes
+        have the same spacing, the longer side in mm fills its axis."""
         depth, height, width = (
             (stop - start) * spacing
             for (start, stop), spacing in zip(self.box, self.spacing_mm, strict=True)
@@ -99,7 +95,7 @@ class Geometry:
     @property
     def study_voxel_ml(self) -> float:
         """Volume of one voxel of the study's own grid, ml."""
-        return float(abs(np.linalg.det(np.asarray(self.affine)[:3, :3]))) / 1000.0
+        return voxel_volume_ml(self.affine)
 
     def to_json(self) -> dict:
         """A dict of plain numbers and lists, for json.dump."""
@@ -107,7 +103,7 @@ class Geometry:
 
     @classmethod
     def from_json(cls, values: dict) -> 'Geometry':
-        """The Geometry that `to_json` described; json's lists are taken as the tuples they were.
+        """The Geometry that `to_json` described: JSON's lists become the tuples that they were.
 
         Raises:
             KeyError: a field is missing.
@@ -122,9 +118,9 @@ class Geometry:
 
 def fit_geometry(
     lungs: np.ndarray,
-    source_shape: tuple[int, int, int],
+    source_shape: Shape,
     affine: np.ndarray,
-    grid: tuple[int, int, int],
+    grid: Shape,
     margin_mm: float = 4.0,
 ) -> Geometry:
     """The geometry that maps the box around the lungs onto the model's grid.
@@ -134,8 +130,8 @@ def fit_geometry(
         source_shape: (X, Y, Z) of the file's array.
         affine: (4, 4) of the file.
         grid: (D, H, W) of the model.
-        margin_mm: added on every side of the lungs, in whole voxels rounded down, and cut off
-            at the volume's edge; with 8 mm slices the default adds none.
+        margin_mm: added on every side of the lungs, rounded down to whole voxels and cut off at
+            the volume's edge; with 8 mm slices the default adds no slice.
 
     Raises:
         ValueError: no lung voxel at all.
@@ -160,18 +156,17 @@ def fit_geometry(
 def to_model_grid(
     array: np.ndarray, geometry: Geometry, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Resamples a canonical study array onto the model's grid.
+    """Resamples a canonical study array onto the model's grid; outside the box it is 0.
 
-    Linear interpolation, its triangle widened to the coarser of the two spacings, which is the
-    anti-aliasing filter; weights are non-negative and sum to 1, so no value leaves the range of
-    the input. Outside the box, 0.
+    Linear interpolation. Its triangle is widened to the coarser of the two spacings, against
+    aliasing. Weights are non-negative and sum to 1, so no value leaves the range of the input.
 
     Args:
         array: (Z, Y, X), canonical, any real type or bool.
         geometry: from `fit_geometry`.
-        weights: None, or (Z, Y, X) in [0, 1], such as the lungs: then the result is the
-            normalised convolution resample(array · weights) / resample(weights), and 0 where
-            resample(weights) < 0.5, so that no chest wall bleeds into the lungs' edge
+        weights: None, or (Z, Y, X) in [0, 1], such as the lungs. The result is then the normalised
+            convolution resample(array · weights) / resample(weights), and 0 where
+            resample(weights) < 0.5: the chest wall does not bleed into the lungs' edge
             (Knutsson and Westin, CVPR 1993).
 
     Returns:
@@ -190,37 +185,31 @@ def to_model_grid(
     return np.divide(total, weight, out=np.zeros_like(total), where=weight >= 0.5)
 
 
-def to_study_grid(array: np.ndarray, geometry: Geometry, order: str = 'linear') -> np.ndarray:
-    """Brings a model array back onto the study's whole canonical grid.
+def to_study_grid(array: np.ndarray, geometry: Geometry, *, deblur: bool = False) -> np.ndarray:
+    """Brings a model array back onto the study's whole canonical grid, linearly.
 
     Args:
         array: (D, H, W), any real type or bool.
         geometry: from `fit_geometry`.
-        order: 'linear'; 'deblurred' for masks and probabilities that are to be cut: linear, and
-            then what the way to the model's grid would still differ by is added back, four times
-            (iterative back-projection; Irani and Peleg, CVGIP 53:231, 1991), so that a lesion of
-            few slices does not shrink.
+        deblur: for masks and probabilities that are to be thresholded. What the result would still
+            lose on the way to the model's grid is added back, four times (iterative
+            back-projection; Irani and Peleg, CVGIP 53:231, 1991), so that a lesion of few slices
+            does not shrink.
 
     Returns:
         float32 (Z, Y, X), 0 outside the box, in the range of the array.
 
     Raises:
-        ValueError: the array's shape is not the geometry's grid, or another order.
+        ValueError: the array's shape is not the geometry's grid.
     """
     if array.shape != geometry.grid:
         raise ValueError(f'array of shape {array.shape} for the model grid {geometry.grid}')
-    if order not in ('linear', 'deblurred'):
-        raise ValueError(f"order {order!r}: 'linear' or 'deblurred'")
     matrices = []
     for axis, forward in enumerate(_model_matrices(geometry)):
-        centres_mm, spacing = _centres_in_box(geometry, axis)
-        linear = resampling_matrix(_box_centres(geometry, axis), centres_mm, spacing)
-        matrix = linear
-        if order == 'deblurred':
-            for _ in range(4):
-                matrix = matrix + linear @ (
-                    np.eye(len(forward), dtype=np.float32) - forward @ matrix
-                )
+        model_mm, box_mm, spacing = _centres_mm(geometry, axis)
+        linear = matrix = resampling_matrix(box_mm, model_mm, spacing)
+        for _ in range(4 if deblur else 0):
+            matrix = matrix + linear @ (np.eye(len(forward), dtype=np.float32) - forward @ matrix)
         matrices.append(matrix)
     result = np.zeros(geometry.canonical_shape, np.float32)
     array = array.astype(np.float32)
@@ -232,7 +221,7 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, order: str = 'linear') 
 def resampling_matrix(
     targets_mm: np.ndarray, sources_mm: np.ndarray, spacing_mm: float
 ) -> np.ndarray:
-    """Rows of triangle weights that take samples at `sources_mm` to `targets_mm` along one axis.
+    """Triangle weights that take samples from `sources_mm` to `targets_mm` along one axis.
 
     Args:
         targets_mm: (T,) evenly spaced centres.
@@ -240,8 +229,8 @@ def resampling_matrix(
         spacing_mm: spacing of the sources.
 
     Returns:
-        float32 (T, S), non-negative; a row sums to 1 where its target lies between the outer
-        edges of the first and last source voxel, and is all 0 elsewhere.
+        float32 (T, S), non-negative. A row sums to 1 where its target lies between the outer edges
+        of the first and last source voxel, and is all 0 elsewhere.
     """
     step = abs(targets_mm[1] - targets_mm[0]) if len(targets_mm) > 1 else spacing_mm
     distance = np.abs(targets_mm[:, None] - sources_mm[None, :]) / max(step, spacing_mm)
@@ -253,10 +242,8 @@ def resampling_matrix(
 
 
 def apply_matrices(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-    """Resamples a float32 (Z, Y, X) array by one (target, source) matrix an axis.
-
-    The axis that shrinks most goes first: less is left for the others.
-    """
+    """Resamples a float32 (Z, Y, X) array by one (target, source) matrix per axis."""
+    # The axis that shrinks most goes first, which leaves less for the others.
     for axis in sorted(range(3), key=lambda axis: matrices[axis].shape[0] / array.shape[axis]):
         matrix = matrices[axis]
         if axis == 2:
@@ -269,40 +256,26 @@ def apply_matrices(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
     return array
 
 
-def _box_centres(geometry: Geometry, axis: int) -> np.ndarray:
-    # Voxel centres of the box, mm from the box's first edge.
-    start, stop = geometry.box[axis]
-    return (np.arange(stop - start) + 0.5) * geometry.spacing_mm[axis]
-
-
-def _centres_in_box(geometry: Geometry, axis: int) -> tuple[np.ndarray, float]:
-    # Centres of the model's voxels on the same ruler; box and grid share their middle.
-    start, stop = geometry.box[axis]
-    length_mm = (stop - start) * geometry.spacing_mm[axis]
+def _centres_mm(geometry: Geometry, axis: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Voxel centres of the model's grid and of the box, in mm from the box's first edge, and the
+    spacing of the former. Grid and box have the same middle."""
+    length, study_spacing = np.diff(geometry.box[axis])[0], geometry.spacing_mm[axis]
     spacing = geometry.model_spacing_mm[axis]
-    first = (length_mm - geometry.grid[axis] * spacing) / 2
-    return first + (np.arange(geometry.grid[axis]) + 0.5) * spacing, spacing
+    first = (length * study_spacing - geometry.grid[axis] * spacing) / 2
+    model_mm = first + (np.arange(geometry.grid[axis]) + 0.5) * spacing
+    return model_mm, (np.arange(length) + 0.5) * study_spacing, spacing
 
 
 def _model_matrices(geometry: Geometry) -> list[np.ndarray]:
     return [
-        resampling_matrix(
-            _centres_in_box(geometry, axis)[0],
-            _box_centres(geometry, axis),
-            geometry.spacing_mm[axis],
-        )
+        resampling_matrix(*_centres_mm(geometry, axis)[:2], geometry.spacing_mm[axis])
         for axis in range(3)
     ]
 
 
-def _box_slices(array: np.ndarray, geometry: Geometry) -> tuple[slice, slice, slice]:
+def _box_slices(array: np.ndarray, geometry: Geometry) -> tuple[slice, ...]:
     if array.shape != geometry.canonical_shape:
         raise ValueError(
             f'array of shape {array.shape} for the canonical grid {geometry.canonical_shape}'
         )
     return tuple(slice(start, stop) for start, stop in geometry.box)
-
-
-def _require_3d(array: np.ndarray) -> None:
-    if array.ndim != 3:
-        raise ValueError(f'a 3D array is wanted, not one of shape {array.shape}')

@@ -1,12 +1,11 @@
-"""From lesion probability to mask: cuts, components, and the way back to the study's own grid."""
+"""From lesion probability to mask: thresholds, components, and the study's own grid."""
 
 import dataclasses
 
 import cc3d
 import numpy as np
 
-from covseg_jax.imaging import geometry as geometries
-from covseg_jax.imaging.geometry import Geometry
+from covseg_jax.imaging.geometry import Geometry, to_study_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +13,12 @@ class MaskSettings:
     """From probability to mask.
 
     Attributes:
-      threshold: the least probability of a lesion.
-      seed_threshold: the least probability that some voxel of a lesion must have; at `threshold` or
-        below, every lesion has one.
+      threshold: the least probability of a lesion's voxels.
+      seed_threshold: the least probability that one voxel of a lesion must reach; at `threshold` or
+        below it drops no lesion.
       min_component_ml: smaller lesions are dropped.
-      share_of_max: above 0 it stands in place of both thresholds, and a lesion is what *exceeds*
-        this share of the study's highest probability on the model's grid; published 0.2 (METHOD.md
-        section 5).
+      share_of_max: if above 0, it replaces both thresholds: a lesion is what *exceeds* this share of
+        the study's highest probability on the model's grid. The published value is 0.2.
     """
 
     threshold: float = 0.5
@@ -38,22 +36,22 @@ class StudyMask:
 
 
 def find_thresholds(probability: np.ndarray, settings: MaskSettings) -> MaskSettings:
-    """The settings for one study, (D, H, W) probability: a share of its maximum as a threshold."""
+    """The settings with share_of_max turned into a threshold for this (D, H, W) probability."""
     if not settings.share_of_max:
         return settings
     share = np.float32(settings.share_of_max * float(probability.max(initial=0)))
-    # More than the share, not as much: where all is 0 there is no lesion.
+    # More than the share, and more than 0: where all is 0 there is no lesion.
     least = max(np.nextafter(share, np.float32(1)), np.finfo(np.float32).tiny)
     return MaskSettings(float(least), min_component_ml=settings.min_component_ml)
 
 
 def drop_unsure_lesions(probability: np.ndarray, settings: MaskSettings) -> np.ndarray:
-    """(D, H, W) lesion probability, zero in lesions that the network is nowhere sure of.
+    """(D, H, W) lesion probability, set to zero in lesions that the network is nowhere sure of.
 
-    Hysteresis (Canny 1986, doi:10.1109/TPAMI.1986.4767851) in three dimensions: a lesion is what
-    touches through faces at `threshold` or above, and it counts if it reaches `seed_threshold` in
-    one of its voxels, in whatever slice. So a lesion keeps its faint border and its faint slices,
-    and what is faint throughout, as vessels are, goes.
+    This is hysteresis (Canny 1986, doi:10.1109/TPAMI.1986.4767851) in three dimensions: a
+    face-connected component at `threshold` or above counts if one of its voxels, in any slice,
+    reaches `seed_threshold`. A lesion thus keeps its faint border and its faint slices, and what
+    is faint throughout, as vessels are, is dropped.
     """
     labels = cc3d.connected_components(probability >= settings.threshold, connectivity=6)
     unsure = np.ones(int(labels.max()) + 1, bool)
@@ -71,13 +69,12 @@ def mask_on_model_grid(probability: np.ndarray, voxel_ml: float, settings: MaskS
 def mask_on_study_grid(
     probability: np.ndarray, lungs: np.ndarray, geometry: Geometry, settings: MaskSettings
 ) -> StudyMask:
-    """Brings (D, H, W) lesion probability and lungs back onto the study's own voxels, cuts, and
-    drops small components."""
+    """The mask and lungs on the study's own grid, from (D, H, W) lesion probability and lungs."""
     settings = find_thresholds(probability, settings)
-    native_lungs = geometries.to_study_grid(lungs, geometry) >= 0.5
-    # Before resampling, which lowers peaks: there the seed threshold was found.
+    native_lungs = to_study_grid(lungs, geometry) >= 0.5
+    # The seed threshold was found on the model's grid, and resampling lowers peaks.
     sure = drop_unsure_lesions(probability, settings)
-    native = geometries.to_study_grid(sure, geometry, order='deblurred') * native_lungs
+    native = to_study_grid(sure, geometry, deblur=True) * native_lungs
     mask = drop_small_components(
         native >= settings.threshold, settings.min_component_ml / geometry.study_voxel_ml
     )

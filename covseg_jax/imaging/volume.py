@@ -4,14 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from covseg_jax.imaging.geometry import canonical_spacing, from_canonical
+from covseg_jax.imaging.geometry import (
+    SpacingMm,
+    canonical_spacing,
+    from_canonical,
+    voxel_volume_ml,
+)
 
 AFFINE_TOLERANCE = 1e-3  # mm
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A 3D volume, turned as all code here expects it, and the way back to its file's axes.
+    """A 3D volume in canonical orientation, and the way back to its file's axes.
 
     Attributes:
         array: (Z, Y, X) canonical, z to Superior, y to Posterior, x to Left; read-only; uint8,
@@ -19,7 +24,7 @@ class Volume:
         affine: (4, 4) float64, voxel indices *of the file* to mm, axes to Right, Anterior,
             Superior.
         crc32: CRC-32 of the file's content.
-        notes: what was not plain in the file and settled by rule, one sentence each.
+        notes: what the file left open and a rule decided, one sentence each.
     """
 
     array: np.ndarray
@@ -33,17 +38,17 @@ class Volume:
         return from_canonical(self.array, self.affine)
 
     def lies_on_grid_of(self, other: 'Volume') -> bool:
-        """Whether voxel (i, j, k) of both files is the same place: shape and affine are equal, the
-        latter to a thousandth of a mm."""
+        """Whether voxel (i, j, k) is the same place in both files: they have the same shape, and
+        the same affine to a thousandth of a mm."""
         is_near = np.allclose(self.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE)
         return is_near and self.as_stored.shape == other.as_stored.shape
 
     @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance between voxel centres along z, y and x, mm."""
+    def spacing_mm(self) -> SpacingMm:
+        """Distance between voxel centres."""
         return canonical_spacing(self.affine)
 
     @property
     def voxel_ml(self) -> float:
-        """Volume of one voxel, ml (1000 mm³)."""
-        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+        """Volume of one voxel, ml."""
+        return voxel_volume_ml(self.affine)

@@ -132,7 +132,7 @@ def test_lesion_of_5_ml_goes_there_and_back_in_any_file(turns):
             geometry.to_canonical(file_lungs, affine), file_lesion.shape, affine, GRID
         )
         model = geometry.to_model_grid(canonical, plan)
-        back = geometry.to_study_grid(model, plan, order='deblurred') >= 0.5
+        back = geometry.to_study_grid(model, plan, deblur=True) >= 0.5
         written = geometry.from_canonical(back, affine)
         assert (written.shape, written.dtype) == (file_lesion.shape, file_lesion.dtype)
         dice = 2 * (written & file_lesion).sum() / (written.sum() + file_lesion.sum())
@@ -158,7 +158,7 @@ def test_values_stay_in_the_range_of_the_input():
     for array in (
         geometry.to_model_grid(image, plan, weights=lungs),
         geometry.to_study_grid(geometry.to_model_grid(image, plan), plan),
-        geometry.to_study_grid(geometry.to_model_grid(image, plan), plan, order='deblurred'),
+        geometry.to_study_grid(geometry.to_model_grid(image, plan), plan, deblur=True),
     ):
         assert image.min() - 1e-2 <= array.min()
         assert array.max() <= image.max() + 1e-2
