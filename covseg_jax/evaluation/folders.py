@@ -10,7 +10,7 @@ from tqdm import tqdm
 from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import scores
-from covseg_jax.imaging import nifti
+from covseg_jax.imaging import formats, nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
 
@@ -48,13 +48,13 @@ def pair_masks(
 def _nifti_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder of NIfTI masks')
-    return sorted(p for p in folder.iterdir() if nifti.is_nifti(p))
+    return sorted(p for p in folder.iterdir() if formats.is_nifti(p))
 
 
 def _masks_by_study(paths: Iterable[pathlib.Path]) -> dict[str, pathlib.Path]:
     found: dict[str, pathlib.Path] = {}
     for path in paths:
-        name = nifti.strip_suffix(path)
+        name = formats.strip_suffix(path)
         if _NO_MASK.search(name):
             continue
         study_id = _ENDINGS.sub('', name)

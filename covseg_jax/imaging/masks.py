@@ -17,8 +17,8 @@ class MaskSettings:
       seed_threshold: the least probability that one voxel of a lesion must reach; at `threshold` or
         below it drops no lesion.
       min_component_ml: smaller lesions are dropped.
-      share_of_max: if above 0, it replaces both thresholds: a lesion is what *exceeds* this share of
-        the study's highest probability on the model's grid. The published value is 0.2.
+      share_of_max: if above 0, it replaces both thresholds: a lesion is what *exceeds* this share
+        of the study's highest probability on the model's grid; published 0.2 (METHOD.md section 5).
     """
 
     threshold: float = 0.5
