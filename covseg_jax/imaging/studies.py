@@ -292,7 +292,7 @@ def _existing(stem: pathlib.Path) -> pathlib.Path | None:
     return next((p for p in candidates if p.is_file() and not written.is_output(p)), None)
 
 
-# Name -> (whether a folder has it, what finds its studies); 'auto' takes the first that a folder has.
+# Name -> (whether a folder has it, what finds its studies); 'auto' takes the first that it has.
 LAYOUTS = {
     'mosmed': (lambda f: bool(_find_registry(f)) or (f / 'studies').is_dir(), _mosmed_studies),
     'arrays': (lambda f: (f / arrays.IMAGES).is_file(), _arrays_studies),
