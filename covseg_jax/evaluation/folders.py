@@ -11,7 +11,7 @@ from covseg_jax import hosts, written
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.evaluation import scores
 from covseg_jax.evaluation.metric_table import CaseArrays
-from covseg_jax.imaging import nifti
+from covseg_jax.imaging import formats, nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
 
@@ -47,8 +47,8 @@ def _masks_by_study(folder: pathlib.Path, *, are_true: bool) -> dict[str, pathli
     if not folder.is_dir():
         raise InputError(f'{folder}: no such folder of NIfTI masks')
     found: dict[str, pathlib.Path] = {}
-    for path in sorted(filter(nifti.is_nifti, folder.iterdir())):
-        name = nifti.strip_suffix(path)
+    for path in sorted(filter(formats.is_nifti, folder.iterdir())):
+        name = formats.strip_suffix(path)
         if _NO_MASK.search(name) or (are_true and written.is_output(path)):
             continue
         study_id = _ENDINGS.sub('', name)

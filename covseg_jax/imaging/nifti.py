@@ -1,8 +1,8 @@
-"""One verified NIfTI volume in, one volume out.
+"""Reads and verifies a NIfTI file, and writes one.
 
 nibabel loads a .nii.gz with a flipped bit, and allocates whatever a header claims, without a word.
-Here the header is held against what the file can and does hold before any voxel array exists, and
-the whole file is read and its gzip CRC checked.
+Here the header is checked against what the file holds before any voxel array is allocated, and the
+whole file is read, so that its gzip CRC is checked.
 """
 
 import io
@@ -18,10 +18,9 @@ from isal import igzip, isal_zlib
 
 from covseg_jax import atomic
 from covseg_jax.errors import FileFault
-from covseg_jax.imaging.geometry import from_canonical, to_canonical
+from covseg_jax.imaging.geometry import Shape, from_canonical, to_canonical
 from covseg_jax.imaging.volume import Volume
 
-SUFFIXES = ('.nii', '.nii.gz')
 _HEADER_CLASSES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _KEPT_TYPES = (np.uint8, np.int16)
 _WRITTEN_TYPES = (np.uint8, np.int16, np.float32)
@@ -33,32 +32,18 @@ _MAXIMUM_RATIO = 1032
 _CHUNK = 2**18  # bytes
 
 
-def is_nifti(path: str | os.PathLike) -> bool:
-    """Whether the file name ends in .nii or .nii.gz."""
-    return pathlib.Path(path).name.lower().endswith(SUFFIXES)
-
-
-def strip_suffix(path: str | os.PathLike) -> str:
-    """The file's name without .nii or .nii.gz: 'a/study_0042.nii.gz' -> 'study_0042'."""
-    name = pathlib.Path(path).name
-    for suffix in ('.nii.gz', '.nii'):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
-
-
 def source_crc32(path: str | os.PathLike) -> int:
-    """CRC-32 of a volume's file: of the content, from the gzip trailer, or computed for .nii.
+    """CRC-32 of a file's content, from the gzip trailer where there is one.
 
-    Reading the trailer costs nothing; it tells whether a file changed, not whether it is whole.
+    Reading the trailer costs nothing. It tells whether a file changed, not whether it is whole.
 
     Raises:
         FileFault: the file is missing or cannot be read.
     """
     path = pathlib.Path(path)
-    if path.name.lower().endswith('.gz'):
+    if _is_named_gzip(path):
         trailer = _trailer(path)
-        # bgzip ends its files with an empty member, others pad them with zeros: they say nothing.
+        # bgzip ends its files with an empty member and others pad with zeros: no use as a checksum.
         if all(trailer):
             return trailer[0]
     with _open(path) as file:
@@ -71,22 +56,17 @@ def source_crc32(path: str | os.PathLike) -> int:
 def read_volume(path: str | os.PathLike) -> Volume:
     """Reads a .nii or .nii.gz file (NIfTI-1 or -2, either byte order) and verifies all of it.
 
-    scl_slope 0 or NaN means that nothing is scaled, as the NIfTI-1 standard says of 0 and MosMed
-    writes NaN. The affine is the sform where its code is positive, else the qform; a file with
-    neither is refused, because its left and right, front and back would be guesses. A fourth
-    axis of length 1 is dropped. What was settled by rule, such as a qform that says something else
-    than the sform, stands in the volume's notes.
-
-    Args:
-        path: the file.
+    A scl_slope of 0 (by the NIfTI-1 standard) or NaN (which MosMed writes) scales nothing.
+    The affine is the sform where its code is positive, else the qform. A file with neither is
+    refused, because left and right would be guesses. A fourth axis of length 1 is dropped. The
+    volume's notes say what a rule decided, such as between an sform and another qform.
 
     Returns:
-        The volume: uint8 and int16 as they are where the header scales nothing,
-        everything else float32.
+        uint8 and int16 voxels as they are where the header scales nothing, all others as float32.
 
     Raises:
-        FileFault: the file is missing, damaged, cut short, not a 3D NIfTI volume, of a type or
-            an orientation that cannot be used, or holds voxels that are not finite.
+        FileFault: the file is missing, damaged, cut short, not a 3D NIfTI volume, of a type or an
+            orientation that cannot be used, or holds voxels that are not finite.
     """
     path = pathlib.Path(path)
     with _open(path) as file:
@@ -96,7 +76,7 @@ def read_volume(path: str | os.PathLike) -> Volume:
             shape = _checked_shape(path, header)
             dtype = _checked_type(path, header)
             offset = _checked_offset(path, header)
-            _check_scaling(path, header)
+            scaling = _checked_scaling(path, header)
             affine, notes = _checked_affine(path, header, shape)
             raw = _read_voxels(path, stream, shape, dtype, offset)
         except EOFError as error:
@@ -108,15 +88,14 @@ def read_volume(path: str | os.PathLike) -> Volume:
             raise FileFault(path, fault, _DOWNLOAD_AGAIN) from error
         except OSError as error:
             raise _unreadable(path, error) from error
-    data = _scale(raw.view(dtype).reshape(shape, order='F'), header)
+    data = _scale(raw.view(dtype).reshape(shape, order='F'), scaling)
     del raw  # before anything else is allocated
-    # A NaN is the least and the greatest of its array, and no array of truth values is needed.
+    # A NaN is both the minimum and the maximum of its array: no array of booleans is needed.
     if data.dtype == np.float32 and not np.isfinite([data.min(), data.max()]).all():
         raise FileFault(path, 'holds voxels that are not finite (NaN or infinity)', 'replace them')
     data.flags.writeable = False
-    # The stream has verified the trailer by now, so it is the content's own CRC.
-    array = to_canonical(data, affine)
-    return Volume(array=array, affine=affine, crc32=source_crc32(path), notes=notes)
+    # By now the stream has verified the trailer that source_crc32 reads.
+    return Volume(to_canonical(data, affine), affine, source_crc32(path), notes)
 
 
 def write_volume(
@@ -131,19 +110,17 @@ def write_volume(
     MosMed's own files. The gzip header carries no time.
 
     Args:
-        path: ends in .nii or .nii.gz.
-        array: (Z, Y, X) canonical, uint8, int16 or float32 (bool is written as uint8).
+        path: .nii, or .nii.gz, which is compressed.
+        array: (Z, Y, X) canonical, uint8, int16 or float32; bool is written as uint8.
         affine: (4, 4), voxel indices of the file to mm, axes to Right, Anterior, Superior; the
             array is turned to its axes.
-        new_file: what puts the file there: `written.new_file` in a folder that a person named.
+        new_file: creates the file; `written.new_file` in a folder that a person named.
 
     Raises:
-        ValueError: another suffix, another type, or an array that is not 3D.
+        ValueError: another type, or an array that is not 3D.
     """
     path = pathlib.Path(path)
     array = array.view(np.uint8) if array.dtype == bool else array
-    if not is_nifti(path):
-        raise ValueError(f'{path.name}: a volume is written to .nii or .nii.gz')
     if array.dtype.type not in _WRITTEN_TYPES or array.ndim != 3:
         raise ValueError(f'{path.name}: cannot write {array.ndim}D {array.dtype}')
     data = from_canonical(array, affine)
@@ -157,10 +134,14 @@ def write_volume(
     header['scl_slope'] = header['scl_inter'] = np.nan
     # Four zero bytes after the header: no extensions follow.
     content = header.binaryblock + bytes(4) + data.astype(data.dtype.newbyteorder('<')).tobytes('F')
-    if path.name.lower().endswith('.gz'):
+    if _is_named_gzip(path):
         content = igzip.compress(content, compresslevel=2, mtime=0)
     with new_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _is_named_gzip(path: pathlib.Path) -> bool:
+    return path.name.lower().endswith('.gz')
 
 
 def _unreadable(path: pathlib.Path, error: OSError) -> FileFault:
@@ -174,7 +155,7 @@ def _unreadable(path: pathlib.Path, error: OSError) -> FileFault:
 def _open(path: pathlib.Path) -> io.BufferedReader:
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            # Opening a pipe would wait for somebody to write.
+            # Opening a pipe would wait for a writer.
             raise FileFault(path, 'is a device or a pipe, not a NIfTI file', 'name a file')
         return path.open('rb')
     except OSError as error:
@@ -187,7 +168,7 @@ def _content(path: pathlib.Path, file: io.BufferedReader) -> io.BufferedIOBase:
         raise FileFault(path, 'the file is empty', _DOWNLOAD_AGAIN)
     if file.peek(2)[:2] == b'\x1f\x8b':
         return igzip.IGzipFile(fileobj=file, mode='rb')
-    if path.name.lower().endswith('.gz'):
+    if _is_named_gzip(path):
         raise FileFault(path, 'not gzip data, whatever its name', 'rename or download it')
     return file
 
@@ -213,7 +194,7 @@ def _read_header(path: pathlib.Path, stream: io.BufferedIOBase) -> nibabel.Nifti
     return header
 
 
-def _checked_shape(path: pathlib.Path, header: nibabel.Nifti1Header) -> tuple[int, int, int]:
+def _checked_shape(path: pathlib.Path, header: nibabel.Nifti1Header) -> Shape:
     num_axes = int(header['dim'][0])
     if not 1 <= num_axes <= 7:
         raise FileFault(path, f'header names {num_axes} axes', _DOWNLOAD_AGAIN)
@@ -255,7 +236,7 @@ def _checked_offset(path: pathlib.Path, header: nibabel.Nifti1Header) -> int:
 def _read_voxels(
     path: pathlib.Path,
     stream: io.BufferedIOBase,
-    shape: tuple[int, int, int],
+    shape: Shape,
     dtype: np.dtype,
     offset: int,
 ) -> np.ndarray:
@@ -308,34 +289,17 @@ def _trailer(path: pathlib.Path) -> tuple[int, int]:
 
 
 def _checked_affine(
-    path: pathlib.Path, header: nibabel.Nifti1Header, shape: tuple[int, int, int]
+    path: pathlib.Path, header: nibabel.Nifti1Header, shape: Shape
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The affine, and notes of what was settled by rule."""
+    """The affine, and notes of what a rule decided."""
     pixdim = np.asarray(header['pixdim'][1:4], np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         fault = f'voxel size {pixdim.tolist()} mm is not positive'
         raise FileFault(path, fault, 'correct pixdim')
-    notes = []
-    if header['pixdim'][0] == 0:  # the NIfTI-1 standard: qfac is then 1
-        header['pixdim'][0] = 1
-    codes = int(header['sform_code']), int(header['qform_code'])
-    if not all(0 <= code <= _HIGHEST_CODE for code in codes):
-        raise FileFault(path, f'sform and qform codes {codes} do not exist', _DOWNLOAD_AGAIN)
-    if header['sform_code'] > 0:
-        affine = np.asarray(header.get_sform(), np.float64)
-        if header['qform_code'] > 0:
-            notes += _compare_with_qform(header, affine, shape)
-    elif header['qform_code'] > 0:
-        affine = np.asarray(_qform(path, header), np.float64)
-    else:
-        raise FileFault(
-            path,
-            'no orientation (sform and qform codes are 0)',
-            'convert it from DICOM again, with orientation',
-        )
+    affine, notes = _chosen_affine(path, header, shape)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    # |det| over the product of the column lengths is 1 for a grid with right angles; gantry tilt
-    # takes it to 0.87 at 30 degrees. A collapsed axis gives 0.
+    # |det| over the product of the column lengths is 1 for a grid with right angles, 0.87 for a
+    # gantry tilt of 30 degrees, and 0 for a collapsed axis.
     volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
     if not volume > 0.5 * np.prod(lengths) > 0:
         raise FileFault(path, 'affine cannot be inverted', 'correct the sform or qform')
@@ -347,48 +311,59 @@ def _checked_affine(
     return affine, tuple(notes)
 
 
-def _compare_with_qform(
-    header: nibabel.Nifti1Header, sform: np.ndarray, shape: tuple[int, int, int]
-) -> list[str]:
+def _chosen_affine(
+    path: pathlib.Path, header: nibabel.Nifti1Header, shape: Shape
+) -> tuple[np.ndarray, list[str]]:
+    if header['pixdim'][0] == 0:  # the NIfTI-1 standard: qfac is then 1
+        header['pixdim'][0] = 1
+    codes = int(header['sform_code']), int(header['qform_code'])
+    if not all(0 <= code <= _HIGHEST_CODE for code in codes):
+        raise FileFault(path, f'sform and qform codes {codes} do not exist', _DOWNLOAD_AGAIN)
+    if codes == (0, 0):
+        fault = 'no orientation (sform and qform codes are 0)'
+        raise FileFault(path, fault, 'convert it from DICOM again, with orientation')
+    has_sform, has_qform = (code > 0 for code in codes)
+    sform = np.asarray(header.get_sform(), np.float64)
+    if not has_qform:
+        return sform, []
     try:
-        qform = header.get_qform()
-    except (ValueError, nibabel.spatialimages.HeaderDataError):
-        return ['its qform is no rotation; the sform is used']
-    corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
-    shift_mm = np.linalg.norm(
-        (sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:], axis=0
-    ).max()
-    # Not "more than": a qform of NaN is another one too.
-    if not shift_mm <= 1.0:
-        return [f'sform and qform are up to {shift_mm:.1f} mm apart; the sform is used']
-    return []
-
-
-def _qform(path: pathlib.Path, header: nibabel.Nifti1Header) -> np.ndarray:
-    try:
-        return header.get_qform()
+        qform = np.asarray(header.get_qform(), np.float64)
     except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
-        raise FileFault(path, 'qform is no rotation', 'correct it') from error
+        if not has_sform:
+            raise FileFault(path, 'qform is no rotation', 'correct it') from error
+        return sform, ['its qform is no rotation; the sform is used']
+    if not has_sform:
+        return qform, []
+    corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
+    shifts = (sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:]
+    shift_mm = np.linalg.norm(shifts, axis=0).max()
+    # Not "more than": a qform of NaN differs too.
+    if not shift_mm <= 1.0:
+        return sform, [f'sform and qform are up to {shift_mm:.1f} mm apart; the sform is used']
+    return sform, []
 
 
-def _check_scaling(path: pathlib.Path, header: nibabel.Nifti1Header) -> None:
+def _checked_scaling(
+    path: pathlib.Path, header: nibabel.Nifti1Header
+) -> tuple[float, float] | None:
+    """Slope and intercept, or None where the header scales nothing."""
     slope, inter = float(header['scl_slope']), float(header['scl_inter'])
-    if np.isinf(slope) or (np.isinf(inter) and slope != 0 and not np.isnan(slope)):
+    scales = slope != 0 and not np.isnan(slope)
+    if np.isinf(slope) or (scales and np.isinf(inter)):
         fault = f'voxels are scaled by {slope:g} and {inter:g}'
         raise FileFault(path, fault, 'correct scl_slope and scl_inter')
+    inter = 0.0 if np.isnan(inter) else inter
+    return (slope, inter) if scales and (slope, inter) != (1.0, 0.0) else None
 
 
-def _scale(data: np.ndarray, header: nibabel.Nifti1Header) -> np.ndarray:
-    slope, inter = float(header['scl_slope']), float(header['scl_inter'])
-    inter = inter if np.isfinite(inter) else 0.0
+def _scale(data: np.ndarray, scaling: tuple[float, float] | None) -> np.ndarray:
+    if scaling is None and data.dtype.type in _KEPT_TYPES:
+        return data.astype(data.dtype.newbyteorder('='), copy=False)
     with np.errstate(over='ignore'):  # what leaves float32 becomes infinite, and is refused as such
-        if not np.isfinite(slope) or slope == 0 or (slope, inter) == (1.0, 0.0):
-            if data.dtype.type in _KEPT_TYPES:
-                return data.astype(data.dtype.newbyteorder('='), copy=False)
-            return data.astype(np.float32, copy=False)
-        scaled = data.astype(np.float32)
-        scaled *= slope
-        scaled += inter
+        scaled = data.astype(np.float32, copy=scaling is not None)
+        if scaling is not None:
+            scaled *= scaling[0]
+            scaled += scaling[1]
     return scaled
 
 

@@ -1,9 +1,9 @@
-"""Find and describe the studies in a data set folder.
+"""The studies in a data set folder.
 
-Layouts, found by their files or named:
+Its layout is named, or found by its files:
   mosmed   MosMedData COVID19_1110: `dataset_registry.xlsx` (or .csv), or only its folders
-           `studies/CT-*/` and `masks/`; lung masks `lung_masks/study_NNNN_lungs.nii.gz`. Any data
-           set with a registry of these columns.
+           `studies/CT-*/` and `masks/`; lung masks `lung_masks/study_NNNN_lungs.nii.gz`. Other
+           data sets with such a registry too.
   zenodo   Zenodo 3757476: `COVID-19-CT-Seg_20cases/`, `Infection_Mask/`, `Lung_Mask/`.
   covid19_20  the COVID-19-20 challenge: `volume-covid19-A-NNNN_ct.nii.gz`, `..._seg.nii.gz`.
   nnunet   nnU-Net's raw data: `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, `imagesTs/`.
@@ -11,8 +11,7 @@ Layouts, found by their files or named:
   plain    NIfTI files, and folders with one DICOM series each. Beside an image `NAME.nii.gz`,
            `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung mask.
 
-What this program wrote (written.py) is in none of them, wherever it lies: a prediction beside the
-scans is no scan, and one among human masks is no human mask.
+What this program wrote (written.py) is never taken for a scan or a human mask, wherever it lies.
 """
 
 import csv
@@ -20,6 +19,7 @@ import os
 import pathlib
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import openpyxl
@@ -27,13 +27,13 @@ import openpyxl
 from covseg_jax import written
 from covseg_jax.archives import check_unpacked_size
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.imaging import arrays, dicom, nifti
+from covseg_jax.imaging import arrays, dicom, formats
 
 CATEGORIES = ('CT-0', 'CT-1', 'CT-2', 'CT-3', 'CT-4')
 REGISTRIES = ('dataset_registry.xlsx', 'dataset_registry.csv')
 MOSMED = 'MosMedData'
 _LESION_MASK, _LUNG_MASK = '_mask', '_lungs'
-_MOST_REGISTRY_BYTES = 64 * 2**20  # of a workbook, unpacked: a row takes about 200
+_MOST_REGISTRY_BYTES = 64 * 2**20  # of an unpacked workbook; a row takes about 200
 _STUDY_ID = re.compile(r'\w[\w. +-]*')
 
 
@@ -44,10 +44,9 @@ class Study:
     Attributes:
         study_id: unique in its data set, usable as a folder's name.
         image: the NIfTI file, the folder of the DICOM series, or the .npy file.
-        lesion_mask: the human (or phantom) mask, or None; for evaluation, and for training
-            where train.targets says so.
+        lesion_mask: the human (or phantom) mask, or None.
         lung_mask: lungs drawn or computed elsewhere, or None.
-        category: 'CT-0' (healthy) to 'CT-4', or None where nobody says.
+        category: 'CT-0' (healthy) to 'CT-4', or None if unknown.
         data_set: 'MosMedData' or the folder's name.
         index: the study's place in its .npy files; None for all others.
         window: (least stored value, greatest, HU of the first, HU of the second) where the data
@@ -65,8 +64,8 @@ class Study:
 
 
 def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study, ...]:
-    """All studies of a data set folder, sorted by study id. No image is opened: a file that a
-    registry names and that is not there is found when it is read.
+    """All studies of a data set folder, sorted by study id. No image is opened: that a file of the
+    registry is missing shows when it is read.
 
     Args:
         folder: the data set's root.
@@ -85,7 +84,7 @@ def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study
         raise InputError(f'{folder}: not a folder; name the folder that holds the studies')
     if layout == 'auto':
         layout = next(name for name, (is_there, _) in LAYOUTS.items() if is_there(folder))
-    studies = LAYOUTS[layout][1](folder)
+    studies = list(LAYOUTS[layout][1](folder))
     if not studies:
         raise InputError(
             f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
@@ -113,47 +112,48 @@ def find_inputs(path: str | os.PathLike, layout: str = 'auto') -> tuple[Study, .
     path = pathlib.Path(path)
     if not path.is_file():
         return find_studies(path, layout)
-    if not nifti.is_nifti(path):
+    if not formats.is_nifti(path):
         raise InputError(
             f'{path}: not a .nii or .nii.gz file; convert it to NIfTI, or name the folder of a '
             'DICOM series'
         )
-    return (_plain_study(path, path.parent),)
+    return (_plain_study(path),)
 
 
 def _find_registry(folder: pathlib.Path) -> pathlib.Path | None:
     return next((folder / name for name in REGISTRIES if (folder / name).is_file()), None)
 
 
-def _is_mosmed(folder: pathlib.Path) -> bool:
-    return _find_registry(folder) is not None or (folder / 'studies').is_dir()
+def _mosmed_studies(folder: pathlib.Path) -> Iterator[Study]:
+    def find_mask(kind: str, study_id: str, ending: str) -> pathlib.Path | None:
+        return _existing(folder / kind / f'{study_id}{ending}')
 
-
-def _mosmed_studies(folder: pathlib.Path) -> list[Study]:
     registry = _find_registry(folder)
-    return _foldered_studies(folder) if registry is None else _registered_studies(folder, registry)
-
-
-def _registered_studies(folder: pathlib.Path, registry: pathlib.Path) -> list[Study]:
-    studies = []
+    if registry is None:
+        for category in CATEGORIES:
+            for image in _images(folder / 'studies' / category):
+                study_id = formats.strip_suffix(image)
+                mask = find_mask('masks', study_id, _LESION_MASK)
+                lungs = find_mask('lung_masks', study_id, _LUNG_MASK)
+                yield Study(study_id, image, mask, lungs, category, MOSMED)
+        return
     for row in _read_registry(registry):
         image = _resolve(folder, row['study_file'], registry)
         mask = _resolve(folder, row['mask_file'], registry) if row.get('mask_file') else None
-        study_id = row.get('study_id') or nifti.strip_suffix(image)
+        study_id = row.get('study_id') or formats.strip_suffix(image)
+        lungs = find_mask('lung_masks', study_id, _LUNG_MASK)
         category = row.get('category') or None
         if category not in (None, *CATEGORIES):
             raise InputError(
                 f'{registry.name}: category {category!r} of {study_id}; one of '
                 f'{", ".join(CATEGORIES)} is expected'
             )
-        lungs = _existing(folder / 'lung_masks' / f'{study_id}{_LUNG_MASK}')
-        studies.append(Study(study_id, image, mask, lungs, category, MOSMED))
-    return studies
+        yield Study(study_id, image, mask, lungs, category, MOSMED)
 
 
 def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
     if registry.suffix == '.csv':
-        # utf-8-sig drops the byte-order mark that a CSV form of the registry carries.
+        # utf-8-sig drops the byte-order mark that some CSV files begin with.
         try:
             with registry.open(encoding='utf-8-sig', newline='') as file:
                 rows = list(csv.reader(file))
@@ -167,7 +167,7 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
             book.close()
         except FileFault:
             raise
-        except Exception as error:  # a damaged workbook breaks openpyxl wherever it is damaged
+        except Exception as error:  # openpyxl raises many kinds on a damaged workbook
             raise InputError(f'{registry}: not a readable workbook; download it again') from error
     cells = [['' if cell is None else str(cell).strip() for cell in row] for row in rows]
     columns = [name.lower() for name in cells[0]] if cells else []
@@ -191,7 +191,7 @@ def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib
     if path.is_file() and not is_output:
         return path
     # A Kaggle copy holds .nii where the registry says .nii.gz.
-    other = _existing(path.with_name(nifti.strip_suffix(path)))
+    other = _existing(path.with_name(formats.strip_suffix(path)))
     if is_output and other is None:
         raise InputError(
             f'{path}: {registry.name} names it, but this program wrote it; move it elsewhere, and '
@@ -200,177 +200,110 @@ def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib
     return other or path
 
 
-def _foldered_studies(folder: pathlib.Path) -> list[Study]:
-    studies = []
-    for image in sorted((folder / 'studies').glob('CT-*/*')):
-        category = image.parent.name
-        if category in CATEGORIES and _is_image(image):
-            study_id = nifti.strip_suffix(image)
-            mask = _existing(folder / 'masks' / f'{study_id}{_LESION_MASK}')
-            lungs = _existing(folder / 'lung_masks' / f'{study_id}{_LUNG_MASK}')
-            studies.append(Study(study_id, image, mask, lungs, category, MOSMED))
-    return studies
-
-
-_ZENODO_IMAGES = 'COVID-19-CT-Seg_20cases'
-# Its page says of the ten cases from Radiopaedia: windowed to [-1250, 250] HU and stored as 0 to
-# 255 (doi:10.5281/zenodo.3757476).
-_ZENODO_WINDOWED = 'radiopaedia'
+# The data set's page says that the ten cases from Radiopaedia were windowed to [-1250, 250] HU and
+# stored as 0 to 255 (doi:10.5281/zenodo.3757476).
 _ZENODO_WINDOW = (0.0, 255.0, -1250.0, 250.0)
 
 
-def _is_zenodo(folder: pathlib.Path) -> bool:
-    return (folder / 'Infection_Mask').is_dir() and (folder / 'Lung_Mask').is_dir()
-
-
-def _zenodo_studies(folder: pathlib.Path) -> list[Study]:
-    images = folder / _ZENODO_IMAGES
-    studies = []
+def _zenodo_studies(folder: pathlib.Path) -> Iterator[Study]:
+    images = folder / 'COVID-19-CT-Seg_20cases'
     for image in _images(images if images.is_dir() else folder):
-        name = nifti.strip_suffix(image)
-        windowed = name.startswith(_ZENODO_WINDOWED)
-        studies.append(
-            Study(
-                study_id=name,
-                image=image,
-                lesion_mask=_existing(folder / 'Infection_Mask' / name),
-                lung_mask=_existing(folder / 'Lung_Mask' / name),
-                category=None,
-                data_set='Zenodo 3757476',
-                window=_ZENODO_WINDOW if windowed else None,
-            )
-        )
-    return studies
+        name = formats.strip_suffix(image)
+        mask, lungs = (_existing(folder / part / name) for part in ('Infection_Mask', 'Lung_Mask'))
+        window = _ZENODO_WINDOW if name.startswith('radiopaedia') else None
+        yield Study(name, image, mask, lungs, None, 'Zenodo 3757476', window=window)
 
 
-def _covid19_20_images(folder: pathlib.Path) -> list[pathlib.Path]:
-    folders = [folder, *(folder / name for name in ('Train', 'Validation', 'Test'))]
-    return [
-        image
-        for place in folders
-        if place.is_dir()
-        for image in _images(place)
-        if re.fullmatch(r'volume-covid19-.*_ct', nifti.strip_suffix(image))
-    ]
+def _covid19_20_studies(folder: pathlib.Path) -> Iterator[Study]:
+    for part in ('', 'Train', 'Validation', 'Test'):
+        for image in _images(folder / part):
+            name = formats.strip_suffix(image)
+            if re.fullmatch(r'volume-covid19-.*_ct', name):
+                study_id = name.removesuffix('_ct')
+                mask = _existing(image.with_name(f'{study_id}_seg'))
+                yield Study(study_id, image, mask, None, None, 'COVID-19-20')
 
 
-def _covid19_20_studies(folder: pathlib.Path) -> list[Study]:
-    studies = []
-    for image in _covid19_20_images(folder):
-        study_id = nifti.strip_suffix(image).removesuffix('_ct')
-        mask = _existing(image.with_name(study_id + '_seg'))
-        studies.append(Study(study_id, image, mask, None, None, 'COVID-19-20'))
-    return studies
-
-
-def _is_nnunet(folder: pathlib.Path) -> bool:
-    return (folder / 'imagesTr').is_dir() or (folder / 'imagesTs').is_dir()
-
-
-def _nnunet_studies(folder: pathlib.Path) -> list[Study]:
-    studies = []
+def _nnunet_studies(folder: pathlib.Path) -> Iterator[Study]:
     for part in ('Tr', 'Ts'):
-        if not (folder / f'images{part}').is_dir():
-            continue
         for image in _images(folder / f'images{part}'):
-            name = nifti.strip_suffix(image)
+            name = formats.strip_suffix(image)
             # _0000 is the first channel of a case, and CT has no other.
             if name.endswith('_0000'):
                 study_id = name.removesuffix('_0000')
                 mask = _existing(folder / f'labels{part}' / study_id)
-                studies.append(Study(study_id, image, mask, None, None, folder.resolve().name))
-    return studies
+                yield Study(study_id, image, mask, None, None, folder.resolve().name)
 
 
-def _is_arrays(folder: pathlib.Path) -> bool:
-    return (folder / arrays.IMAGES).is_file()
-
-
-def _arrays_studies(folder: pathlib.Path) -> list[Study]:
-    paths = [folder / name for name in (arrays.IMAGES, arrays.LUNGS, arrays.LESIONS)]
-    images, *masks = (arrays.open_array(p) if p.is_file() or i < 2 else None
-                      for i, p in enumerate(paths))  # fmt: skip
+def _arrays_studies(folder: pathlib.Path) -> Iterator[Study]:
+    image, lungs, lesion = (folder / n for n in (arrays.IMAGES, arrays.LUNGS, arrays.LESIONS))
+    paths = [image, lungs, *([lesion] if lesion.is_file() else [])]
+    images, *masks = map(arrays.open_array, paths)
     for path, mask in zip(paths[1:], masks, strict=True):
-        if mask is not None and mask.shape != images.shape:
+        if mask.shape != images.shape:
             raise FileFault(
                 path,
-                f'shape {mask.shape}, but {arrays.IMAGES} has {images.shape}',
+                f'shape {mask.shape}, but {image.name} has {images.shape}',
                 'give the arrays of one data set',
             )
-    # A study that nobody marked is all 0 there: it has no mask, rather than no lesion.
-    marked = [masks[1] is not None and bool(masks[1][i].any()) for i in range(len(images))]
-    return [
-        Study(
+    for index in range(len(images)):
+        # A study that nobody marked is all 0 there: it has no mask, rather than no lesion.
+        is_marked = any(mask[index].any() for mask in masks[1:])
+        yield Study(
             study_id=f'case_{index:04d}',
-            image=paths[0],
-            lesion_mask=paths[2] if marked[index] else None,
-            lung_mask=paths[1],
+            image=image,
+            lesion_mask=lesion if is_marked else None,
+            lung_mask=lungs,
             category=None,
             data_set=folder.resolve().name,
             index=index,
             window=(0.0, 1.0, *arrays.WINDOW_HU),
         )
-        for index in range(len(images))
-    ]
+
+
+def _plain_studies(folder: pathlib.Path) -> Iterator[Study]:
+    for image in _images(folder):
+        if not formats.strip_suffix(image).endswith((_LESION_MASK, _LUNG_MASK)):
+            yield _plain_study(image)
+    for place in [folder, *sorted(folder.glob('[!.]*'))]:
+        if place.is_dir() and dicom.is_series(place):
+            yield _plain_study(place.resolve())  # '..' names no study
+
+
+def _plain_study(image: pathlib.Path) -> Study:
+    """Of a NIfTI file, or the folder of a DICOM series."""
+    study_id = image.name if image.is_dir() else formats.strip_suffix(image)
+    mask, lungs = (_existing(image.with_name(study_id + end)) for end in (_LESION_MASK, _LUNG_MASK))
+    return Study(study_id, image, mask, lungs, None, image.parent.resolve().name)
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [path for path in sorted(folder.iterdir()) if _is_image(path)]
+    return sorted(filter(_is_image, folder.iterdir())) if folder.is_dir() else []
 
 
 def _is_image(path: pathlib.Path) -> bool:
-    hidden = path.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
-    is_there = nifti.is_nifti(path) and path.is_file() and not hidden
-    return is_there and not written.is_output(path)
-
-
-def _plain_studies(folder: pathlib.Path) -> list[Study]:
-    masks = (_LESION_MASK, _LUNG_MASK)
-    images = [path for path in _images(folder) if not nifti.strip_suffix(path).endswith(masks)]
-    series = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith('.') and dicom.is_series(path)
-    ]
-    if dicom.is_series(folder):
-        series.append(folder)
-    return [*(_plain_study(image, folder) for image in images), *map(_series_study, series)]
-
-
-def _series_study(series: pathlib.Path) -> Study:
-    series = series.resolve()  # '..' names no study
-    return Study(
-        study_id=series.name,
-        image=series,
-        lesion_mask=_existing(series.with_name(series.name + _LESION_MASK)),
-        lung_mask=_existing(series.with_name(series.name + _LUNG_MASK)),
-        category=None,
-        data_set=series.parent.name,
-    )
-
-
-def _plain_study(image: pathlib.Path, folder: pathlib.Path) -> Study:
-    study_id = nifti.strip_suffix(image)
-    return Study(
-        study_id=study_id,
-        image=image,
-        lesion_mask=_existing(image.with_name(study_id + _LESION_MASK)),
-        lung_mask=_existing(image.with_name(study_id + _LUNG_MASK)),
-        category=None,
-        data_set=folder.resolve().name,
-    )
+    is_hidden = path.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
+    is_scan = formats.is_nifti(path) and path.is_file() and not is_hidden
+    return is_scan and not written.is_output(path)
 
 
 def _existing(stem: pathlib.Path) -> pathlib.Path | None:
-    candidates = [stem.with_name(stem.name + suffix) for suffix in ('.nii.gz', '.nii')]
+    candidates = [stem.with_name(stem.name + suffix) for suffix in formats.NIFTI_SUFFIXES]
     return next((p for p in candidates if p.is_file() and not written.is_output(p)), None)
 
 
+# Name -> (whether a folder has it, what finds its studies); 'auto' takes the first that it has.
 LAYOUTS = {
-    'mosmed': (_is_mosmed, _mosmed_studies),
-    'arrays': (_is_arrays, _arrays_studies),
-    'zenodo': (_is_zenodo, _zenodo_studies),
-    'nnunet': (_is_nnunet, _nnunet_studies),
-    'covid19_20': (lambda folder: bool(_covid19_20_images(folder)), _covid19_20_studies),
-    'plain': (lambda folder: True, _plain_studies),
+    'mosmed': (lambda f: bool(_find_registry(f)) or (f / 'studies').is_dir(), _mosmed_studies),
+    'arrays': (lambda f: (f / arrays.IMAGES).is_file(), _arrays_studies),
+    'zenodo': (
+        lambda f: (f / 'Infection_Mask').is_dir() and (f / 'Lung_Mask').is_dir(),
+        _zenodo_studies,
+    ),
+    'nnunet': (
+        lambda f: (f / 'imagesTr').is_dir() or (f / 'imagesTs').is_dir(),
+        _nnunet_studies,
+    ),
+    'covid19_20': (lambda f: any(_covid19_20_studies(f)), _covid19_20_studies),
+    'plain': (lambda f: True, _plain_studies),
 }

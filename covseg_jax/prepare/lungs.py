@@ -1,10 +1,10 @@
-"""A lung mask without weights: threshold and morphology.
+"""A lung mask without a network: threshold and morphology.
 
 Consolidation is as dense as the chest wall, so a threshold loses it exactly where COVID-19 puts
 it: at the pleura, lateral and posterior. Two closings bring back what leaves a dent: a small one
-everywhere (vessels, fissures), and a wide one that counts only on the side of the ribs, where the
-lung's outline is convex in health. Medially it is not: heart, spine and liver are no lung. What
-leaves no dent, because all the lung under some ribs is dense, `pleura` finds by the ribs.
+everywhere (vessels, fissures), and a wide one on the side of the ribs alone, where a healthy lung's
+outline is convex. Medially, heart, spine and liver dent it. Where all the lung under some ribs is
+dense, there is no dent, and `pleura` finds it by the ribs.
 """
 
 import cc3d
@@ -12,14 +12,16 @@ import edt
 import numpy as np
 from scipy import ndimage
 
-from covseg_jax.imaging.geometry import apply_matrices, resampling_matrix
+from covseg_jax.imaging.geometry import Shape, SpacingMm, apply_matrices, resampling_matrix
 from covseg_jax.prepare.pleura import lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     IN_PLANE,
     between_lung,
     close_in_plane,
+    components_at,
     distance_in_plane,
     has_lung_below,
+    sweep,
     touches_border,
 )
 
@@ -41,11 +43,11 @@ BESIDE_MM = 30.0  # the other lung's centroid lies further to the side, a piece 
 # Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
 
 
-def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """Both lungs with their vessels, ground glass and, at the pleura, consolidation.
 
-    Works at about 2 mm and returns the study's own grid. Lungs that touch the border of the
-    image (a cropped scan) are kept: what lies outside the body is told by its density.
+    Works at about 2 mm and returns the study's own grid. Lungs that touch the border of the image
+    (a cropped scan) are kept: density tells them from what lies outside the body.
 
     Args:
         image_hu: (Z, Y, X) canonical, HU; padding may be below -1024.
@@ -73,13 +75,11 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: tuple[float, float, float]) -> 
     return _to_study_grid(lungs, image_hu.shape)
 
 
-def split_lungs(
-    lungs: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> tuple[np.ndarray, np.ndarray]:
+def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, np.ndarray]:
     """Right and left lung of a finished mask, whether they touch or are in many pieces.
 
-    A piece belongs to the nearer lung. One lung alone is the one of the half of the image that it
-    lies in, and the other is empty.
+    A piece belongs to the nearer lung. Where there is one lung alone, the half of the image that it
+    lies in says which, and the other is empty.
 
     Args:
         lungs: bool (Z, Y, X), canonical.
@@ -92,7 +92,7 @@ def split_lungs(
     if not lungs.any():
         return right, left
     box = ndimage.find_objects(lungs.view(np.uint8))[0]
-    # With a margin, for at the border of an image the erosion does not begin.
+    # With a margin, because the border of an array is not eroded.
     around = tuple(slice(max(0, side.start - 8), side.stop + 8) for side in box)
     part = lungs[around]
     coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
@@ -109,15 +109,8 @@ def split_lungs(
 
 
 def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
-    """Both lungs by the R231 network of the `lungmask` package (Hofmanninger et al., 2020).
-
-    The package is no requirement of covseg_jax and fetches its weights on first use.
-
-    Args:
-        image_hu: (Z, Y, X) canonical, HU.
-
-    Returns:
-        bool (Z, Y, X).
+    """Both lungs, bool (Z, Y, X), by the R231 network of the `lungmask` package (Hofmanninger et
+    al., 2020), which fetches its weights on first use. The image is as for `find_lungs`.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -131,32 +124,22 @@ def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
     return lungs
 
 
-def _to_working_grid(
-    image_hu: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> tuple[np.ndarray, tuple[float, float, float]]:
-    coarse_shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
-    matrices = [
-        _axis_matrix(*lengths) for lengths in zip(coarse_shape, image_hu.shape, strict=True)
-    ]
+def _to_working_grid(image_hu: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, SpacingMm]:
+    shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
+    matrices = [_axis_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
     # Metal and padding must not pull their neighbours' mean.
     clipped = np.clip(image_hu, -1024, 400).astype(np.float32)
     return apply_matrices(clipped, matrices), coarse_mm
 
 
-def _working_grid(
-    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
-) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    """Shape and spacing."""
-    # Never finer than the scan: an axis of 8 mm slices stays as it is.
-    coarse_shape, coarse_mm = [], []
-    for length, spacing in zip(shape, spacing_mm, strict=True):
-        coarse_length = min(length, max(1, round(length * spacing / WORKING_MM)))
-        coarse_shape.append(coarse_length)
-        coarse_mm.append(spacing * length / coarse_length)
-    return tuple(coarse_shape), tuple(coarse_mm)
+def _working_grid(shape: Shape, spacing_mm: SpacingMm) -> tuple[Shape, SpacingMm]:
+    """Shape and spacing, never finer than the scan: an axis of 8 mm slices stays as it is."""
+    extents = list(zip(shape, spacing_mm, strict=True))
+    coarse = tuple(min(n, max(1, round(n * step / WORKING_MM))) for n, step in extents)
+    return coarse, tuple(step * n / m for (n, step), m in zip(extents, coarse, strict=True))
 
 
-def _to_study_grid(mask: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
     box = ndimage.find_objects(mask.astype(np.uint8))[0]
     matrices, target = [], []
     for axis, side in enumerate(box):
@@ -175,9 +158,7 @@ def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
     return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
-def _nearest_voxels(
-    targets: tuple[int, int, int], sources: tuple[int, int, int]
-) -> tuple[np.ndarray, ...]:
+def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
     """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
     lengths = zip(targets, sources, strict=True)
     return np.ix_(
@@ -185,8 +166,8 @@ def _nearest_voxels(
     )
 
 
-def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """The one or two largest air-filled components inside the body that are not free gas."""
+def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    """The one or two largest components of air inside the body that are not free gas."""
     air = coarse < AIR_HU
     tissue = ndimage.binary_opening(~air, IN_PLANE, iterations=2)  # without the table's shell
     body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
@@ -199,10 +180,10 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: tuple[float, float, float])
     volumes, means = _volumes_and_means(components, coarse)
     chosen = []
     for label in np.argsort(volumes)[::-1][:8]:
-        # Bowel gas may compete with the other lung, but most of it holds less.
+        # Bowel gas may compete with the other lung, but most of it is smaller.
         if volumes[label] == 0 or (chosen and volumes[label] < SMALLER_LUNG * volumes[chosen[0]]):
             break
-        # Foam in the table and blankets have the density of lung, but no body around them.
+        # Blankets and foam in the table have the density of lung, but no body around them.
         if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
             chosen.append(label)
         if len(chosen) == 2:
@@ -214,27 +195,26 @@ def _count_sides(mask: np.ndarray) -> np.ndarray:
     """On how many of its four sides in the slice a voxel sees the mask: uint8, 0 to 4."""
     sides = np.zeros(mask.shape, np.uint8)
     for axis in (1, 2):
-        sides += np.logical_or.accumulate(mask, axis=axis)
-        sides += np.flip(np.logical_or.accumulate(np.flip(mask, axis), axis=axis), axis)
+        sides += sweep(mask, axis)
+        sides += sweep(mask, axis, backwards=True)
     return sides
 
 
 def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
-    # Slice by slice, or the trachea of a scan that ends in the neck would join in. In a crop a
-    # lung may touch the border too: so the border alone does not tell, nor do the sides alone,
-    # because a corner of the room sees the body on two.
+    # Slice by slice, because the trachea of a scan that ends in the neck would join both. In a crop
+    # a lung may touch the border too, and a corner of the room sees the body on two sides: neither
+    # tells alone.
     components = ndimage.label(air, IN_PLANE)[0]
-    touches = np.zeros(components.max() + 1, bool)
-    touches[components[:, [0, -1], :]] = True
-    touches[components[:, :, [0, -1]]] = True
-    touches[0] = False
+    at_border = np.ones(air.shape, bool)
+    at_border[:, 1:-1, 1:-1] = False
     _, enclosed_part = _volumes_and_means(components, enclosed)
     _, gas_part = _volumes_and_means(components, coarse < GAS_HU)
-    return (touches & ((enclosed_part <= 0.5) | (gas_part > 0.25)))[components]
+    is_outside = (enclosed_part <= 0.5) | (gas_part > 0.25)
+    return components_at(components, at_border) & is_outside[components]
 
 
 def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    # Of each label, in voxels and in the values' unit; the background, label 0, has volume 0.
+    """Of each label, in voxels and in the values' unit; the background, label 0, has volume 0."""
     labels = components.ravel()
     volumes = np.bincount(labels)
     means = np.bincount(labels, weights=values.ravel()) / np.maximum(volumes, 1)
@@ -242,10 +222,8 @@ def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.n
     return volumes, means
 
 
-def _trachea(
-    coarse: np.ndarray, air: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
-    # Trachea and main bronchi: small round gas in a slice, apart from the lungs.
+def _trachea(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    # Trachea and main bronchi: in a slice, small spots of gas apart from the lungs.
     components, number = ndimage.label(air, IN_PLANE)
     labels = np.arange(1, number + 1)
     areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
@@ -253,14 +231,12 @@ def _trachea(
     small = labels[areas_cm2 < TRACHEA_CM2]
     if not small.size:
         return np.zeros_like(air)
-    # Its darkest spot, not its mean: the rim of a small tube is partial volume.
+    # The minimum, not the mean: the rim of a small tube is partial volume.
     darkest = ndimage.minimum(ndimage.uniform_filter(coarse, (1, 2, 2)), components, small)
     return np.isin(components, small[darkest < TRACHEA_HU])
 
 
-def _separate_lungs(
-    parenchyma: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> list[np.ndarray]:
+def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.ndarray]:
     """Right and left lung, also where they touch in front of or behind the heart."""
     components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
     if number != 1:
@@ -273,10 +249,11 @@ def _separate_lungs(
 
 
 def _find_cores(
-    mask: np.ndarray, spacing_mm: tuple[float, float, float], erosions_mm: tuple[float, ...]
+    mask: np.ndarray, spacing_mm: SpacingMm, erosions_mm: tuple[float, ...]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """What the least erosion in plane that parts the lungs leaves of each: the largest part beside
-    the largest of all, and this one. None for one lung only, and where no erosion parts them."""
+    """What remains of each lung after the least in-plane erosion that separates them: the largest
+    part that lies beside the largest of all, and the latter. None for one lung alone, or where no
+    erosion separates them."""
     depth = distance_in_plane(mask, spacing_mm)
     for erosion_mm in erosions_mm:
         parts = cc3d.connected_components(depth > erosion_mm, connectivity=6)
@@ -294,42 +271,38 @@ def _find_cores(
     return None
 
 
-def _is_nearer(
-    first: np.ndarray, second: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
+def _is_nearer(first: np.ndarray, second: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """Voxels at least as near to the first mask as to the second."""
     return edt.edt(~first, anisotropy=spacing_mm) <= edt.edt(~second, anisotropy=spacing_mm)
 
 
 def _assign_pieces(
-    mask: np.ndarray, right: np.ndarray, left: np.ndarray, spacing_mm: tuple[float, float, float]
+    mask: np.ndarray, right: np.ndarray, left: np.ndarray, spacing_mm: SpacingMm
 ) -> np.ndarray:
-    """Voxels, in the mask and around it, of the right lung; the cores are a part of either."""
-    # What is cut off above or below is as near to the other lung's medial edge as to its own lung.
+    """Voxels, in the mask and around it, of the right lung, given a core of each lung."""
+    # A piece cut off above or below is as near to the other lung's medial edge as to its own lung.
     weighted_mm = (*spacing_mm[:2], ACROSS_WEIGHT * spacing_mm[2])
     on_right = _is_nearer(right, left, weighted_mm)
     pieces = cc3d.connected_components(mask, connectivity=6)
     _, right_part = _volumes_and_means(pieces, on_right)
-    shared = np.intersect1d(pieces[right], pieces[left])  # the piece of lungs that touch
+    shared = np.intersect1d(pieces[right], pieces[left])  # the piece where the lungs touch
     whole = mask & ~np.isin(pieces, shared)
     on_right = np.where(whole, (right_part > 0.5)[pieces], on_right)
-    # What the coarse grid leaves out of the mask goes with its nearest voxel.
+    # A voxel of the study that is outside the coarse mask goes with the nearest one inside.
     return _is_nearer(mask & on_right, mask & ~on_right, spacing_mm)
 
 
-def _complete_lung(
-    lung: np.ndarray, coarse: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
-    """Adds to one lung what the threshold lost: vessels, holes, consolidation at the pleura."""
+def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    """One lung with what the threshold lost: vessels, holes, consolidation at the pleura."""
     box = ndimage.find_objects(lung.astype(np.uint8))[0]
     part, hu = lung[box], coarse[box]
     closed = _fill_holes(close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
     wide = close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
-    # The outline is straighter from top to bottom than round the chest: what has lung above and
-    # below it reaches further out than the wide closing.
+    # The outline is straighter from top to bottom than round the chest: voxels with lung above and
+    # below reach further out than the wide closing.
     lost = (wide & has_lung_below(closed, spacing_mm)) | between_lung(closed)
     lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
-    # Bone is no lung whatever its place.
+    # Bone is never lung.
     added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
     added = ndimage.binary_opening(added, IN_PLANE)
     complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
@@ -340,17 +313,13 @@ def _complete_lung(
 
 
 def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.ndarray:
-    """What the closings took from heart, aorta and hilum: dense, thick, and in its slice connected
-    to dense tissue outside the lung that is not on the side of the ribs."""
+    """What the closings took from heart, aorta and hilum: dense, thick, and connected in its slice
+    to dense tissue outside the lung, away from the ribs."""
     dense = hu > DENSE_HU
     thick = ndimage.binary_opening(dense & lung, IN_PLANE, iterations=2)
     thick = ndimage.binary_dilation(thick, IN_PLANE, iterations=2, mask=dense & lung)
     labels = ndimage.label(thick, IN_PLANE)[0]
-    outside = ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE)
-    attached = np.zeros(labels.max() + 1, bool)
-    attached[labels[outside]] = True
-    attached[0] = False
-    return attached[labels]
+    return components_at(labels, ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE))
 
 
 def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
@@ -361,31 +330,28 @@ def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
 def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:
     """Voxels with this lung medial to them and none lateral, or in front of them and none behind.
 
-    The second rule holds for the posterior half of the slice's lung only, because the liver too
-    lies behind the anterior recess.
+    The second rule holds for the posterior half of the slice's lung alone, because the liver lies
+    behind the anterior recess too.
     """
-    toward_left = lung if is_right else lung[:, :, ::-1]
-    medial = np.logical_or.accumulate(toward_left[:, :, ::-1], axis=2)[:, :, ::-1]
-    lateral = np.logical_or.accumulate(toward_left, axis=2)
-    beside = medial & ~lateral
-    beside = beside if is_right else beside[:, :, ::-1]
-    in_front = np.logical_or.accumulate(lung, axis=1)
-    behind = np.logical_or.accumulate(lung[:, ::-1], axis=1)[:, ::-1]
+    # x grows to the patient's left.
+    medial, lateral = sweep(lung, 2, backwards=is_right), sweep(lung, 2, backwards=not is_right)
+    in_front, behind = sweep(lung, 1), sweep(lung, 1, backwards=True)
     rows = np.arange(lung.shape[1])[None, :]
     areas = lung.sum(axis=2)
     centre = (areas * rows).sum(axis=1) / np.maximum(areas.sum(axis=1), 1)
     posterior = rows > centre[:, None]
-    return beside | (in_front & ~behind & posterior[:, :, None])
+    return (medial & ~lateral) | (in_front & ~behind & posterior[:, :, None])
 
 
-def _fill_holes(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
-    """Fills closed cavities, and what sees the lung on all four sides in its slice and below it.
+def _fill_holes(mask: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    """Fills closed cavities, and, up to 20 cm² a slice, what sees the lung on all four sides in its
+    slice and below it.
 
-    The latter up to 20 cm² a slice. It need not be a closed hole: the rim of lung between a
-    consolidation and the pleura may be too thin to see. The liver's dome has no lung below.
+    That need not be a closed hole: the rim of lung between a consolidation and the pleura may be
+    too thin to see. The liver's dome has no lung below.
     """
     filled = ndimage.binary_fill_holes(mask)
-    surrounded = ~filled & (_count_sides(filled) == 4) & np.logical_or.accumulate(filled, axis=0)
+    surrounded = ~filled & (_count_sides(filled) == 4) & sweep(filled, 0)
     holes = ndimage.label(surrounded, IN_PLANE)[0]
     areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
     fill = areas_cm2 < MAXIMUM_HOLE_CM2

@@ -1,11 +1,11 @@
-"""Where the pleura must be, told by the ribs, and the lung that is too dense to be seen under it.
+"""Where the pleura must be by the ribs, and the lung under it that is too dense to be seen.
 
 A consolidation as broad as a lobe leaves a lung that is smaller but as convex as before, so no
 closing brings it back. The ribs have not moved: their inner surface, less the thickness of the
 chest wall, is the outline of the lung.
 
-Everything is done in polar coordinates round the middle of the chest: (Z, DIRECTIONS) arrays of
-radii in mm, direction 0 to the patient's left, a quarter further to the back.
+All is done in polar coordinates round the middle of the chest: (Z, DIRECTIONS) arrays of radii in
+mm; direction 0 is the patient's left, and a quarter of the circle further is the back.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from covseg_jax.imaging.geometry import SpacingMm
 from covseg_jax.prepare.slicewise import (
     IN_PLANE,
     between_lung,
@@ -27,21 +28,21 @@ TISSUE_HU = 150  # consolidation and soft tissue lie below, bone above
 SOFT_TISSUE_HU = 40
 CONSOLIDATED_HU = -450  # lung that is denser over LOCAL_VOXELS hides its edge
 LOCAL_VOXELS = 5
-# Ribs are seen in some directions of some slices. Their surface is smooth in between: deviations of
-# the Gaussian that fills it in, and the least sum of its weights that is trusted.
+# Ribs are seen in some directions of some slices, and their surface is smooth in between. These are
+# the deviations of the Gaussian that fills it in, and the least sum of its weights to be trusted.
 RIB_GAP_MM = 12.0
 RIB_GAP_DEGREES = 6.0
 LEAST_WEIGHT = 0.2
-SECOND_LAYER_MM = 12.0  # bone so much further out than that around it is not of the ribs
+SECOND_LAYER_MM = 12.0  # bone this much further out than the bone around it is no rib
 # Directions, in degrees from the front, in which the heart and not the lung lies under the ribs.
 FRONT_DEGREES = 40.0
 MIDDLE_MM = 30.0  # spine, and what lies beside it
-SHOULDER = 0.85  # of the lungs' height: above, shoulder blades and collar bones pass for ribs
-# Between lung and ribs, percentile over the directions: where lung is aerated it is the thickness
-# of the wall; directions with consolidation lie above. Healthy chests have 2 to 5 mm.
+SHOULDER = 0.85  # of the lungs' height: above, shoulder blades and collar bones look like ribs
+# The wall's thickness is this percentile, over the directions, of the distance from lung to ribs:
+# in directions with consolidation it is larger. Healthy chests have 2 to 5 mm.
 WALL_PERCENTILE = 10
 WALL_MM = (2.0, 6.0)
-LEAST_RADIUS_MM = 5.0  # a shell thinner than twice this is no lost lung, but fat, muscle or fluid
+LEAST_RADIUS_MM = 5.0  # a shell thinner than twice this is fat, muscle or fluid, not lost lung
 
 
 class _Polar(NamedTuple):
@@ -50,9 +51,7 @@ class _Polar(NamedTuple):
     x_mm: np.ndarray  # (X,) from the middle
 
 
-def lung_under_ribs(
-    lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> np.ndarray:
+def lung_under_ribs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """What to add to a lung mask: dense lung between it and the ribs, and its half-filled edge.
 
     Args:
@@ -69,7 +68,7 @@ def lung_under_ribs(
     slices = np.flatnonzero(lungs.any(axis=(1, 2)))
     shoulder = slices[0] + SHOULDER * (slices[-1] - slices[0])
     seen = ~touches_border(lungs) & (np.arange(lungs.shape[0]) < shoulder)
-    # Outward of the lung: nothing aerated lies further out in the same direction.
+    # Outward of the lung nothing aerated lies further out in the same direction.
     last = ndimage.maximum_filter1d(reach, 3, axis=1, mode='wrap')[:, polar.direction]
     outward = (polar.radius_mm > last - spacing_mm[1]) & (last > 0)
     degrees = np.arange(DIRECTIONS) * 360 / DIRECTIONS
@@ -81,15 +80,15 @@ def lung_under_ribs(
     found = lungs | shell
     lung_hu = _local_lung_hu(found, image_hu)
     beside = ndimage.binary_dilation(found, IN_PLANE) & ~found
-    # More than half of the voxel is lung, by the density of the lung beside it: one threshold for
-    # all puts the edge of ground glass too far inside.
+    # More than half of the voxel is lung, judged by the density of the lung beside it: a single
+    # threshold would put the edge of ground glass too far inside.
     edge = beside & outward & (image_hu < (lung_hu + SOFT_TISSUE_HU) / 2)
-    # Consolidation hides its edge, and what was found of it ends where aerated lung was seen.
+    # Consolidation hides its own edge: what was found of it ends where aerated lung was seen.
     dense = (lung_hu > CONSOLIDATED_HU) & (image_hu < TISSUE_HU)
     return shell | edge | (dense & (beside | inside))
 
 
-def _make_polar(lungs: np.ndarray, spacing_mm: tuple[float, float, float]) -> _Polar:
+def _make_polar(lungs: np.ndarray, spacing_mm: SpacingMm) -> _Polar:
     rows = np.flatnonzero(lungs.any(axis=(0, 2)))
     columns = np.flatnonzero(lungs.any(axis=(0, 1)))
     y_mm = (np.arange(lungs.shape[1]) - rows.mean()) * spacing_mm[1]
@@ -111,10 +110,10 @@ def _find_pleura(
     reach: np.ndarray,
     image_hu: np.ndarray,
     polar: _Polar,
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: SpacingMm,
 ) -> np.ndarray:
     """(Z, DIRECTIONS) mm from the middle to the outline the lungs have in health; 0 if not known"""
-    # Bone within the lungs' outline is none of the ribs: spine, calcified or contrasted vessels.
+    # Bone within the lungs' outline is no rib but spine, or calcified or contrasted vessels.
     outline = ndimage.grey_closing(reach, (1, DIRECTIONS * 42 // 360), mode='wrap')
     z, y, x = np.nonzero(image_hu > BONE_HU)
     beyond = polar.radius_mm[y, x] > outline[z, polar.direction[y, x]] - spacing_mm[1]

@@ -1,7 +1,7 @@
-"""Studies -> prepared cases: in memory for one study, on disk for a data set.
+"""From studies to prepared cases: in memory for one study, on disk for a data set.
 
-On disk in parallel, resumable and sharded over hosts: a case folder that exists is complete, and is
-kept as long as its settings and the files it was made from are the same.
+On disk they are made in parallel. A case's folder that exists is complete, and it is kept as long
+as its settings and the files it was made from are the same.
 """
 
 import dataclasses
@@ -11,8 +11,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +19,15 @@ import tqdm
 
 from covseg_jax import atomic
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.imaging import geometry as geometry_lib
+from covseg_jax.imaging import formats
+from covseg_jax.imaging.geometry import Geometry, Shape, fit_geometry, to_model_grid
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import study_files
 
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
-# Raised when the same files and settings would give another result: old cases are made anew.
+# Raised when the same files and settings give another result, so that old cases are made anew.
 CASE_VERSION = 2
 
 
@@ -41,13 +41,13 @@ class PrepareSettings:
         margin_mm: kept around the lungs.
         lungs_source: 'threshold' (lungs.find_lungs), 'file' (the study's lung mask) or
             'lungmask' (that package, where it is installed).
-        lesion_labels: values of a lesion mask that are lesion; besides them only 0 may occur.
+        lesion_labels: the values of a lesion mask that are lesion; all others must be 0.
 
     Raises:
         InputError: a value that cannot be used.
     """
 
-    grid: tuple[int, int, int]
+    grid: Shape
     window_hu: tuple[float, float]
     margin_mm: float
     lungs_source: str
@@ -84,23 +84,19 @@ class PreparedCase:
         lungs: uint8 (D, H, W), 0 or 1.
         lesion: uint8 (D, H, W), 0 or 1, or None without a mask.
         geometry: the way back to the study's grid.
-        crc32: of the image's file, as study_files.source_crc32.
+        crc32: of the image's file, as formats.source_crc32.
         voxel_crc32: of its voxels, as study_files.voxel_crc32.
-        category: as in Study.
-        data_set: as in Study.
-        lung_ml: volume of the lungs on the study's own grid, ml.
-        notes: what was settled by rule in the image's files.
+        lung_ml: volume of the lungs on the study's own grid.
+        notes: what a rule decided about the image's files.
     """
 
     study_id: str
     image: np.ndarray
     lungs: np.ndarray
     lesion: np.ndarray | None
-    geometry: geometry_lib.Geometry
+    geometry: Geometry
     crc32: int
     voxel_crc32: int
-    category: str | None
-    data_set: str
     lung_ml: float
     notes: tuple[str, ...]
 
@@ -112,7 +108,7 @@ class PrepareReport:
     Attributes:
         made, kept: study ids.
         bad: study id -> why it was set aside.
-        notes: study id -> what was settled by rule, of the cases made.
+        notes: study id -> what a rule decided, of the cases made.
     """
 
     made: list[str]
@@ -125,25 +121,23 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
     """Reads a study, finds its lungs and resamples it onto the model's grid.
 
     Raises:
-        InputError: a file is missing, damaged or not what it should be, there are no lungs, or
-            a mask does not fit its image. The message names the file.
+        FileFault: a file is missing, damaged or not what it should be, there are no lungs, or a
+            mask does not fit its image.
     """
     volume = study_files.read_image(study)
     lungs = study_files.find_study_lungs(study, volume, settings.lungs_source)
-    geometry = geometry_lib.fit_geometry(
+    geometry = fit_geometry(
         lungs, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
     )
     low, high = settings.window_hu
-    # The window first, so that bright bone and metal cannot outweigh their neighbours.
-    resampled = geometry_lib.to_model_grid(
-        np.clip(volume.array, low, high), geometry, weights=lungs
-    )
-    model_lungs = geometry_lib.to_model_grid(lungs, geometry) >= 0.5
+    # The window first, so that bright bone and metal do not outweigh their neighbours.
+    resampled = to_model_grid(np.clip(volume.array, low, high), geometry, weights=lungs)
+    model_lungs = to_model_grid(lungs, geometry) >= 0.5
     image = np.clip((resampled - low) / (high - low), 0.0, 1.0) * model_lungs
     lesion = None
     if study.lesion_mask is not None:
         mask = study_files.read_mask(study, 'lesion_mask', volume, settings.lesion_labels)
-        lesion = (geometry_lib.to_model_grid(mask, geometry) >= 0.5).astype(np.uint8)
+        lesion = (to_model_grid(mask, geometry) >= 0.5).astype(np.uint8)
     return PreparedCase(
         study_id=study.study_id,
         image=image.astype(np.float16),
@@ -152,8 +146,6 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
         geometry=geometry,
         crc32=volume.crc32,
         voxel_crc32=study_files.voxel_crc32(volume),
-        category=study.category,
-        data_set=study.data_set,
         lung_ml=float(lungs.sum()) * volume.voxel_ml,
         notes=volume.notes,
     )
@@ -171,9 +163,9 @@ def prepare_studies(
 
     It holds image.npy, lungs.npy, lesion.npy (where there is a mask) and geometry.json. A case
     made with the same settings from the same files is kept. On Ctrl-C the studies under way are
-    finished or left out whole, and no process stays behind; after a kill at any moment the next
-    call makes what is missing. Of studies with the same image one stays, the others are bad: they
-    could stand on both sides of a split.
+    finished or left out whole, and no process stays behind. After a kill at any moment the next
+    call makes what is missing. Of studies with the same image one is kept and the others are bad,
+    because they could end up on both sides of a split.
 
     Args:
         studies: from studies.find_studies.
@@ -184,7 +176,7 @@ def prepare_studies(
 
     Raises:
         InputError: on_bad_study is 'stop' and a study is bad, a worker was killed, the disk is too
-            small, or a folder of a study's name holds something else than its prepared case.
+            small, or a folder with a study's name holds something else than its prepared case.
         ValueError: another on_bad_study.
     """
     if on_bad_study not in ('skip', 'stop'):
@@ -202,7 +194,12 @@ def prepare_studies(
             if outcome.fault and on_bad_study == 'stop':
                 raise InputError(outcome.fault)
             outcomes[outcome.study_id] = outcome
-    _set_copies_aside(studies, folder, outcomes)
+    voxels = {name: each.voxel_crc32 for name, each in outcomes.items() if not each.fault}
+    for first, other in find_copies(studies, voxels):
+        # The checksum has 32 bits: among thousands of studies two may share it by chance.
+        if np.array_equal(*(np.load(folder / s.study_id / 'image.npy') for s in (first, other))):
+            shutil.rmtree(folder / other.study_id)
+            outcomes[other.study_id] = _Outcome(other.study_id, fault=str(copy_fault(first, other)))
     done = {name: outcome for name, outcome in sorted(outcomes.items()) if not outcome.fault}
     bad = {name: outcome.fault for name, outcome in sorted(outcomes.items()) if outcome.fault}
     if bad and on_bad_study == 'stop':
@@ -234,6 +231,25 @@ def read_geometry_file(case_folder: str | os.PathLike) -> dict:
         raise InputError(f'{path}: not JSON; remove its folder and prepare again') from error
 
 
+def find_copies(
+    studies: Sequence[Study], voxels: Mapping[str, Hashable]
+) -> Iterator[tuple[Study, Study]]:
+    """Pairs of studies with the same voxels: the one to keep, with a lesion mask if any has one,
+    and another. `voxels` has what identifies them, by study id, of the studies to compare."""
+    kept: dict[Hashable, Study] = {}
+    for study in sorted(studies, key=lambda s: (s.lesion_mask is None, s.study_id)):
+        if study.study_id in voxels:
+            first = kept.setdefault(voxels[study.study_id], study)
+            if first is not study:
+                yield first, study
+
+
+def copy_fault(first: Study, other: Study) -> FileFault:
+    """What is wrong with a study whose image another one has too."""
+    fault = f'the same image as study {first.study_id}'
+    return FileFault(other.image, fault, 'remove one of the two')
+
+
 @dataclass(frozen=True)
 class _Outcome:
     study_id: str
@@ -244,7 +260,7 @@ class _Outcome:
 
 
 def _refuse_other_folders(studies: Sequence[Study], folder: pathlib.Path) -> None:
-    """A case replaces the folder of its name, which may be a person's, such as a DICOM series."""
+    # A case replaces the folder of its name, which may hold somebody's own files, such as DICOM.
     for study in studies:
         case_folder = folder / study.study_id
         if not case_folder.is_dir() or case_folder.is_symlink():
@@ -273,84 +289,43 @@ def _check_space(studies: Sequence[Study], folder: pathlib.Path, settings: Prepa
 def _prepare_case(study: Study, folder: pathlib.Path, settings: PrepareSettings) -> _Outcome:
     case_folder = folder / study.study_id
     try:
-        sources = _source_checksums(study, settings)
-        if _is_current(case_folder, study, settings, sources):
-            voxel_crc32 = read_geometry_file(case_folder)['voxel_crc32']
-            return _Outcome(study.study_id, voxel_crc32=voxel_crc32)
+        identity = _identify(study, settings)
+        try:
+            written = read_geometry_file(case_folder)
+        except InputError:  # never made, or spoilt since
+            written = {}
+        if {name: written.get(name) for name in identity} == identity:
+            return _Outcome(study.study_id, voxel_crc32=written['voxel_crc32'])
         case = prepare_volume(study, settings)
-        _write_case(case, case_folder, study, settings, sources)
+        _write_case(case, case_folder, study, identity)
     except InputError as error:
-        # A case made before the study was spoilt is not to be trained on.
+        # A case made before the study was spoilt must not be trained on.
         shutil.rmtree(case_folder, ignore_errors=True)
         return _Outcome(study.study_id, fault=str(error))
     return _Outcome(study.study_id, made=True, voxel_crc32=case.voxel_crc32, notes=case.notes)
 
 
-def _set_copies_aside(
-    studies: Sequence[Study], folder: pathlib.Path, outcomes: dict[str, _Outcome]
-) -> None:
-    alike = defaultdict(list)
-    for study in sorted(studies, key=lambda s: (s.lesion_mask is None, s.study_id)):
-        outcome = outcomes[study.study_id]
-        if not outcome.fault:
-            alike[outcome.voxel_crc32].append(study)
-    for first, *others in alike.values():
-        for other in others:
-            # The checksum has 32 bits: among thousands of studies two may share it by chance.
-            images = [np.load(folder / s.study_id / 'image.npy') for s in (first, other)]
-            if np.array_equal(*images):
-                shutil.rmtree(folder / other.study_id)
-                outcomes[other.study_id] = dataclasses.replace(
-                    outcomes[other.study_id], fault=str(copy_fault(other, first))
-                )
-
-
-def copy_fault(other: Study, first: Study) -> FileFault:
-    """What is wrong with a study whose image another one has too."""
-    fault = f'the same image as study {first.study_id}'
-    return FileFault(other.image, fault, 'remove one of the two')
-
-
-def _source_checksums(study: Study, settings: PrepareSettings) -> dict[str, int | None]:
-    names = ['image', 'lesion_mask']
+def _identify(study: Study, settings: PrepareSettings) -> dict:
+    """The part of geometry.json by which a case is kept; each source is a CRC-32, or None."""
+    paths = {'image': study.image, 'lesion_mask': study.lesion_mask}
     if study_files.uses_lung_mask(study, settings.lungs_source):
-        names.append('lung_mask')
-    return {name: study_files.source_crc32(study, name) for name in names}
-
-
-def _is_current(
-    case_folder: pathlib.Path,
-    study: Study,
-    settings: PrepareSettings,
-    sources: dict[str, int | None],
-) -> bool:
-    try:
-        written = read_geometry_file(case_folder)
-    except InputError:  # never made, or spoilt since
-        return False
-    wanted = _identity(study, settings, sources)
-    return {name: written.get(name) for name in wanted} == wanted
-
-
-def _identity(study: Study, settings: PrepareSettings, sources: dict[str, int | None]) -> dict:
-    # What a kept case must agree with; through JSON, so that tuples compare as lists.
+        paths['lung_mask'] = study.lung_mask
     identity = {
         'version': CASE_VERSION,
         'study_id': study.study_id,
         'category': study.category,
         'data_set': study.data_set,
         'settings': dataclasses.asdict(settings),
-        'sources': sources,
+        'sources': {
+            name: None if path is None else formats.source_crc32(path, study.index)
+            for name, path in paths.items()
+        },
     }
-    return json.loads(json.dumps(identity))
+    return json.loads(json.dumps(identity))  # so that tuples are lists, as in the file
 
 
 def _write_case(
-    case: PreparedCase,
-    case_folder: pathlib.Path,
-    study: Study,
-    settings: PrepareSettings,
-    sources: dict[str, int | None],
+    case: PreparedCase, case_folder: pathlib.Path, study: Study, identity: dict
 ) -> None:
     description = {
         'geometry': case.geometry.to_json(),
@@ -360,12 +335,11 @@ def _write_case(
         'notes': case.notes,
         'image': str(study.image),
         'lesion_mask': None if study.lesion_mask is None else str(study.lesion_mask),
-        **_identity(study, settings, sources),
+        **identity,
     }
     with atomic.new_folder(case_folder) as temporary:
-        np.save(temporary / 'image.npy', case.image)
-        np.save(temporary / 'lungs.npy', case.lungs)
-        if case.lesion is not None:
-            np.save(temporary / 'lesion.npy', case.lesion)
+        for name in ('image', 'lungs', 'lesion'):
+            if getattr(case, name) is not None:
+                np.save(temporary / f'{name}.npy', getattr(case, name))
         text = json.dumps(description, indent=1)
         (temporary / GEOMETRY_FILE).write_text(text, encoding='utf-8')

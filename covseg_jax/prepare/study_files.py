@@ -1,14 +1,13 @@
 """A study's files -> its image in HU and its masks, on one grid, or the fault that forbids it."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from isal import isal_zlib
 
 from covseg_jax.errors import FileFault
-from covseg_jax.imaging import arrays, dicom, nifti
+from covseg_jax.imaging import formats
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare import lungs as lungs_lib
@@ -19,22 +18,6 @@ LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as 
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
 
 
-def source_crc32(study: Study, name: str) -> int | None:
-    """CRC-32 of one of a study's files, by the name of its field; None where there is no file.
-
-    Raises:
-        FileFault: the file is missing or cannot be read.
-    """
-    path = getattr(study, name)
-    if path is None:
-        return None
-    if study.index is not None:
-        return arrays.array_crc32(path, study.index)
-    if path.is_dir():
-        return dicom.series_crc32(path)
-    return nifti.source_crc32(path)
-
-
 def read_image(study: Study) -> Volume:
     """The study's image in HU, verified.
 
@@ -42,7 +25,7 @@ def read_image(study: Study) -> Volume:
         FileFault: a file is missing, damaged or of an unusable kind; the voxels' size is no CT's;
             the values cannot be HU.
     """
-    volume = read_any(study.image, study.index)
+    volume = formats.read_volume(study.image, study.index)
     spacings = volume.spacing_mm[::-1]  # x, y, z, as people say them
     if not all(SPACING_MM[0] <= spacing <= SPACING_MM[1] for spacing in spacings):
         size = ' × '.join(f'{spacing:.3g}' for spacing in spacings)
@@ -71,7 +54,7 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
         FileFault: damaged, on another grid than the image, or with labels that nobody stated.
     """
     path = getattr(study, name)
-    mask = read_any(path, study.index)
+    mask = formats.read_volume(path, study.index)
     shape, image_shape = mask.as_stored.shape, image.as_stored.shape
     if shape != image_shape:
         raise FileFault(
@@ -162,19 +145,6 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
     if ((some > TISSUE_HU[0]) & (some < TISSUE_HU[1])).mean() < LEAST_SHARE:
         return f'{values}: nothing is as dense as soft tissue'
     return None
-
-
-def read_any(path: pathlib.Path, index: int | None) -> Volume:
-    """A NIfTI file, a DICOM series or one study of a published array, verified as such.
-
-    Raises:
-        FileFault: missing, damaged or of an unusable kind.
-    """
-    if index is not None:
-        return arrays.read_array(path, index)
-    if path.is_dir():
-        return dicom.read_series(path)
-    return nifti.read_volume(path)
 
 
 def _undo_window(study: Study, volume: Volume) -> Volume:

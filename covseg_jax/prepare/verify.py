@@ -2,17 +2,17 @@
 
 import dataclasses
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tqdm
 
 from covseg_jax.errors import FileFault
+from covseg_jax.imaging import formats
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import study_files
-from covseg_jax.prepare.prepare_studies import PrepareSettings, copy_fault
+from covseg_jax.prepare.prepare_studies import PrepareSettings, copy_fault, find_copies
 
 COLUMNS = ('study', 'file', 'status', 'fault', 'what_to_do')
 OK, NOTE, UNUSABLE = 'ok', 'note', 'unusable'
@@ -25,9 +25,9 @@ class Finding:
     Attributes:
         study: its id.
         file: path of the file that the line is about.
-        status: 'ok' for a study without fault, in one line; 'note' for what was settled by rule;
+        status: 'ok' for a study without fault, in one line; 'note' for what a rule decided;
             'unusable' for a fault.
-        fault: what is wrong, or was settled; empty for 'ok'.
+        fault: what is wrong, or was decided; empty for 'ok'.
         what_to_do: empty for all but 'unusable'.
     """
 
@@ -43,8 +43,8 @@ def verify_studies(
 ) -> list[Finding]:
     """Reads everything that `prepare` would read, and the lung masks too, in parallel.
 
-    A study's faults are all told: each of its files, lungs that are not found, and an image that
-    another study has too, voxel for voxel.
+    All faults of a study are reported: of each of its files, lungs that are not found, and an image
+    that another study has too, voxel for voxel.
 
     Args:
         studies: from studies.find_studies or find_inputs.
@@ -59,18 +59,15 @@ def verify_studies(
     """
     check = functools.partial(_verify_study, settings=settings)
     findings: dict[str, list[Finding]] = {}
-    alike = defaultdict(list)
-    by_id = {study.study_id: study for study in studies}
+    voxels = {}
     with tqdm.tqdm(total=len(studies), desc='verify', unit='study', disable=None) as bar:
-        for study_id, found, voxels in map_in_processes(check, studies, num_workers, 'verify'):
+        for study_id, found, of_image in map_in_processes(check, studies, num_workers, 'verify'):
             bar.update()
             findings[study_id] = found
-            if voxels is not None:
-                alike[voxels].append(by_id[study_id])
-    for same in alike.values():
-        first, *others = sorted(same, key=lambda s: (s.lesion_mask is None, s.study_id))
-        for other in others:
-            findings[other.study_id].append(_unusable(other, copy_fault(other, first)))
+            if of_image is not None:
+                voxels[study_id] = of_image
+    for first, other in find_copies(studies, voxels):
+        findings[other.study_id].append(_unusable(other, copy_fault(first, other)))
     lines = []
     for study in studies:
         found = findings[study.study_id]
@@ -85,7 +82,7 @@ def _unusable(study: Study, error: FileFault) -> Finding:
 def _verify_study(
     study: Study, settings: PrepareSettings
 ) -> tuple[str, list[Finding], tuple | None]:
-    """The study's id, its faults and notes, and what tells its voxels from any other's."""
+    """The study's id, its faults and notes, and what identifies its voxels."""
     findings: list[Finding] = []
 
     def attempt(read: Callable):
@@ -97,22 +94,17 @@ def _verify_study(
 
     image = attempt(lambda: study_files.read_image(study))
     if image is None:
-        # Their grid cannot be compared, but damage can be found.
-        for name in ('lesion_mask', 'lung_mask'):
-            if getattr(study, name) is not None:
-                attempt(lambda name=name: study_files.read_any(getattr(study, name), study.index))
+        # Their grids cannot be compared to the image's, but damage can be found.
+        for path in (study.lesion_mask, study.lung_mask):
+            if path is not None:
+                attempt(functools.partial(formats.read_volume, path, study.index))
         return study.study_id, findings, None
     findings += [Finding(study.study_id, str(study.image), NOTE, note) for note in image.notes]
     attempt(lambda: study_files.find_study_lungs(study, image, settings.lungs_source))
     if study.lesion_mask is not None:
         attempt(lambda: study_files.read_mask(study, 'lesion_mask', image, settings.lesion_labels))
-    read_before = study_files.uses_lung_mask(study, settings.lungs_source)
-    if study.lung_mask is not None and not read_before:
+    if study.lung_mask is not None and not study_files.uses_lung_mask(study, settings.lungs_source):
         attempt(lambda: study_files.read_mask(study, 'lung_mask', image, labels=None))
-    # 32 bits alone would be few.
-    voxels = (
-        study_files.voxel_crc32(image),
-        image.array.shape,
-        float(image.array.mean(dtype=np.float64)),
-    )
-    return study.study_id, findings, voxels
+    # Not the checksum alone: its 32 bits are few.
+    mean = float(image.array.mean(dtype=np.float64))
+    return study.study_id, findings, (study_files.voxel_crc32(image), image.array.shape, mean)

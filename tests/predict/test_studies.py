@@ -12,12 +12,12 @@ from PIL import Image
 from covseg_jax import written
 from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
-from covseg_jax.imaging import nifti
+from covseg_jax.imaging import formats, nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.predict.model import Model
 from covseg_jax.predict.studies import Extras, predict_studies
-from covseg_jax.prepare.study_files import read_image, source_crc32
+from covseg_jax.prepare.study_files import read_image
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_stored, write_study
 from tests.imaging.test_dicom import write_series
 from tests.settings import prepare_settings
@@ -227,13 +227,13 @@ def test_predictions_among_the_scans_are_neither_scans_nor_human_masks(tmp_path,
     before, predict_again = write(tmp_path / 'scans')
     assert len(list((tmp_path / 'scans').glob('*_mask.nii.gz'))) == len(before)
     assert find_studies(tmp_path / 'scans') == before
-    checksums = [source_crc32(study, 'image') for study in before]
+    checksums = [formats.source_crc32(study.image) for study in before]
     files = describe_data_set(tmp_path / 'scans', tmp_path / 'known.json')
     rows, faults = predict_again()
     assert ([row['study_id'] for row in rows], faults) == ([s.study_id for s in before], [])
     for path in written_by_this_program(tmp_path / 'scans'):
         path.unlink()
-    assert [source_crc32(study, 'image') for study in before] == checksums
+    assert [formats.source_crc32(study.image) for study in before] == checksums
     assert describe_data_set(tmp_path / 'scans', tmp_path / 'known.json') == files
 
 

@@ -1,0 +1,49 @@
+"""Which format a study's file has, and the reader for it.
+
+Formats are told apart here alone: a NIfTI file by its name, a DICOM series by being a folder, and a
+published array by the index of the study in it.
+"""
+
+import pathlib
+
+from covseg_jax.imaging import arrays, dicom, nifti
+from covseg_jax.imaging.volume import Volume
+
+NIFTI_SUFFIXES = ('.nii.gz', '.nii')
+
+
+def is_nifti(path: pathlib.Path) -> bool:
+    """Whether the file's name ends in .nii or .nii.gz."""
+    return path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def strip_suffix(path: pathlib.Path) -> str:
+    """The file's name without .nii or .nii.gz: 'a/study_0042.nii.gz' -> 'study_0042'."""
+    endings = (len(suffix) for suffix in NIFTI_SUFFIXES if path.name.lower().endswith(suffix))
+    return path.name[: len(path.name) - next(endings, 0)]
+
+
+def read_volume(path: pathlib.Path, index: int | None = None) -> Volume:
+    """Reads and verifies a file of any format.
+
+    Args:
+        path: a NIfTI file, the folder of a DICOM series, or a published array.
+        index: the study's place in the array; None for the other formats.
+
+    Raises:
+        FileFault: it is missing, damaged or of an unusable kind.
+    """
+    if index is not None:
+        return arrays.read_array(path, index)
+    return dicom.read_series(path) if path.is_dir() else nifti.read_volume(path)
+
+
+def source_crc32(path: pathlib.Path, index: int | None = None) -> int:
+    """CRC-32 of what `read_volume` would read; it equals the volume's `crc32`.
+
+    Raises:
+        FileFault: it is missing or cannot be read.
+    """
+    if index is not None:
+        return arrays.array_crc32(path, index)
+    return dicom.series_crc32(path) if path.is_dir() else nifti.source_crc32(path)
