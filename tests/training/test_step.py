@@ -1,17 +1,19 @@
-"""Steps that are not finite."""
+"""What every compiled step does beside its own loss."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
 
-from covseg_jax.training.step import SKIPPED, skip_non_finite
+from covseg_jax.training.step import SKIPPED, compile_step, skip_non_finite
 
 
 @struct.dataclass
 class State:
     step: jnp.ndarray
     weight: jnp.ndarray
+    key: jnp.ndarray | None = None
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,17 @@ def test_a_step_without_finite_loss_and_gradient_moves_its_number_alone(loss, no
     counted = [float(x) for x in metrics['loss/total']]
     assert counted == ([0.0, 0.0] if skipped else [1.0, 8.0])
     assert [float(x) for x in metrics[SKIPPED]] == [skipped, 1.0]
+
+
+def test_compiled_step_draws_from_the_key_and_its_number_and_counts_it():
+    def step(state, batch, key):
+        drawn = jax.random.uniform(key)
+        return state.replace(weight=state.weight + batch), {'drawn': drawn}
+
+    # the state is donated, its key too: no other array may share its memory
+    state = State(jnp.int32(4), jnp.array(1.0), jax.random.key_data(jax.random.key(7)))
+    state, metrics = compile_step(step)(state, jnp.array(0.5))
+    assert (int(state.step), float(state.weight)) == (5, 1.5)
+    expected = jax.random.uniform(jax.random.fold_in(jax.random.key(7), 4))
+    assert float(metrics['drawn'][0]) == float(expected)
+    assert float(metrics['drawn'][1]) == 1.0
