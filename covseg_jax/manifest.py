@@ -61,10 +61,8 @@ def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     manifest = _read_manifest(workdir, stage)
     if manifest is None or manifest.fingerprint != expected:
         return False
-    return all(
-        (workdir / name).exists() and (workdir / name).stat().st_size == size
-        for name, size in manifest.outputs.items()
-    )
+    outputs = {workdir / name: size for name, size in manifest.outputs.items()}
+    return all(path.exists() and path.stat().st_size == size for path, size in outputs.items())
 
 
 def describe(workdir: pathlib.Path, stage: str) -> str:
@@ -110,10 +108,8 @@ def flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
     """Nested values by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[prefix + key] = value
+        is_nested = isinstance(value, Mapping)
+        flat |= flatten(value, f'{prefix}{key}.') if is_nested else {prefix + key: value}
     return flat
 
 
