@@ -12,18 +12,14 @@ if TYPE_CHECKING:
 def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
     """A trained network that predicts: `covseg_jax.load('export/').predict('scan.nii.gz')`.
 
-    Args:
-      path: the folder that `--stages=export` wrote.
-      others: further ones; the probabilities of all are averaged.
-
-    Returns:
-      The model; its `predict` takes a NIfTI file or the folder of a DICOM series and gives a
-      `Prediction`: mask, probability, affine, lesion_ml, lung_ml, infection_percent, severity.
+    `path` is the folder that `--stages=export` wrote; with `others` the probabilities of all are
+    averaged. `predict` takes a NIfTI file or the folder of a DICOM series and gives a
+    `Prediction`: mask, probability, affine, lesion_ml, lung_ml, infection_percent, severity.
 
     Raises:
       covseg_jax.errors.InputError: an export is damaged, or does not fit this machine.
     """
-    # Here and not above: processes that prepare studies import this package too, without JAX.
+    # Here and not above: processes that prepare studies import this package without JAX.
     from covseg_jax.predict.export import load
 
     return load(path, *others)

@@ -12,12 +12,9 @@ _RATIO = 20  # unpacked to packed; weights have 1.1, XML at most about this
 def check_unpacked_size(path: str | os.PathLike, most_bytes: int) -> None:
     """Refuses an archive that would fill the memory: one of 1 MB can hold 1 GB of zeros.
 
-    The sizes are those that its directory names. Python's zipfile gives no more than these.
-
-    Args:
-      path: the archive.
-      most_bytes: that its contents may have together, unpacked; where these are over 64 MiB they
-        may have 20 times the archive's size at most, too.
+    Its contents may have `most_bytes` together, unpacked, and where they are over 64 MiB at most 20
+    times the archive's size. The sizes are those that its directory names: Python's zipfile unpacks
+    no more than these.
 
     Raises:
       FileFault: its contents are larger.

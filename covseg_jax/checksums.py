@@ -5,7 +5,6 @@ Files are read whole, and again only where their size or times changed: MosMedDa
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from concurrent import futures
@@ -27,10 +26,13 @@ def describe_data_set(folder: pathlib.Path, known: pathlib.Path) -> str:
     Raises:
       OSError: a file cannot be read.
     """
-    before = _read_known(known)
-    found = {name: _identity(path) for name, path in _walk(folder)}
+    try:
+        before = json.loads(known.read_text(encoding='utf-8'))
+    except (OSError, ValueError):  # none yet; a damaged one costs time alone
+        before = {}
+    found = {path.relative_to(folder).as_posix(): _identity(path) for path in _walk(folder)}
     changed = [name for name in found if before.get(name, [])[:-1] != found[name]]
-    sums = {name: before[name][-1] for name in found if name not in set(changed)}
+    sums = {name: before[name][-1] for name in found.keys() - changed}
     with futures.ThreadPoolExecutor(cpu.count_cores()) as threads:
         jobs = threads.map(lambda name: sha256(folder / name), changed)
         bar = tqdm(jobs, 'checksums', len(changed), unit='file', disable=None, leave=False)
@@ -42,33 +44,23 @@ def describe_data_set(folder: pathlib.Path, known: pathlib.Path) -> str:
     return f'{len(sums)} files of SHA-256 {every.hexdigest()[:16]}'
 
 
-def _read_known(path: pathlib.Path) -> dict[str, list]:
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):  # none yet; a damaged one costs time alone
-        return {}
-
-
-def _walk(
-    folder: pathlib.Path, seen: frozenset = frozenset()
-) -> Iterator[tuple[str, pathlib.Path]]:
-    """Names from the folder on, and paths, of files in it and in folders that links in it lead to,
-    as the studies are found."""
+def _walk(folder: pathlib.Path, seen: frozenset = frozenset()) -> Iterator[pathlib.Path]:
+    """Files in the folder and in folders that links in it lead to, as the studies are found."""
     if not folder.is_dir():
         return
     status = folder.stat()
-    here = seen | {(status.st_dev, status.st_ino)}
+    identity = status.st_dev, status.st_ino
+    if identity in seen:  # a link to a folder around it
+        return
     for path in sorted(folder.glob('[!.]*')):
         if path.is_dir():
-            status = path.stat()
-            if (status.st_dev, status.st_ino) not in here:  # a link to a folder around it
-                yield from ((f'{path.name}/{name}', each) for name, each in _walk(path, here))
+            yield from _walk(path, seen | {identity})
         elif path.is_file() and not written.is_output(path):
-            yield path.name, path
+            yield path
 
 
 def _identity(path: pathlib.Path) -> list[int]:
-    status = os.stat(path)
+    status = path.stat()
     # The second time is of a change that left the first as it was.
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

@@ -13,13 +13,8 @@ class InputError(Exception):
 
 
 class FileFault(InputError):
-    """One file that cannot be used.
-
-    Attributes:
-        file: its path; the message gives the name alone.
-        fault: what is wrong with it.
-        remedy: what to do about it.
-    """
+    """One file that cannot be used, what is wrong with it, and what to do about it. The message
+    gives its name without its folder."""
 
     def __init__(self, file: str | os.PathLike, fault: str, remedy: str):
         super().__init__(file, fault, remedy)
@@ -38,10 +33,7 @@ class Stopped(Exception):
     """A run was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to go on.
 
     The message is one line that says how. A training that stops is no failure; what stops with its
-    result half there is, and its exit code says so.
-
-    Attributes:
-        exit_code: of the program.
+    result half there is one, and the program's exit code says so.
     """
 
     def __init__(self, message: str, exit_code: int = 0):

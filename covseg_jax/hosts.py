@@ -27,20 +27,13 @@ def connect(settings: Mapping[str, Any]) -> None:
       InputError: they do not find each other.
     """
     global _num_hosts, _index
-    if settings['coordinator']:
-        found = {
-            'coordinator_address': settings['coordinator'],
-            'num_processes': settings['num_processes'],
-            'process_id': settings['process_id'],
-        }
-    elif _is_tpu_vm():
-        found = {}
-    else:
+    names = ('coordinator', 'num_processes', 'process_id') if settings['coordinator'] else ()
+    if not names and not _is_tpu_vm():
         return
     import jax
 
     try:
-        jax.distributed.initialize(**found)
+        jax.distributed.initialize(*(settings[name] for name in names))
     except (RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,10 +1,10 @@
 """What a stage made, from what, so that a done stage is known as done.
 
-`<workdir>/manifests/<stage>.json` is written once a stage has ended well. Its fingerprint covers
-the settings that the stage depends on and the fingerprints of the stages before it.
+`<workdir>/manifests/<stage>.json` is written once a stage has ended well: its fingerprint, its
+outputs with their sizes in bytes, and its time. The fingerprint covers the settings that the stage
+and those before it depend on. `<stage>.begun.json` has the settings that the stage began with.
 """
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -17,17 +17,6 @@ from covseg_jax.errors import InputError
 
 # Version of the settings' names: 2 since fields are grouped as the dataclasses that they fill.
 _NAMES, _NAMES_VERSION = 'names', 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """A finished stage: its fingerprint, its outputs with their sizes in bytes, its time."""
-
-    stage: str
-    fingerprint: str
-    outputs: dict[str, int]
-    finished_at: str
-    seconds: float
 
 
 def fingerprint(value: Any) -> str:
@@ -44,12 +33,6 @@ def _read(path: pathlib.Path) -> dict | None:
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
-def _read_manifest(workdir: pathlib.Path, stage: str) -> Manifest | None:
-    """None where the stage has not ended well yet."""
-    values = _read(_path(workdir, stage))
-    return values and Manifest(**values)
-
-
 def read_begun(workdir: pathlib.Path, stage: str) -> dict | None:
     """The settings that the stage was begun with, or None where nobody knows them."""
     record = _read(_path(workdir, f'{stage}.begun'))
@@ -58,20 +41,18 @@ def read_begun(workdir: pathlib.Path, stage: str) -> dict | None:
 
 def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     """True when the stage ended well with this fingerprint and its outputs are as it left them."""
-    manifest = _read_manifest(workdir, stage)
-    if manifest is None or manifest.fingerprint != expected:
+    done = _read(_path(workdir, stage))
+    if done is None or done['fingerprint'] != expected:
         return False
-    return all(
-        (workdir / name).exists() and (workdir / name).stat().st_size == size
-        for name, size in manifest.outputs.items()
-    )
+    outputs = {workdir / name: size for name, size in done['outputs'].items()}
+    return all(path.exists() and path.stat().st_size == size for path, size in outputs.items())
 
 
 def describe(workdir: pathlib.Path, stage: str) -> str:
     """In a few words: done, begun or not begun."""
-    manifest = _read_manifest(workdir, stage)
-    if manifest is not None:
-        return f'done {manifest.finished_at}, in {manifest.seconds:.0f} s'
+    done = _read(_path(workdir, stage))
+    if done is not None:
+        return f'done {done["finished_at"]}, in {done["seconds"]:.0f} s'
     return 'begun, not done' if _path(workdir, f'{stage}.begun').exists() else 'not begun'
 
 
@@ -110,10 +91,8 @@ def flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
     """Nested values by dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f'{prefix}{key}.')
-        else:
-            flat[prefix + key] = value
+        is_nested = isinstance(value, Mapping)
+        flat |= flatten(value, f'{prefix}{key}.') if is_nested else {prefix + key: value}
     return flat
 
 
@@ -142,6 +121,11 @@ def finish(
         str(p.relative_to(workdir) if p.is_relative_to(workdir) else p.resolve()): p.stat().st_size
         for p in outputs
     }
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-    manifest = Manifest(stage, fingerprint(settings), sizes, now, round(seconds, 3))
-    atomic.write_text(_path(workdir, stage), json.dumps(dataclasses.asdict(manifest), indent=2))
+    done = {
+        'stage': stage,
+        'fingerprint': fingerprint(settings),
+        'outputs': sizes,
+        'finished_at': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'seconds': round(seconds, 3),
+    }
+    atomic.write_text(_path(workdir, stage), json.dumps(done, indent=2))

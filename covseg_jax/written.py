@@ -73,7 +73,8 @@ def new_file(
     with atomic.new_file(path) as temporary:
         yield temporary
         refuse_foreign([path])
-        _note(path, temporary, folder, **({'scan': True} if is_scan else {}))
+        note = _describe(temporary) | ({'scan': True} if is_scan else {})
+        _note(path, pathlib.Path(folder or path.parent), **note)
 
 
 @contextlib.contextmanager
@@ -116,8 +117,10 @@ def remove(paths: Iterable[str | os.PathLike]) -> None:
 def claim(path: str | os.PathLike, head: bytes) -> None:
     """Notes a file that will grow, before it is there: it is this program's for as long as it
     begins with `head`, or is empty."""
+    path = pathlib.Path(path)
     if not is_ours(path):
-        _append(pathlib.Path(path), None, len(head), isal_zlib.crc32(head), grows=True)
+        note = {'bytes': len(head), 'crc32': isal_zlib.crc32(head)}
+        _note(path, path.parent, **note, grows=True)
 
 
 def adopt(paths: Iterable[str | os.PathLike]) -> None:
@@ -125,7 +128,7 @@ def adopt(paths: Iterable[str | os.PathLike]) -> None:
     directory: files of versions without this record, and files that were changed since."""
     for path in map(pathlib.Path, paths):
         if path.is_file() and not path.is_symlink() and not is_ours(path):
-            _note(path, path, None)
+            _note(path, path.parent, **_describe(path))
 
 
 def _find_note(path: pathlib.Path) -> dict[str, Any] | None:
@@ -183,17 +186,11 @@ def _parse(record: pathlib.Path, size: int, mtime_ns: int) -> dict[str, list[dic
     return notes
 
 
-def _note(
-    path: pathlib.Path, content: pathlib.Path, folder: str | os.PathLike | None, **more: bool
-) -> None:
+def _describe(content: pathlib.Path) -> dict[str, int]:
     size = content.stat().st_size
-    _append(path, folder, size, _crc32(content, size), **more)
+    return {'bytes': size, 'crc32': _crc32(content, size)}
 
 
-def _append(
-    path: pathlib.Path, folder: str | os.PathLike | None, size: int, crc32: int, **more: bool
-) -> None:
-    folder = path.parent if folder is None else pathlib.Path(folder)
+def _note(path: pathlib.Path, folder: pathlib.Path, **note: int | bool) -> None:
     name = path.absolute().relative_to(folder.absolute()).as_posix()
-    line = {'name': name, 'bytes': size, 'crc32': crc32, **more}
-    atomic.append_json_line(folder / RECORD, line)
+    atomic.append_json_line(folder / RECORD, {'name': name, **note})

@@ -4,7 +4,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-accelerator=v5litepod-8 version=v2-alpha-tpuv5-lite spot=true
+accelerator=v5litepod-8 version=v2-alpha-tpuv5-lite on_demand=false
+own=(accelerator= version= on_demand)
 
 usage() {
   cat <<END
@@ -16,18 +17,9 @@ $common_flags
 END
 }
 
-take_flag() {
-  case "$1" in
-    --accelerator=*) accelerator="${1#*=}" ;;
-    --version=*) version="${1#*=}" ;;
-    --on_demand) spot=false ;;
-    *) return 1 ;;
-  esac
-}
-
 take_flags "$@"
 arguments=(--accelerator-type="$accelerator" --version="$version")
-if [ "$spot" = true ]; then
+if [ "$on_demand" = false ]; then
   arguments+=(--spot)
 fi
 tpu_vm create "$name" "${arguments[@]}"

@@ -5,7 +5,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-workdir=/mnt/covseg/run output=results left_out=(prepared studies compile_cache checkpoints)
+workdir=/mnt/covseg/run output=results checkpoints=false
+own=(workdir= output= checkpoints)
 
 usage() {
   cat <<END
@@ -17,16 +18,11 @@ $common_flags
 END
 }
 
-take_flag() {
-  case "$1" in
-    --workdir=*) workdir="${1#*=}" ;;
-    --output=*) output="${1#*=}" ;;
-    --checkpoints) left_out=(prepared studies compile_cache) ;;
-    *) return 1 ;;
-  esac
-}
-
 take_flags "$@"
+left_out=(prepared studies compile_cache)
+if [ "$checkpoints" = false ]; then
+  left_out+=(checkpoints)
+fi
 archive=covseg_results.tar.gz
 tpu_vm ssh "$name" --worker=0 \
   --command="tar -C '$workdir' -czf $archive$(printf ' --exclude=%q' "${left_out[@]}") ."

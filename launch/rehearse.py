@@ -120,13 +120,13 @@ def seconds_for_mosmed(folder: pathlib.Path, step: str, seconds: float) -> float
     """What a step would take for MosMedData's 1,110 studies with the default's steps, on this
     machine, from what it took here; None for what does not depend on them."""
     config = transunet.get_config()
-    covid = NUM_STUDIES - NUM_HEALTHY
-    if step == 'prepare':
-        return seconds * MOSMED_STUDIES / NUM_STUDIES
-    if step == 'synthesize':
-        return seconds * (MOSMED_STUDIES - MOSMED_HEALTHY) / covid
-    if step == 'evaluate':
-        return seconds * MOSMED_MASKED / NUM_MASKED
+    studies = {
+        'prepare': MOSMED_STUDIES / NUM_STUDIES,
+        'synthesize': (MOSMED_STUDIES - MOSMED_HEALTHY) / (NUM_STUDIES - NUM_HEALTHY),
+        'evaluate': MOSMED_MASKED / NUM_MASKED,
+    }
+    if step in studies:
+        return seconds * studies[step]
     trained = {
         'gan': ('gan', config.gan, GAN_BATCH),
         'train': ('transunet', config.train, TRAIN_BATCH),

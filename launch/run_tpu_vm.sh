@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-workdir=/mnt/covseg/run attempts=3
+workdir=/mnt/covseg/run attempts=3 own=(workdir= attempts=)
 
 usage() {
   cat <<END
@@ -15,14 +15,6 @@ $common_flags
   --attempts=N       default $attempts
 Without flags of its own the program runs --config=configs/transunet.py.
 END
-}
-
-take_flag() {
-  case "$1" in
-    --workdir=*) workdir="${1#*=}" ;;
-    --attempts=*) attempts="${1#*=}" ;;
-    *) return 1 ;;
-  esac
 }
 
 take_flags "$@"

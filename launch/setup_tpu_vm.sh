@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-share='' data=''
+share='' data='' own=(share= data=)
 
 usage() {
   cat <<END
@@ -15,14 +15,6 @@ $common_flags
                      directories there outlive the VM, and several workers need it
   --data=gs://FOLDER a data set's folder in Cloud Storage, copied to data/MosMedData
 END
-}
-
-take_flag() {
-  case "$1" in
-    --share=*) share="${1#*=}" ;;
-    --data=*) data="${1#*=}" ;;
-    *) return 1 ;;
-  esac
 }
 
 take_flags "$@"

@@ -4,7 +4,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_flags.sh
 source "$(dirname "$0")/tpu_vm_flags.sh"
 
-workdir=/mnt/covseg/run port=6006
+workdir=/mnt/covseg/run port=6006 own=(workdir= port=)
 
 usage() {
   cat <<END
@@ -13,14 +13,6 @@ $common_flags
   --workdir=FOLDER   on the VM; default $workdir
   --port=PORT        here; default $port
 END
-}
-
-take_flag() {
-  case "$1" in
-    --workdir=*) workdir="${1#*=}" ;;
-    --port=*) port="${1#*=}" ;;
-    *) return 1 ;;
-  esac
 }
 
 take_flags "$@"

@@ -8,15 +8,24 @@ common_flags='  --name=NAME        of the TPU VM; default covseg
   --dry_run          print the commands and run none'
 
 # Also read by the scripts that source this file.
-name=covseg zone='' project='' dry_run=false program_flags=()
+name=covseg zone='' project='' dry_run=false program_flags=() own=()
 
 fail() {
   echo "error: $*" >&2
   exit 2
 }
 
-# Takes the common flags; whatever a script adds is handed to its own function take_flag. What comes
-# after -- is the program's, and left in program_flags.
+# Takes a flag of the script's own: `own` names variables, with a = those that take a value.
+take_flag() {
+  local key="${1#--}" value=true
+  if [[ "$key" == *=* ]]; then
+    value="${key#*=}" key="${key%%=*}="
+  fi
+  [[ " ${own[*]} " == *" $key "* ]] && printf -v "${key%=}" %s "$value"
+}
+
+# Takes the common flags, and others by take_flag. What comes after -- is the program's, and left in
+# program_flags.
 take_flags() {
   local flag
   while [ "$#" -gt 0 ]; do

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from covseg_jax import atomic
+from tests.program import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 # Replaces the folder argv[1], and dies as by kill -9 in its rename number argv[2].
 REPLACE = """
 import os, pathlib, sys

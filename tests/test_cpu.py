@@ -1,15 +1,14 @@
 """XLA's setting: known or not, it ends no process and stays out of the caller's environment."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from covseg_jax import cpu
+from tests.program import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 FLAG = 'xla_cpu_experimental_ynn_fusion_type'
 PROGRAM = """
 import os, sys

@@ -1,7 +1,6 @@
 """The revision of this code, from git or from an archive, and machines that lack things."""
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,8 @@ import pytest
 
 from covseg_jax import cpu, environment
 from covseg_jax.stages.inputs import num_workers
+from tests.program import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 ASK = 'from covseg_jax import environment; print(environment.find_revision())'
 
 

@@ -44,14 +44,9 @@ def add_dependent_density(
     takes the dependent density of the next scan for ground glass. Each half of the image has a
     strength of its own.
 
-    Args:
-      key: PRNG key.
-      image: (B, D, H, W, 1) in [0, 1], rows from front to back.
-      lungs: as image, 1 inside the lungs.
-      most: largest share by which the last row goes towards _DEPENDENT_DENSITY.
-
-    Returns:
-      As image; nowhere darker, and equal outside the lungs.
+    Image in [0, 1], rows from front to back, and lungs are (B, D, H, W, 1); `most` is the largest
+    share by which the last row goes towards _DEPENDENT_DENSITY. The image becomes nowhere darker,
+    and stays as it is outside the lungs.
     """
     num, height, width = image.shape[0], image.shape[2], image.shape[3]
     strength_key, start_key, power_key = jax.random.split(key, 3)

@@ -92,7 +92,6 @@ def rank_slices(
         are left out. 'infection': high where the lesion fills more than `high_percent` of the
         slice's lungs; none is left out.
       cut: count pixels whose target is at least this, instead of summing targets.
-      high_percent: of the lungs.
 
     Raises:
       InputError: another rule.
@@ -239,27 +238,22 @@ def paired_volume_feed(
 ) -> Feed:
     """Endless batches of healthy scans, each beside a COVID scan, cropped to `depth` slices.
 
-    Gives dicts IMAGE, LUNGS (healthy) and COVID, COVID_LUNGS, (batch_size / num_hosts, depth, H, W,
-    1) float32, with CASE and COVID_CASE.
+    Gives dicts of IMAGE, LUNGS (healthy), COVID and COVID_LUNGS, each (batch_size / num_hosts,
+    depth, H, W, 1) float32, CASE and COVID_CASE.
     """
     sides = [
         _repeat_shuffled(Volumes(tuple(cases)), seed, name).random_map(_CropDepth(depth))
         for name, cases in (('healthy', healthy), ('covid', covid))
     ]
-    pairs = grain.experimental.ZipMapDataset(sides).map(
-        lambda pair: {
-            IMAGE: pair[0][IMAGE],
-            LUNGS: pair[0][LUNGS],
-            COVID: pair[1][IMAGE],
-            COVID_LUNGS: pair[1][LUNGS],
-            CASE: pair[0][CASE],
-            COVID_CASE: pair[1][CASE],
-        }
-    )
-    return Feed(
-        _share(pairs, batch_size, host, num_hosts),
-        {CASE: _study_ids(healthy), COVID_CASE: _study_ids(covid)},
-    )
+    pairs = grain.experimental.ZipMapDataset(sides).map(_beside)
+    batches = _share(pairs, batch_size, host, num_hosts)
+    return Feed(batches, {CASE: _study_ids(healthy), COVID_CASE: _study_ids(covid)})
+
+
+def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
+    healthy, covid = pair
+    of_covid = {COVID: covid[IMAGE], COVID_LUNGS: covid[LUNGS], COVID_CASE: covid[CASE]}
+    return healthy | of_covid
 
 
 def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

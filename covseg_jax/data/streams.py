@@ -11,12 +11,8 @@ import jax
 
 
 def stream_seed(seed: int, *name: str | int) -> int:
-    """A seed for NumPy or Grain, in [0, 2³²): 32 bits of SHA-256.
-
-    Args:
-      seed: the run's, or what this function gave of it.
-      name: of the stream; each part is text or a number.
-    """
+    """A seed for NumPy or Grain, in [0, 2³²): 32 bits of SHA-256 of the run's seed, or of what this
+    function gave of it, and the stream's name, whose parts are text or numbers."""
     digest = hashlib.sha256(json.dumps([seed, *name]).encode()).digest()
     return int.from_bytes(digest[:4])
 

@@ -29,6 +29,10 @@ class Grid:
         return self.z.size, self.y.size, self.x.size
 
     @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        return tuple(n * s for n, s in zip(self.shape, self.spacing_mm[::-1], strict=True))
+
+    @property
     def pixel_mm(self) -> float:
         return max(self.spacing_mm[:2])
 
@@ -60,16 +64,15 @@ def interpolate(nodes: np.ndarray, grid: Grid, step_mm: float) -> np.ndarray:
     """Values (Z, Y, X) float32 of a lattice of nodes (nz, ny, nx), step_mm apart, by B-splines."""
     # Sums of four taps, not matrices: BLAS threads of several workers would block each other, and
     # their sums depend on the machine. y comes last because whole rows are quick to take.
-    values = _interpolate_axis(nodes.astype(np.float32), grid.z, step_mm, axis=0)
-    values = _interpolate_axis(values, grid.x, step_mm, axis=2)
-    return _interpolate_axis(values, grid.y, step_mm, axis=1)
+    values = nodes.astype(np.float32)
+    for axis, points in ((0, grid.z), (2, grid.x), (1, grid.y)):
+        values = _interpolate_axis(values, points, step_mm, axis)
+    return values
 
 
 def lattice_shape(grid: Grid, step_mm: float) -> tuple[int, int, int]:
     """Shape (nz, ny, nx) of the lattice of nodes that covers the grid, with one beyond each end."""
-    sx, sy, sz = grid.spacing_mm
-    extents = (grid.z.size * sz, grid.y.size * sy, grid.x.size * sx)
-    return tuple(int(np.ceil(extent / step_mm)) + 4 for extent in extents)
+    return tuple(int(np.ceil(extent / step_mm)) + 4 for extent in grid.extent_mm)
 
 
 def smooth_field(rng: np.random.Generator, grid: Grid, length_mm: float) -> np.ndarray:
@@ -121,8 +124,7 @@ class Subject:
 
 def draw_subject(rng: np.random.Generator, grid: Grid) -> Subject:
     """Draws a subject that fits into the field of view, smaller where the field is small."""
-    sx, sy, sz = grid.spacing_mm
-    fov_x, fov_y, fov_z = grid.x.size * sx, grid.y.size * sy, grid.z.size * sz
+    fov_z, fov_y, fov_x = grid.extent_mm
     half_width, half_depth = rng.uniform(118, 138), rng.uniform(80, 97)
     fat, muscle = rng.uniform(6, 20), rng.uniform(13, 20)
     side = half_width + fat + muscle

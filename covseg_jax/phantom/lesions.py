@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 
 from covseg_jax.phantom import anatomy
+from covseg_jax.phantom.anatomy import Grid, Outlines
 
 # Infected share of the lungs by class (Morozov et al. 2020, MosMedData, arXiv 2005.06465).
 _INFECTION = {'CT-2': (0.25, 0.5), 'CT-3': (0.5, 0.75), 'CT-4': (0.75, 0.9)}
@@ -75,11 +76,7 @@ def _envelope(rng, grid, outlines, lungs, volume_ml: float) -> np.ndarray:
 
 
 def draw_lesions(
-    rng: np.random.Generator,
-    grid: anatomy.Grid,
-    outlines: anatomy.Outlines,
-    lungs: np.ndarray,
-    volume_ml: float,
+    rng: np.random.Generator, grid: Grid, outlines: Outlines, lungs: np.ndarray, volume_ml: float
 ) -> Lesions:
     """Draws lesions of volume_ml inside lungs (Z, Y, X) bool.
 

@@ -76,8 +76,7 @@ def _draw_vessels_and_airways(rng, grid, subject, lungs):
     lumen = np.concatenate(airways)
     wall = lumen.copy()
     wall[:, 6] += np.maximum(0.8, 0.15 * lumen[:, 6])
-    draw = vessels.draw_tubes
-    return draw(np.concatenate(trees), grid), draw(wall, grid), draw(lumen, grid)
+    return [vessels.draw_tubes(each, grid) for each in (np.concatenate(trees), wall, lumen)]
 
 
 def _draw_findings(rng, grid, subject, lungs, image) -> None:
@@ -98,7 +97,7 @@ def _draw_findings(rng, grid, subject, lungs, image) -> None:
 def _noise(rng, grid, subject) -> np.ndarray:
     """Noise (Z, Y, X) of a smooth reconstruction kernel, independent between slices, in HU."""
     white = rng.standard_normal(grid.shape, dtype=np.float32)
-    sigma = [0, *(max(0.5, 0.75 / s) for s in (grid.spacing_mm[1], grid.spacing_mm[0]))]
+    sigma = [0, *(max(0.5, 0.75 / s) for s in grid.spacing_mm[1::-1])]
     smooth = scipy.ndimage.gaussian_filter(white, sigma, truncate=3, output=np.float32)
     return smooth * (subject.noise_hu / max(float(smooth.std()), 1e-6))
 

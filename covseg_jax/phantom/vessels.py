@@ -27,7 +27,7 @@ def grow_tree(
     while stack:
         start, cloud = stack.pop()
         count = len(cloud)
-        if count < stop or count == 0:
+        if count < max(stop, 1):
             continue
         centre = cloud.mean(axis=0)
         reach = 1.0 if count == 1 else rng.uniform(0.35, 0.55)
@@ -65,8 +65,7 @@ def _slice_windows(segments: np.ndarray, grid: anatomy.Grid):
     rise = np.where(np.abs(along[:, 2]) < 1e-3, 1e-3, along[:, 2])
     gap = z0 + index * sz - start[:, 2]
     near, far = (gap - soft) / rise, (gap + soft) / rise
-    t0 = np.clip(np.minimum(near, far), 0, 1)
-    t1 = np.clip(np.maximum(near, far), 0, 1)
+    t0, t1 = (np.clip(each(near, far), 0, 1) for each in (np.minimum, np.maximum))
     centre = start[:, :2] + along[:, :2] * ((t0 + t1) / 2)[:, None]
     half = np.abs(along[:, :2]).max(axis=1) * (t1 - t0) / 2 + soft
     return segment, index, centre, half
@@ -95,10 +94,8 @@ def _draw_batch(share, segments, index, centre, reach, grid) -> None:
     full = np.minimum(1, 2 * radius / pixel) ** (1 + upright)
     blurred = np.maximum(radius, pixel / 2)
     cover = full * np.clip((blurred - np.sqrt(square)) / pixel + np.float32(0.5), 0, 1)
-    inside = ((ix >= 0) & (ix < grid.x.size))[:, None, :] & ((iy >= 0) & (iy < grid.y.size))[
-        :, :, None
-    ]
-    chosen = np.nonzero(inside & (cover > 0))
+    inside_x, inside_y = (ix >= 0) & (ix < grid.x.size), (iy >= 0) & (iy < grid.y.size)
+    chosen = np.nonzero(inside_y[:, :, None] & inside_x[:, None, :] & (cover > 0))
     place = (index[chosen[0]], iy[chosen[0], chosen[1]], ix[chosen[0], chosen[2]])
     np.maximum.at(share.reshape(-1), np.ravel_multi_index(place, share.shape), cover[chosen])
 

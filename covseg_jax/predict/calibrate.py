@@ -31,15 +31,8 @@ def calibrate_mask(
     held-out healthy scan on average, the ones with the best mean Dice on healthy scans with painted
     opacities. Where none marks so little, the highest.
 
-    Args:
-      probability: the network.
-      painted: held-out healthy scans with painted opacities.
-      healthy: held-out healthy cases.
-      max_healthy_ml: the most that is allowed.
-      min_component_ml: smaller components do not count.
-      thresholds: to choose from, ascending.
-      seed_thresholds: to choose from, ascending; each is tried with the thresholds up to it, and
-        each threshold also alone.
+    The cuts to choose from are ascending. Each seed threshold is tried with the thresholds up to
+    it, and each threshold also alone.
 
     Returns:
       The cuts, and the mean false positives in healthy scans at them, in ml (NaN without such

@@ -165,9 +165,6 @@ def refuse_other_contents(folder: pathlib.Path) -> None:
 def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
     """Loads an export, or several whose probabilities are averaged.
 
-    Args:
-      path, others: folders that `--stages=export` wrote.
-
     Raises:
       InputError: a folder is no export, is damaged, was written by a newer version, has no function
         for this machine's platform, or the exports see studies in different ways.
@@ -189,9 +186,9 @@ def _load_one(folder: pathlib.Path) -> Model:
     function = export.deserialize(bytearray(path.read_bytes()))
     tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
     variables = traverse_util.unflatten_dict(tensors, sep='/')
-    given = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
     (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
-    if given != jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), wanted):
+    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (variables, wanted)]
+    if kinds[0] != kinds[1]:
         raise FileFault(folder / 'weights.safetensors', 'does not fit the function', _EXPORT_AGAIN)
     # On a CPU computed as the program computes, whatever the caller's process has set.
     options = cpu.compiler_options() if platform == 'cpu' else {}

@@ -68,10 +68,7 @@ class Model:
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def predict(self, scan: str | os.PathLike) -> Prediction:
-        """Segments one study.
-
-        Args:
-          scan: a NIfTI file, or the folder of a DICOM series.
+        """Segments one study: a NIfTI file, or the folder of a DICOM series.
 
         Raises:
           InputError: it cannot be used; file, fault and remedy in one line.
@@ -99,10 +96,10 @@ def native_probability(case: PreparedCase, probability: np.ndarray, found: Study
 
 
 def average_models(models: Sequence[Model]) -> Model:
-    """One model whose probabilities are the mean of theirs, and so its thresholds.
+    """One model whose probabilities and thresholds are the means of theirs.
 
     Raises:
-      InputError: they see studies in different ways.
+      InputError: they see studies, or cut masks, in different ways.
     """
     first = models[0]
     if len(models) == 1:
@@ -113,26 +110,23 @@ def average_models(models: Sequence[Model]) -> Model:
                 'the models of an ensemble see studies in different ways '
                 f'({first.preparation} and {other.preparation}); average those of one kind'
             )
-    if len({model.masks.share_of_max for model in models}) > 1:
-        raise InputError(
-            'the models of an ensemble cut their masks by different rules (at a threshold, or at a '
-            'share of the maximum); average those of one kind'
-        )
+        if other.masks.share_of_max != first.masks.share_of_max:
+            raise InputError(
+                'the models of an ensemble cut their masks by different rules (at a threshold, or '
+                'at a share of the maximum); average those of one kind'
+            )
 
-    def average(number: int) -> Probability:
-        members = [model.probabilities[number] for model in models]
-
-        def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-            return np.mean([member(image, lungs) for member in members], axis=0)
-
-        return probability
+    def average(members: Sequence[Probability]) -> Probability:
+        return lambda image, lungs: np.mean([each(image, lungs) for each in members], axis=0)
 
     means = {
         field.name: float(np.mean([getattr(model.masks, field.name) for model in models]))
         for field in dataclasses.fields(MaskSettings)
     }
     return Model(
-        probabilities=tuple(average(number) for number in range(len(first.probabilities))),
+        probabilities=tuple(
+            average(members) for members in zip(*(m.probabilities for m in models), strict=True)
+        ),
         preparation=first.preparation,
         masks=MaskSettings(**means),
         identity=fingerprint([model.identity for model in models]),

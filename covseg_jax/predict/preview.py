@@ -5,7 +5,8 @@ import math
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
+from PIL.ImageFont import load_default
 from scipy import ndimage
 
 from covseg_jax import written
@@ -37,12 +38,8 @@ def write_preview(
     in the lung window, cropped to the lungs and 10 mm around, in square pixels, and bear their
     number on the canonical grid (0 is the lowest slice).
 
-    Args:
-      path: the file, written as `written.new_file` does.
-      image_hu: (Z, Y, X) canonical, HU.
-      mask, lungs: (Z, Y, X) boolean; either may be empty. Without both, all slices count.
-      spacing_mm: (z, y, x).
-      title: the line on top.
+    Image and masks are (Z, Y, X) canonical, the masks boolean; either may be empty. Without both,
+    all slices count. `spacing_mm` is (z, y, x), and the title is the line on top.
     """
     shown, areas = lungs | mask, mask.sum(axis=(1, 2))
     most = int(areas.argmax()) if areas.any() else None
@@ -65,13 +62,12 @@ def write_preview(
     picture = _with_head(montage, title, note)
     draw = ImageDraw.Draw(picture)
     write = functools.partial(
-        draw.text, fill='white', font=_font(_LABEL_SIZE), stroke_width=2, stroke_fill='black'
+        draw.text, fill='white', font=load_default(_LABEL_SIZE), stroke_width=2, stroke_fill='black'
     )
     for number, z in enumerate(slices):
         row, column = divmod(number, columns)
         corner = column * size[0] + _EDGE, _HEAD_HEIGHT + row * size[1] + _EDGE // 2
-        label = f'{z}  most lesion' if z == most else f'{z}'
-        write(corner, label)
+        write(corner, f'{z}  most lesion' if z == most else f'{z}')
     write((_EDGE, _HEAD_HEIGHT + size[1] // 2), 'R')
     with written.new_file(path) as temporary:
         # Fast: the noise of a scan hardly gets smaller by looking longer.
@@ -81,24 +77,26 @@ def write_preview(
 def choose_slices(shown: np.ndarray, max_slices: int) -> np.ndarray:
     """Numbers of at most `max_slices` slices, evenly spaced from the first to the last in which
     the boolean (Z, Y, X) array has something; over all slices where it is empty."""
-    filled = np.flatnonzero(shown.any(axis=(1, 2)))
-    first, last = (filled[0], filled[-1]) if filled.size else (0, len(shown) - 1)
-    count = min(int(last - first) + 1, max_slices)
+    first, last = _span(shown.any(axis=(1, 2)))
+    count = min(last - first + 1, max_slices)
     return np.linspace(first, last, count).round().astype(int)
 
 
 def crop_box(shown: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:
     """Rows and columns in which the boolean (Z, Y, X) array has something, and 10 mm around; all
     of them where it is empty."""
-    box = []
-    plane = shown.any(axis=0)
+    plane, box = shown.any(axis=0), []
     for axis in (0, 1):
-        filled = np.flatnonzero(plane.any(axis=1 - axis))
+        first, last = _span(plane.any(axis=1 - axis))
         margin = math.ceil(_MARGIN_MM / spacing_mm[1 + axis])
-        first, last = (filled[0], filled[-1]) if filled.size else (0, plane.shape[axis] - 1)
-        stop = min(plane.shape[axis], int(last) + margin + 1)
-        box.append(slice(max(0, int(first) - margin), stop))
+        box.append(slice(max(0, first - margin), min(plane.shape[axis], last + margin + 1)))
     return box[0], box[1]
+
+
+def _span(filled: np.ndarray) -> tuple[int, int]:
+    """First and last place where the boolean array has something; its ends where it is empty."""
+    places = np.flatnonzero(filled)
+    return (int(places[0]), int(places[-1])) if places.size else (0, len(filled) - 1)
 
 
 def fit_size(
@@ -158,15 +156,11 @@ def _draw_tile(grey: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> np.
 def _with_head(montage: Image.Image, title: str, note: str) -> Image.Image:
     """The montage with title and note over it, made wider where they need it."""
     texts = ((title, 8, 'white', _TITLE_SIZE), (note, 41, '#a0a0a0', _NOTE_SIZE))
-    longest = max(_font(font_size).getlength(text) for text, _, _, font_size in texts)
+    longest = max(load_default(font_size).getlength(text) for text, _, _, font_size in texts)
     width = max(montage.width, math.ceil(longest) + 2 * _EDGE)
     picture = Image.new('RGB', (width, montage.height + _HEAD_HEIGHT))
     picture.paste(montage, (0, _HEAD_HEIGHT))
     draw = ImageDraw.Draw(picture)
     for text, top, colour, font_size in texts:
-        draw.text((_EDGE, top), text, colour, _font(font_size))
+        draw.text((_EDGE, top), text, colour, load_default(font_size))
     return picture
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

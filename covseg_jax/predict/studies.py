@@ -122,8 +122,8 @@ def predict_studies(
       output: gets the masks; it is made where it is not there.
       num_workers: processes beside this one. One study alone is done without them.
       wanted: what is written beside the masks.
-      resume: keep the studies that are done, by the same model and from the same files, and whose
-        own files are as they were written.
+      resume: keep studies that the same model has done from the same files, and whose masks are as
+        they were written.
 
     Returns:
       The rows of results.csv, and the messages of the studies passed over.
@@ -147,9 +147,7 @@ def predict_studies(
     for study in to_do:
         written.remove(_file_of(study.study_id, kind, output) for kind in _ENDINGS)
     journal.begin()
-    finish = functools.partial(
-        _finish, settings=model.masks, output=output, wanted=wanted, journal=journal
-    )
+    finish = functools.partial(_finish, journal, model.masks, wanted)
     with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
         for row in _predict_each(to_do, model, finish, num_workers):
             rows[str(row['study_id'])] = row
@@ -208,18 +206,16 @@ def _run(
 
 
 def _finish(
+    journal: Journal,
+    settings: MaskSettings,
+    wanted: Extras,
     study: Study,
     case: PreparedCase,
     probability: np.ndarray,
     seconds: float,
-    *,
-    settings: MaskSettings,
-    output: pathlib.Path,
-    wanted: Extras,
-    journal: Journal,
 ) -> Row:
     began = time.monotonic()
-    row = write_prediction(case, probability, settings, output, wanted, study)
+    row = write_prediction(case, probability, settings, journal.folder, wanted, study)
     row['seconds'] = round(seconds + time.monotonic() - began, 3)
-    journal.append(study, row, wanted.files(study.study_id, output))
+    journal.append(study, row, wanted.files(study.study_id, journal.folder))
     return row
