@@ -27,13 +27,20 @@ def connect(settings: Mapping[str, Any]) -> None:
       InputError: they do not find each other.
     """
     global _num_hosts, _index
-    names = ('coordinator', 'num_processes', 'process_id') if settings['coordinator'] else ()
-    if not names and not _is_tpu_vm():
+    if settings['coordinator']:
+        found = {
+            'coordinator_address': settings['coordinator'],
+            'num_processes': settings['num_processes'],
+            'process_id': settings['process_id'],
+        }
+    elif _is_tpu_vm():
+        found = {}
+    else:
         return
     import jax
 
     try:
-        jax.distributed.initialize(*(settings[name] for name in names))
+        jax.distributed.initialize(**found)
     except (RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(

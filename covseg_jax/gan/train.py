@@ -50,25 +50,27 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
     learning_rate = make_learning_rate('gan', gan, [gan.num_steps])
     epsilon = 1e-7 if published else 1e-8  # Keras's, which the published code leaves as it is
     return GANParts(
-        config.seed,
-        mesh or sharding.make_mesh(),
-        learning_rate,
-        Generator(
+        seed=config.seed,
+        mesh=mesh or sharding.make_mesh(),
+        learning_rate=learning_rate,
+        generator=Generator(
             **of,
             # The bottleneck's three branches together are as wide as what they are added to.
             branch_filters=(of.patch**2 + sum(of.filters) + of.bottleneck_filters) // 3,
             dtype=dtype,
         ),
-        (Discriminator if published else PatchDiscriminator)(**gan.discriminator, dtype=dtype),
-        {
+        discriminator=(Discriminator if published else PatchDiscriminator)(
+            **gan.discriminator, dtype=dtype
+        ),
+        optimizers={
             'generator': make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
             # A short memory of gradients: the generator that D judges keeps moving.
             'discriminator': make_adam(
                 gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
             ),
         },
-        opacity_model(config),
-        (gan.depth, *config.prepare.grid[1:]),
+        opacities=opacity_model(config),
+        volume_size=(gan.depth, *config.prepare.grid[1:]),
     )
 
 

@@ -66,16 +66,16 @@ def build_segmentation(
     train = config.train
     learning_rate = make_learning_rate('train', train, [each.end for each in _plan_rounds(config)])
     return SegmentationParts(
-        config.seed,
-        mesh or sharding.make_mesh(),
-        learning_rate,
-        make_network(config),
-        ProjectionHead(dim=train.projection_dim),
-        make_adam(learning_rate, clip_norm=train.clip_norm),
-        reduce_on_plateau(
+        seed=config.seed,
+        mesh=mesh or sharding.make_mesh(),
+        learning_rate=learning_rate,
+        network=make_network(config),
+        projection=ProjectionHead(dim=train.projection_dim),
+        optimizer=make_adam(learning_rate, clip_norm=train.clip_norm),
+        plateau=reduce_on_plateau(
             patience=train.plateau_patience, factor=train.plateau_factor, min_scale=1e-3
         ),
-        tuple(config.prepare.grid[1:]),
+        image_size=tuple(config.prepare.grid[1:]),
     )
 
 

@@ -278,7 +278,11 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}', re.MULTI
 def sum_estimated_cycles(text: str) -> int:
     """The compiler's cycles of a whole program: loops count as often as they turn, and of the
     branches of a condition the dearest does."""
-    computations = {name: lines.splitlines() for _, name, lines in _COMPUTATION.findall(text)}
+    computations, entries = {}, []
+    for entry, name, lines in _COMPUTATION.findall(text):
+        computations[name] = lines.splitlines()
+        if entry:
+            entries.append(name)
 
     @functools.cache
     def cycles_of(name: str) -> int:
@@ -301,7 +305,7 @@ def sum_estimated_cycles(text: str) -> int:
         called = re.search(r' call\(.*to_apply=%?([\w.\-]+)', line)
         return cycles_of(called.group(1)) if called else 0
 
-    return sum(cycles_of(name) for entry, name, _ in _COMPUTATION.findall(text) if entry)
+    return sum(map(cycles_of, entries))
 
 
 def count_collectives(text: str) -> dict[str, dict[str, int]]:

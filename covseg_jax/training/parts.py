@@ -1,5 +1,6 @@
 """What the training of either network is made of."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -15,16 +16,16 @@ from covseg_jax.training.sharding import place_state
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Parts(abc.ABC):
     """Parts of a training, of which nothing is computed yet; subclasses add the networks."""
 
     seed: int  # of the weights and of everything random in the steps
     mesh: Mesh  # the devices that the state lives on, a copy on each
     learning_rate: optax.Schedule
 
+    @abc.abstractmethod
     def init_state(self) -> Any:
         """The training's first state."""
-        raise NotImplementedError
 
     @functools.cached_property
     def _placed(self) -> tuple[Callable[[], Any], Any]:
