@@ -108,6 +108,30 @@ class _Profiler:
             self._is_running = False
 
 
+class _Timer:
+    """How fast steps were since the last line, and which share of the time they waited for data."""
+
+    def __init__(self) -> None:
+        self._since, self._seconds = time.monotonic(), {'pause': [], 'wait': []}
+
+    @contextlib.contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        """The block is a 'pause', which belongs to no step, or a step's 'wait' for its batch."""
+        began = time.monotonic()
+        yield
+        self._seconds[what].append(time.monotonic() - began)
+
+    def take(self) -> dict[str, float]:
+        """The two, and begins anew."""
+        now, waits = time.monotonic(), self._seconds['wait']
+        seconds = now - self._since - sum(self._seconds['pause'])
+        self._since, self._seconds = now, {'pause': [], 'wait': []}
+        return {
+            'speed/steps_per_s': len(waits) / seconds,
+            'speed/input_wait_share': sum(waits) / seconds,
+        }
+
+
 class _Records:
     """What a run writes as it goes: checkpoints, log lines, and progress.png of the work directory.
 
@@ -175,8 +199,8 @@ class _Records:
         unlogged = {'metrics': list(self._metrics), 'skipped': self._skipped}
         self._checkpoints.save(step, state, {'unlogged': unlogged})
 
-    def write_line(self, step: int, speeds: dict[str, float]) -> float:
-        """Logs the means of the metrics, and returns that of the loss.
+    def write_line(self, step: int, timer: _Timer) -> float:
+        """Logs the means of the metrics and the timer's speeds, and returns the loss's mean.
 
         Raises:
           InputError: too many steps in a row were skipped; their studies are in not_finite.json.
@@ -193,7 +217,8 @@ class _Records:
                 f'{self._folder / "checkpoints"} are whole'
             )
         means, self._metrics = mean_metrics(self._metrics), []
-        self._log.write(step, means | speeds)
+        # Steps are only queued until `_look`: what it waited for the device is their time.
+        self._log.write(step, means | timer.take())
         return means['loss/total']
 
     def _draw_progress(self, *, always: bool) -> None:
@@ -202,30 +227,6 @@ class _Records:
             with contextlib.suppress(OSError):  # log and checkpoints tell of a full disk
                 draw_progress(self._folder.parent)
             self._picture_due = time.monotonic() + 60
-
-
-class _Timer:
-    """How fast steps were since the last line, and which share of the time they waited for data."""
-
-    def __init__(self) -> None:
-        self._since, self._seconds = time.monotonic(), {'pause': [], 'wait': []}
-
-    @contextlib.contextmanager
-    def measure(self, what: str) -> Iterator[None]:
-        """The block is a 'pause', which belongs to no step, or a step's 'wait' for its batch."""
-        began = time.monotonic()
-        yield
-        self._seconds[what].append(time.monotonic() - began)
-
-    def take(self) -> dict[str, float]:
-        """The two, and begins anew."""
-        now, waits = time.monotonic(), self._seconds['wait']
-        seconds = now - self._since - sum(self._seconds['pause'])
-        self._since, self._seconds = now, {'pause': [], 'wait': []}
-        return {
-            'speed/steps_per_s': len(waits) / seconds,
-            'speed/input_wait_share': sum(waits) / seconds,
-        }
 
 
 def run(
@@ -285,7 +286,7 @@ def run(
             records.add_step(step + 1, metrics, feed.studies(batch))
             bar.update()
             if step + 1 == end or _is_due(step + 1, schedule.log_every):
-                bar.set_postfix(loss=f'{records.write_line(step + 1, timer.take()):.4f}')
+                bar.set_postfix(loss=f'{records.write_line(step + 1, timer):.4f}')
     return state
 
 

@@ -116,6 +116,23 @@ def test_run_evaluates_logs_and_saves_on_schedule(tmp_path):
     assert kept(tmp_path) == [9, 12]
 
 
+def test_speed_counts_the_wait_for_the_device_to_the_steps_that_it_computes(tmp_path, monkeypatch):
+    numbers, device_get = [], jax.device_get
+
+    def wait(tree):
+        time.sleep(0.5 if numbers[-1] == 5 else 0)
+        return device_get(tree)
+
+    monkeypatch.setattr(jax, 'device_get', wait)
+    run(tmp_path, on_step=numbers.append)
+    speeds = {
+        row['step']: row['speed/steps_per_s']
+        for row in log_of(tmp_path)
+        if 'speed/steps_per_s' in row
+    }
+    assert speeds[6] <= 2 / 0.5  # the line of steps 5 and 6
+
+
 def test_run_stopped_by_a_signal_goes_on_to_the_same_numbers(tmp_path):
     whole = run(tmp_path / 'whole')
 
