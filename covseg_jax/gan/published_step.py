@@ -15,6 +15,7 @@ from covseg_jax.data.feeds import COVID, IMAGE
 from covseg_jax.gan.perlin import add_perlin_noise
 from covseg_jax.gan.steps import GANParts, GANState, draw_noise, join_rows, separate_rows
 from covseg_jax.training import losses
+from covseg_jax.training.flat import unflatten
 from covseg_jax.training.step import compile_step
 
 _GENERATED, _REAL = 0, 1  # D's classes
@@ -58,12 +59,17 @@ def make_published_step(parts: GANParts) -> Callable[[GANState, dict], tuple[GAN
             state, 'generator', reconstruction_loss, batch[IMAGE], first
         )
         noise_key, dropout_key = jax.random.split(second)
-        fake = jax.lax.stop_gradient(generate(state.generator, batch[COVID], noise_key))
+        fake = jax.lax.stop_gradient(generate(unflatten(state.generator), batch[COVID], noise_key))
         state, (on_discriminator, correct), discriminator_norm = parts.update(
             state, 'discriminator', discriminator_loss, batch[IMAGE], fake, dropout_key
         )
         state, (adversarial, _), adversarial_norm = parts.update(
-            state, 'generator', adversarial_loss, state.discriminator, batch[COVID], third
+            state,
+            'generator',
+            adversarial_loss,
+            unflatten(state.discriminator),
+            batch[COVID],
+            third,
         )
         values = {
             'loss/reconstruction': reconstruction,

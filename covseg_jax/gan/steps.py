@@ -17,6 +17,7 @@ from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
 from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.training import losses
+from covseg_jax.training.flat import Flat, flatten, unflatten
 from covseg_jax.training.optim import minimise, update_ema
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.step import compile_step
@@ -27,12 +28,12 @@ class GANState:
     """State of the GAN's training. `ema` averages the generator's parameters."""
 
     step: jax.Array
-    generator: Any
-    discriminator: Any
+    generator: Flat
+    discriminator: Flat
     discriminator_stats: Any
     generator_opt: Any
     discriminator_opt: Any
-    ema: Any
+    ema: Flat
     key: jax.Array
 
 
@@ -55,9 +56,9 @@ class GANParts(Parts):
         g_key, d_key, steps_key = jax.random.split(stream_key(self.seed, 'gan'), 3)
         volume = jnp.zeros((1, *self.volume_size, 1))
         noise = jnp.zeros(self.generator.noise_shape(volume.shape))
-        params = self.generator.init(g_key, volume, noise)['params']
+        params = flatten(self.generator.init(g_key, volume, noise)['params'])
         stats = dict(self.discriminator.init(d_key, volume))
-        d_params = stats.pop('params')
+        d_params = flatten(stats.pop('params'))
         return GANState(
             step=jnp.zeros((), jnp.int32),
             generator=params,
@@ -72,8 +73,8 @@ class GANParts(Parts):
     def update(
         self, state: GANState, network: str, loss: Callable, *arguments: Any
     ) -> tuple[GANState, Any, jax.Array]:
-        """One update of the 'generator' or the 'discriminator' against loss(params, *arguments) ->
-        (value, more): the state, what the loss gave, and the gradient's norm."""
+        """One update of the 'generator' or the 'discriminator' against loss(its params' tree,
+        *arguments) -> (value, more): the state, what the loss gave, and the gradient's norm."""
         found, params, opt, norm = minimise(
             loss,
             self.optimizers[network],
@@ -176,7 +177,7 @@ def _make_generator_loss(parts: GANParts, weights: GANLosses, *, adversarial: bo
             return weights.reconstruction * error, (values, None)
         covid, covid_lungs = batch[COVID], batch[COVID_LUNGS]
         logits = parts.discriminator.apply(
-            {'params': state.discriminator, **state.discriminator_stats},
+            {'params': unflatten(state.discriminator), **state.discriminator_stats},
             _scaled(fake, covid_lungs, generator),
         )
         patches = _lung_patches(covid_lungs, logits.shape)
@@ -248,12 +249,13 @@ def make_gan_step(
 
 
 def make_heal(generator: Generator) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """A jitted (params, (B, D, H, W, 1) scans, key) -> their healthy versions."""
+    """A jitted (params, (B, D, H, W, 1) scans, key) -> healthy versions. The params are a tree
+    or, as a state has them, a Flat."""
 
     @jax.jit
     def heal(params: Any, volume: jax.Array, key: jax.Array) -> jax.Array:
         noise = draw_noise(generator, key, volume)
-        return generator.apply({'params': params}, volume, noise)
+        return generator.apply({'params': unflatten(params)}, volume, noise)
 
     return heal
 
@@ -274,7 +276,7 @@ def make_gan_evaluation(
         healthy, lungs = batch[IMAGE], batch[LUNGS]
         corrupted, mask = add_opacities(opacity_key, healthy, lungs, opacities)
         noise = draw_noise(generator, noise_key, healthy)
-        restored = generator.apply({'params': params}, corrupted, noise)
+        restored = generator.apply({'params': unflatten(params)}, corrupted, noise)
         added = (corrupted - healthy) * lungs
         taken = jnp.clip(corrupted - restored, 0.0, added) * lungs
         untouched = lungs * (mask == 0)

@@ -19,7 +19,9 @@ from covseg_jax.errors import InputError
 from covseg_jax.models import published
 from covseg_jax.models.transunet import GRID_STEP, interpolate_positions
 from covseg_jax.segmentation.train import build_segmentation
+from covseg_jax.training import sharding
 from covseg_jax.training.checkpoint import Checkpoints
+from covseg_jax.training.flat import flatten, unflatten
 
 _MOST_BYTES = 16 * 2**30  # of all tensors; the published TransUNet has 0.1 GB
 
@@ -144,19 +146,18 @@ def import_transunet(
     side = round(tokens**0.5)
     variables['params'] = interpolate_positions(params, (side, tokens // side), (height, width))
     state = parts.make_state()
-    _check_sizes(variables, state.ema)
-    variables = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), variables, state.ema
-    )
+    _check_sizes(variables, jax.eval_shape(unflatten, state.ema))
+    network = {name: flatten(tree) for name, tree in variables.items()}
+    network = jax.device_put(network, sharding.replicated(parts.mesh))
     with contextlib.closing(Checkpoints(folder / 'checkpoints')) as checkpoints:
         if checkpoints.latest_step() is not None:
             raise InputError(
                 f'{folder}: there are checkpoints already; import into a new --workdir'
             )
         state = state.replace(
-            params=state.params | {'network': variables['params']},
-            batch_stats=variables['batch_stats'],
-            ema=variables,
+            params=state.params | {'network': network['params']},
+            batch_stats=network['batch_stats'],
+            ema=network,
         )
         checkpoints.save(0, state, {})
 

@@ -14,6 +14,7 @@ from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
 from covseg_jax.training import losses
+from covseg_jax.training.flat import Flat, flatten, unflatten
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.step import compile_step
@@ -102,10 +103,10 @@ class SegmentationState:
     """
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
+    params: dict[str, Flat]
+    batch_stats: Flat
     opt_state: Any
-    ema: Any
+    ema: dict[str, Flat]
     plateau: Any
     key: jax.Array
 
@@ -126,16 +127,17 @@ class SegmentationParts(Parts):
         image = jnp.zeros((1, *self.image_size, 1))
         variables = self.network.init(network_key, image)
         features = self.network.apply(variables, image).features
+        network = {name: flatten(variables[name]) for name in ('params', 'batch_stats')}
         params = {
-            'network': variables['params'],
-            'projection': self.projection.init(projection_key, features)['params'],
+            'network': network['params'],
+            'projection': flatten(self.projection.init(projection_key, features)['params']),
         }
         return SegmentationState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables['batch_stats'],
+            batch_stats=network['batch_stats'],
             opt_state=self.optimizer.init(params),
-            ema={'params': variables['params'], 'batch_stats': variables['batch_stats']},
+            ema=network,
             plateau=self.plateau.init(params),
             key=jax.random.key_data(steps_key),
         )
@@ -197,7 +199,8 @@ def make_segmentation_step(
 def _make_gradient(
     parts: SegmentationParts, settings: SegmentationLosses, terms: tuple[str, ...]
 ) -> Callable:
-    """(params, batch statistics, batch, key) -> (gradients, values of the losses), statistics."""
+    """(params, batch statistics, batch, key) -> (gradients, values of the losses), statistics, of
+    which params, gradients and statistics are Flats."""
 
     def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
         output, updated = parts.network.apply(
@@ -233,11 +236,12 @@ def _make_gradient(
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
 
-    def differentiate(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
-        (total, (values, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            params, batch_stats, batch, key
+    def differentiate(params: dict[str, Flat], batch_stats: Flat, batch: dict, key: jax.Array):
+        (total, (values, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            unflatten(params), unflatten(batch_stats), batch, key
         )
-        return (gradients, values | {'total': total}), batch_stats
+        flat = {name: flatten(part) for name, part in gradients.items()}
+        return (flat, values | {'total': total}), flatten(stats)
 
     return differentiate
 
@@ -272,11 +276,11 @@ def make_predict(
 ) -> Callable[[Any, jax.Array], jax.Array]:
     """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) of what the network says of
     each pixel: with output 'sigmoid' its probability, with 'linear' the logit itself, as
-    published."""
+    published. The variables are a tree, or Flats as a state has them."""
 
     @jax.jit
     def predict(variables: Any, image: jax.Array) -> jax.Array:
-        logits = network.apply(variables, image).logits
+        logits = network.apply(unflatten(variables), image).logits
         return logits if output == 'linear' else jax.nn.sigmoid(logits)
 
     return predict

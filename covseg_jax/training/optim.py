@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from covseg_jax.training.flat import Flat, flatten, unflatten
+
 SCHEDULES = ('cosine', 'plateau', 'constant')
 
 
@@ -72,17 +74,18 @@ def make_adam(
 def minimise(
     loss: Callable[..., tuple[jax.Array, Any]],
     optimizer: optax.GradientTransformation,
-    params: Any,
+    params: Flat,
     opt_state: Any,
     *arguments: Any,
-) -> tuple[tuple[jax.Array, Any], Any, Any, jax.Array]:
-    """One update of the params against loss(params, *arguments) -> (value, more).
+) -> tuple[tuple[jax.Array, Any], Flat, Any, jax.Array]:
+    """One update of the params against loss(their tree, *arguments) -> (value, more).
 
     Returns:
       What the loss gave, the new params, the new state of the optimizer, and the global norm of the
       gradient.
     """
-    found, gradients = jax.value_and_grad(loss, has_aux=True)(params, *arguments)
+    found, gradients = jax.value_and_grad(loss, has_aux=True)(unflatten(params), *arguments)
+    gradients = flatten(gradients)
     updates, opt_state = optimizer.update(gradients, opt_state)
     return found, optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
 

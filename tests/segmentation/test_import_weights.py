@@ -21,6 +21,7 @@ from covseg_jax.segmentation.train import (
     train_segmentation,
 )
 from covseg_jax.training.checkpoint import restore_for_inference
+from covseg_jax.training.flat import unflatten
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def config():
 
 def make_variables(config):
     """Random variables of the config's network, running statistics included."""
-    shapes = build_segmentation(config).abstract_state.ema
+    shapes = jax.eval_shape(unflatten, build_segmentation(config).abstract_state.ema)
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape).astype('f4'), shapes)
 
@@ -170,5 +171,5 @@ def test_position_embedding_is_interpolated_to_the_grid(tmp_path, config, tensor
     import_weights.import_transunet(config, larger, tmp_path)
     state = build_segmentation(config).abstract_state
     restored, _ = restore_for_inference(tmp_path / 'checkpoints', state)
-    found = np.asarray(restored.ema['params']['vit']['position_embedding'])[:, 0]
+    found = np.asarray(unflatten(restored.ema)['params']['vit']['position_embedding'])[:, 0]
     np.testing.assert_allclose(found, [9.0, 0.5, 0.5, 2.5, 2.5], atol=1e-6)

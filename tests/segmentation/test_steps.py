@@ -14,6 +14,7 @@ from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation.train import build_segmentation, choose_segmentation_step
 from covseg_jax.training import losses, sharding
+from covseg_jax.training.flat import unflatten
 from tests.settings import segmentation_losses
 
 
@@ -158,7 +159,7 @@ def test_published_contrastive_step_is_of_flattened_logits_with_self_pairs(confi
         config, monkeypatch, contrastive_labels='infection'
     )
     batch = slice_batch()
-    variables = {'params': before.params['network'], 'batch_stats': before.batch_stats}
+    variables = unflatten({'params': before.params['network'], 'batch_stats': before.batch_stats})
 
     @jax.jit
     def loss(image, labels):
@@ -214,9 +215,9 @@ def test_evaluation_step_cuts_raw_output_and_difference_at_a_share_of_their_maxi
 
 def test_contrastive_step_leaves_the_decoder_without_gradient(config):
     parts = build_segmentation(config)
-    before = jax.device_get(parts.make_state().params)
+    before = jax.device_get(unflatten(parts.make_state().params))
     state, _ = train(config, steps.CONTRASTIVE, 1)
-    after = jax.device_get(state.params)
+    after = jax.device_get(unflatten(state.params))
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
     flat = {
         jax.tree_util.keystr(path): value
