@@ -12,6 +12,13 @@ from covseg_jax.training.flat import Flat, flatten, unflatten
 SCHEDULES = ('cosine', 'plateau', 'constant')
 
 
+def once(scalar: jax.Array) -> jax.Array:
+    """The scalar, computed by itself: XLA for CPUs else fuses what leads to it (cosines of a
+    schedule) into the loops that use it, for each weight anew."""
+    two = jnp.where(jnp.arange(2) == 0, scalar, jnp.zeros_like(scalar))
+    return two.any() if scalar.dtype == bool else two.sum(dtype=scalar.dtype)
+
+
 def reduce_on_plateau(
     *, patience: int = 10, **settings: float
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,7 +60,8 @@ def restarting_schedule(*, ends: Sequence[int], **settings: Any) -> optax.Schedu
     before the steps `ends`, ascending."""
     lengths = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     parts = [learning_rate_schedule(num_steps=length, **settings) for length in lengths]
-    return optax.join_schedules(parts, list(ends[:-1]))
+    joined = optax.join_schedules(parts, list(ends[:-1]))
+    return lambda step: once(joined(step))
 
 
 def make_adam(
@@ -93,5 +101,5 @@ def minimise(
 def update_ema(ema, new, step: jax.Array, decay: float):
     """Exponential moving average of a tree; early on the decay is (1 + step) / (10 + step), so that
     the start is forgotten."""
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    decay = once(jnp.minimum(decay, (1.0 + step) / (10.0 + step)))
     return jax.tree.map(lambda old, value: decay * old + (1 - decay) * value, ema, new)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from covseg_jax.training.optim import once
+
 SKIPPED = 'optimizer/skipped'  # the metric: 1 for a step that was skipped, as (sum, count)
 
 
@@ -36,7 +38,7 @@ def skip_non_finite(step: Callable[[Any, dict], tuple[Any, dict]]) -> Callable:
 
     def careful(state: Any, batch: dict) -> tuple[Any, dict]:
         stepped, metrics = step(state, batch)
-        finite = jnp.all(jnp.stack([jnp.isfinite(total) for total, _ in metrics.values()]))
+        finite = once(jnp.all(jnp.stack([jnp.isfinite(total) for total, _ in metrics.values()])))
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
         metrics = {
             name: (jnp.where(finite, total, 0.0), jnp.where(finite, count, 0.0))
