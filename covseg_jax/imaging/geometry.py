@@ -8,6 +8,7 @@ In plane both axes have the same scale, and the shorter side is padded.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,7 +155,10 @@ def fit_geometry(
 
 
 def to_model_grid(
-    array: np.ndarray, geometry: Geometry, weights: np.ndarray | None = None
+    array: np.ndarray,
+    geometry: Geometry,
+    weights: np.ndarray | None = None,
+    clip: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Resamples a canonical study array onto the model's grid; outside the box it is 0.
 
@@ -168,6 +172,7 @@ def to_model_grid(
             convolution resample(array · weights) / resample(weights), and 0 where
             resample(weights) < 0.5: the chest wall does not bleed into the lungs' edge
             (Knutsson and Westin, CVPR 1993).
+        clip: the lowest and highest value that are taken, before anything is weighed.
 
     Returns:
         float32 (D, H, W).
@@ -176,16 +181,22 @@ def to_model_grid(
         ValueError: the array's shape is not the geometry's canonical shape.
     """
     matrices = _model_matrices(geometry)
-    box = _box_slices(array, geometry)
+    box = array[_box_slices(array, geometry)]
     if weights is None:
-        return apply_matrices(array[box].astype(np.float32), matrices)
-    weights = weights[_box_slices(weights, geometry)].astype(np.float32)
-    total = apply_matrices(array[box] * weights, matrices)
-    weight = apply_matrices(weights, matrices)
+        return shrink(box, matrices, clip=clip)
+    weights = weights[_box_slices(weights, geometry)]
+    total = shrink(box, matrices, clip=clip, weights=weights)
+    weight = shrink(weights, matrices)
     return np.divide(total, weight, out=np.zeros_like(total), where=weight >= 0.5)
 
 
-def to_study_grid(array: np.ndarray, geometry: Geometry, *, deblur: bool = False) -> np.ndarray:
+def to_study_grid(
+    array: np.ndarray,
+    geometry: Geometry,
+    *,
+    deblur: bool = False,
+    threshold: float | None = None,
+) -> np.ndarray:
     """Brings a model array back onto the study's whole canonical grid, linearly.
 
     Args:
@@ -195,9 +206,11 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, *, deblur: bool = False
             lose on the way to the model's grid is added back, four times (iterative
             back-projection; Irani and Peleg, CVGIP 53:231, 1991), so that a lesion of few slices
             does not shrink.
+        threshold: for a mask of what reaches it, a quarter of the memory.
 
     Returns:
-        float32 (Z, Y, X), 0 outside the box, in the range of the array.
+        float32 (Z, Y, X), 0 outside the box, in the range of the array; or with a threshold bool,
+        False outside the box.
 
     Raises:
         ValueError: the array's shape is not the geometry's grid.
@@ -211,10 +224,13 @@ def to_study_grid(array: np.ndarray, geometry: Geometry, *, deblur: bool = False
         for _ in range(4 if deblur else 0):
             matrix = matrix + linear @ (np.eye(len(forward), dtype=np.float32) - forward @ matrix)
         matrices.append(matrix)
-    result = np.zeros(geometry.canonical_shape, np.float32)
-    array = array.astype(np.float32)
-    resampled = apply_matrices(array, matrices)
-    result[_box_slices(result, geometry)] = np.clip(resampled, array.min(), array.max())
+    is_mask = threshold is not None
+    result = np.zeros(geometry.canonical_shape, bool if is_mask else np.float32)
+    box = result[_box_slices(result, geometry)]
+    low, high = float(array.min()), float(array.max())
+    for slices, values in enlarge(array, matrices):
+        np.clip(values, low, high, out=values)
+        box[slices] = values >= threshold if is_mask else values
     return result
 
 
@@ -241,19 +257,55 @@ def resampling_matrix(
     return (weights * inside[:, None]).astype(np.float32)
 
 
-def apply_matrices(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-    """Resamples a float32 (Z, Y, X) array by one (target, source) matrix per axis."""
-    # The axis that shrinks most goes first, which leaves less for the others.
-    for axis in sorted(range(3), key=lambda axis: matrices[axis].shape[0] / array.shape[axis]):
-        matrix = matrices[axis]
-        if axis == 2:
-            array = array @ matrix.T
-        elif axis == 1:
-            array = matrix @ array
-        else:
-            rows = matrix @ array.reshape(array.shape[0], -1)
-            array = rows.reshape(len(matrix), *array.shape[1:])
-    return array
+def shrink(
+    array: np.ndarray,
+    matrices: list[np.ndarray],
+    *,
+    clip: tuple[float, float] | None = None,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Resamples a (Z, Y, X) array of a study by one (target, source) matrix per axis, in the
+    plane first and a few slices at a time: the study is never there as float32.
+
+    `clip` bounds the values, `weights` (Z, Y, X) then multiply them. Returns float32.
+    """
+    depth, rows, columns = matrices
+    planes = np.empty((array.shape[0], len(rows), len(columns)), np.float32)
+    for slices in _slabs(array.shape):
+        slab = array[slices].astype(np.float32)
+        if clip is not None:
+            np.clip(slab, *clip, out=slab)
+        if weights is not None:
+            slab *= weights[slices]
+        planes[slices] = _in_plane(slab, rows, columns)
+    return _in_depth(planes, depth)
+
+
+def enlarge(array: np.ndarray, matrices: list[np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Resamples a (D, H, W) array to a study's grid by one (target, source) matrix per axis, in
+    depth first. Yields a few slices of the result at a time: which, and their float32 values."""
+    depth, rows, columns = matrices
+    planes = _in_depth(array.astype(np.float32), depth)
+    for slices in _slabs((len(depth), len(rows), len(columns))):
+        yield slices, _in_plane(planes[slices], rows, columns)
+
+
+def _slabs(shape: Shape) -> Iterator[slice]:
+    """Neighbouring slices of such an array, as many at a time as make 16 MB of float32."""
+    count = max(1, 2**22 // math.prod(shape[1:]))
+    return (slice(start, start + count) for start in range(0, shape[0], count))
+
+
+def _in_depth(array: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    flat = matrix @ array.reshape(array.shape[0], -1)
+    return flat.reshape(len(matrix), *array.shape[1:])
+
+
+def _in_plane(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    # The axis that shrinks most goes first, which leaves less for the other.
+    if len(rows) * array.shape[2] < len(columns) * array.shape[1]:
+        return (rows @ array) @ columns.T
+    return rows @ (array @ columns.T)
 
 
 def _centres_mm(geometry: Geometry, axis: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -4,6 +4,7 @@ import dataclasses
 
 import cc3d
 import numpy as np
+from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Geometry, to_study_grid
 
@@ -71,13 +72,12 @@ def mask_on_study_grid(
 ) -> StudyMask:
     """The mask and lungs on the study's own grid, from (D, H, W) lesion probability and lungs."""
     settings = find_thresholds(probability, settings)
-    native_lungs = to_study_grid(lungs, geometry) >= 0.5
+    native_lungs = to_study_grid(lungs, geometry, threshold=0.5)
     # The seed threshold was found on the model's grid, and resampling lowers peaks.
     sure = drop_unsure_lesions(probability, settings)
-    native = to_study_grid(sure, geometry, deblur=True) * native_lungs
-    mask = drop_small_components(
-        native >= settings.threshold, settings.min_component_ml / geometry.study_voxel_ml
-    )
+    native = to_study_grid(sure, geometry, deblur=True, threshold=settings.threshold)
+    native &= native_lungs
+    mask = drop_small_components(native, settings.min_component_ml / geometry.study_voxel_ml)
     return StudyMask(mask, native_lungs)
 
 
@@ -85,4 +85,8 @@ def drop_small_components(mask: np.ndarray, min_voxels: float) -> np.ndarray:
     """The boolean mask without 26-connected components of fewer than `min_voxels` voxels."""
     if min_voxels <= 1 or not mask.any():
         return mask
-    return cc3d.dust(mask, threshold=int(np.ceil(min_voxels)), connectivity=26) > 0
+    # Labels take 4 bytes a voxel: only of the box that holds the mask.
+    box = ndimage.find_objects(mask.view(np.uint8))[0]
+    kept = np.zeros_like(mask)
+    kept[box] = cc3d.dust(mask[box], threshold=int(np.ceil(min_voxels)), connectivity=26) > 0
+    return kept

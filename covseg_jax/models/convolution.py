@@ -8,7 +8,7 @@ What was measured stands in the comments here.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -53,33 +53,43 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     if platform() == 'cpu':
         if size == 1:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
-        if x.shape[3] == 1:
-            # sums row by row, and the rows in pairs: XLA adds all k² products one after the other,
-            # and the rounding of the TransUNet's stem is what its gradients differ by from those
-            # in float64
-            sums = [_conv2d_patches(x, kernel, stride, (row,)) for row in range(size)]
-            while len(sums) > 1:
-                sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
-            return sums[0]
+        if x.shape[3] == 1 and stride > 1:
+            return _conv2d_blocks(x, kernel, stride)
         if x.shape[3] >= 512 and (stride > 1 or x.shape[1] * x.shape[2] <= 64):
-            return _conv2d_patches(x, kernel, stride, range(size))
+            return _conv2d_patches(x, kernel, stride)
     return _conv_nd(x, kernel, (stride, stride), (pad, pad))
 
 
-def _conv2d_patches(x: jax.Array, kernel: jax.Array, stride: int, rows: Sequence[int]) -> jax.Array:
-    """The part of a 2D convolution that `rows` of its kernel do, as one product of patches.
+def _conv2d_blocks(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """2D convolution as one of stride 1, of blocks of stride² pixels as channels: the TransUNet's
+    stem, 7 × 7 from one channel, 3.7 ms with its kernel's gradient at 8 × 128² (one core) where
+    patches take 16."""
+    size, channels, features = kernel.shape[0], *kernel.shape[2:]
+    batch, height = x.shape[:2]
+    taps = -(-size // stride)
+    extra = taps * stride - size
+    kernel = jnp.pad(kernel, ((0, extra), (0, extra), (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps, stride, taps, stride, channels, features)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, features)
+    before, after = size // 2, taps * stride - stride - size // 2
+    x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
+    x = x.reshape(batch, height // stride + taps - 1, stride, -1, stride, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*x.shape[:2], x.shape[3], -1)
+    return _conv_nd(x, kernel, (1, 1), ((0, 0), (0, 0)))
 
-    All rows at once pay where C is large and H × W small.
-    """
+
+def _conv2d_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """2D convolution as one product of patches: pays where C is large and H × W small."""
     size, channels = kernel.shape[0], kernel.shape[2]
     pad = (size // 2, size // 2)
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
     windows = [
-        x[:, i : i + height : stride, j : j + width : stride] for i in rows for j in range(size)
+        x[:, i : i + height : stride, j : j + width : stride]
+        for i in range(size)
+        for j in range(size)
     ]
-    flat = kernel[rows[0] : rows[-1] + 1].reshape(len(rows) * size * channels, -1)
-    return jnp.concatenate(windows, axis=-1) @ flat
+    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(size * size * channels, -1)
 
 
 def _conv_nd(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:

@@ -26,6 +26,7 @@ from covseg_jax.models.lanes import (
     merge_depth,
     split_depth,
 )
+from covseg_jax.models.sums import channel_sums
 from covseg_jax.models.upsampling import conv_upsampled
 
 Dtype = Any
@@ -258,11 +259,11 @@ def _normalise_batch(
     Statistician 37:242, 1983), which loses no digits where `near` lies within some standard
     deviations of the mean.
     """
-    axes = tuple(range(x.ndim - 1))
+    count = math.prod(x.shape[:-1])
     shifted = x.astype(jnp.float32) - near
-    offset = jnp.mean(shifted, axes)
+    offset = channel_sums(shifted) / count
     mean = near + offset
-    var = jnp.maximum(jnp.mean(jnp.square(shifted), axes) - jnp.square(offset), 0)
+    var = jnp.maximum(channel_sums(jnp.square(shifted)) / count - jnp.square(offset), 0)
     y = (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
     return y.astype(x.dtype), mean, var
 
@@ -276,11 +277,10 @@ def _normalise_batch_backward(epsilon, saved, gradients):
     del epsilon
     x, scale, mean, inverse = saved
     dy = gradients[0]
-    axes = tuple(range(x.ndim - 1))
     # Ioffe and Szegedy (ICML 2015), section 3, with the sums gathered: two passes instead of the
     # four that automatic differentiation makes, and less cancellation in float32
-    dbias = jnp.sum(dy, axes, dtype=jnp.float32)
-    dscale = jnp.sum(dy * ((x - mean) * inverse), axes)
+    dbias = channel_sums(dy)
+    dscale = channel_sums(dy * ((x - mean) * inverse))
     count = math.prod(x.shape[:-1])
     dx = (dy - dbias / count - (x - mean) * (inverse * dscale / count)) * (scale * inverse)
     return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(mean)

@@ -12,7 +12,7 @@ import edt
 import numpy as np
 from scipy import ndimage
 
-from covseg_jax.imaging.geometry import Shape, SpacingMm, apply_matrices, resampling_matrix
+from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, resampling_matrix, shrink
 from covseg_jax.prepare.pleura import lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     IN_PLANE,
@@ -128,8 +128,7 @@ def _to_working_grid(image_hu: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.nd
     shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
     matrices = [_axis_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
     # Metal and padding must not pull their neighbours' mean.
-    clipped = np.clip(image_hu, -1024, 400).astype(np.float32)
-    return apply_matrices(clipped, matrices), coarse_mm
+    return shrink(image_hu, matrices, clip=(-1024, 400)), coarse_mm
 
 
 def _working_grid(shape: Shape, spacing_mm: SpacingMm) -> tuple[Shape, SpacingMm]:
@@ -148,7 +147,9 @@ def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
         target.append(slice(rows[0], rows[-1] + 1))
         matrices.append(matrix[target[-1]])
     result = np.zeros(shape, bool)
-    result[tuple(target)] = apply_matrices(mask[box].astype(np.float32), matrices) >= 0.5
+    part = result[tuple(target)]
+    for slices, values in enlarge(mask[box], matrices):
+        part[slices] = values >= 0.5
     return result
 
 

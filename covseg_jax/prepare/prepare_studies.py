@@ -28,7 +28,7 @@ from covseg_jax.prepare import study_files
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings give another result, so that old cases are made anew.
-CASE_VERSION = 2
+CASE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
     )
     low, high = settings.window_hu
     # The window first, so that bright bone and metal do not outweigh their neighbours.
-    resampled = to_model_grid(np.clip(volume.array, low, high), geometry, weights=lungs)
+    resampled = to_model_grid(volume.array, geometry, weights=lungs, clip=(low, high))
     model_lungs = to_model_grid(lungs, geometry) >= 0.5
     image = np.clip((resampled - low) / (high - low), 0.0, 1.0) * model_lungs
     lesion = None

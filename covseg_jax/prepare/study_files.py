@@ -15,6 +15,7 @@ from covseg_jax.prepare import lungs as lungs_lib
 LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
 SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
 LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
+_VOXELS_AT_A_TIME = 2**22
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
 
 
@@ -68,17 +69,22 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
         )
     if labels is None:
         return mask.array > 0
-    chosen = np.isin(mask.array, labels)
-    if not (chosen | (mask.array == 0)).all():
-        raise _unstated_labels(path, mask.array, labels)
+    chosen = np.empty(mask.array.shape, bool)
+    for z, values in enumerate(mask.array):
+        chosen[z] = np.isin(values, labels)
+        if not (chosen[z] | (values == 0)).all():
+            raise _unstated_labels(path, mask.array, labels)
     return chosen
 
 
 def voxel_crc32(volume: Volume) -> int:
     """CRC-32 of a volume's voxels, whatever its header, type and format."""
     # In the order of memory, which is the file's.
-    voxels = volume.as_stored.ravel(order='K')
-    return isal_zlib.crc32(voxels.astype(np.float32, copy=False))
+    voxels, crc32 = volume.as_stored.ravel(order='K'), 0
+    for start in range(0, voxels.size, _VOXELS_AT_A_TIME):
+        some = voxels[start : start + _VOXELS_AT_A_TIME]
+        crc32 = isal_zlib.crc32(some.astype(np.float32, copy=False), crc32)
+    return crc32
 
 
 def uses_lung_mask(study: Study, source: str) -> bool:
@@ -161,8 +167,11 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
             f'{low:g} to {high:g}',
             'download it again',
         )
-    clipped = np.clip(volume.array.astype(np.float32), low, high)
-    array = low_hu + (clipped - low) * ((high_hu - low_hu) / (high - low))
+    array = np.array(volume.array, np.float32)
+    np.clip(array, low, high, out=array)
+    array -= low
+    array *= (high_hu - low_hu) / (high - low)
+    array += low_hu
     array.flags.writeable = False
     note = f'windowed: {low:g} to {high:g} stand for {low_hu:g} to {high_hu:g} HU'
     return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
