@@ -16,6 +16,7 @@ from nibabel import orientations
 
 Shape = tuple[int, int, int]
 SpacingMm = tuple[float, float, float]  # along z, y and x
+_SLAB_VOXELS = 2**22  # that are resampled at a time: 16 MB of float32
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 
 
@@ -291,8 +292,8 @@ def enlarge(array: np.ndarray, matrices: list[np.ndarray]) -> Iterator[tuple[sli
 
 
 def _slabs(shape: Shape) -> Iterator[slice]:
-    """Neighbouring slices of such an array, as many at a time as make 16 MB of float32."""
-    count = max(1, 2**22 // math.prod(shape[1:]))
+    """Neighbouring slices of such an array, as many at a time as _SLAB_VOXELS allow."""
+    count = max(1, _SLAB_VOXELS // math.prod(shape[1:]))
     return (slice(start, start + count) for start in range(0, shape[0], count))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Pads = tuple[tuple[int, int], ...]  # (before, after) for each spatial axis
@@ -57,6 +58,8 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
             return _conv2d_blocks(x, kernel, stride)
         if x.shape[3] >= 512 and (stride > 1 or x.shape[1] * x.shape[2] <= 64):
             return _conv2d_patches(x, kernel, stride)
+        if size == 3 and stride == 1 and x.shape[2] % 2 == 0 and kernel.shape[3] <= 8:
+            return _conv2d_pairs(x, kernel)
     return _conv_nd(x, kernel, (stride, stride), (pad, pad))
 
 
@@ -65,7 +68,7 @@ def _conv2d_blocks(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     stem, 7 × 7 from one channel, 3.7 ms with its kernel's gradient at 8 × 128² (one core) where
     patches take 16."""
     size, channels, features = kernel.shape[0], *kernel.shape[2:]
-    batch, height = x.shape[:2]
+    batch, height, width = x.shape[:3]
     taps = -(-size // stride)
     extra = taps * stride - size
     kernel = jnp.pad(kernel, ((0, extra), (0, extra), (0, 0), (0, 0)))
@@ -73,9 +76,30 @@ def _conv2d_blocks(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(taps, taps, -1, features)
     before, after = size // 2, taps * stride - stride - size // 2
     x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
-    x = x.reshape(batch, height // stride + taps - 1, stride, -1, stride, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(*x.shape[:2], x.shape[3], -1)
+    rows, columns = (length // stride + taps - 1 for length in (height, width))
+    x = x.reshape(batch, rows, stride, columns, stride, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, rows, columns, stride**2 * channels)
     return _conv_nd(x, kernel, (1, 1), ((0, 0), (0, 0)))
+
+
+def _conv2d_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """3 × 3 convolution of pairs of columns as channels: each pair of outputs is made of two pairs
+    of inputs, which begin one column before it. A third more products, and twice the features for
+    Eigen's kernels: 8 → 8 at 8 × 128² with the gradient of x in 9.0 instead of 13.3 ms (one core).
+    """
+    channels, features = kernel.shape[2:]
+    batch, height, width = x.shape[:3]
+    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    x = x.reshape(batch, height, width // 2 + 1, 2 * channels)
+    # column c of the four inputs and column o of the two outputs meet in tap c − o
+    taps = np.zeros((3, 4, 2), np.float32)
+    for output in range(2):
+        for tap in range(3):
+            taps[tap, output + tap, output] = 1
+    kernel = jnp.einsum('rtkn,tco->rckon', kernel, taps.astype(kernel.dtype))
+    kernel = kernel.reshape(3, 2, 2 * channels, 2 * features)
+    y = _conv_nd(x, kernel, (1, 1), ((1, 1), (0, 0)))
+    return y.reshape(batch, height, width, features)
 
 
 def _conv2d_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

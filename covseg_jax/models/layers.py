@@ -26,7 +26,7 @@ from covseg_jax.models.lanes import (
     merge_depth,
     split_depth,
 )
-from covseg_jax.models.sums import channel_sums
+from covseg_jax.models.sums import add_bias, channel_sums
 from covseg_jax.models.upsampling import conv_upsampled
 
 Dtype = Any
@@ -100,7 +100,8 @@ class Conv2D(nn.Module):
             *skip, below = inputs
             y = conv_upsampled(skip[0] if skip else None, below, kernel)
         if self.use_bias:
-            y += self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)
+            bias = self.param('bias', self.bias_init, (self.features,))
+            y = add_bias(y, bias.astype(self.dtype))
         return y
 
 
@@ -134,7 +135,7 @@ class Conv3D(nn.Module):
         if isinstance(x, Blocks):
             y = conv_blocks(x, kernel, padding=self.padding)
             return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
-        return conv3d(x, kernel, stride=self.stride, padding=self.padding) + bias
+        return add_bias(conv3d(x, kernel, stride=self.stride, padding=self.padding), bias)
 
     def _largest_singular_value(self, kernel: jax.Array, train: bool) -> jax.Array:
         matrix = kernel.reshape(-1, self.features)
@@ -171,7 +172,7 @@ class ConvTranspose3D(nn.Module):
         if isinstance(x, Blocks):
             y = conv_transpose_blocks(x, kernel)
             return y.replace(parts=(y.parts[0] + jnp.tile(bias, y.slices),))
-        return conv_transpose(x, kernel) + bias
+        return add_bias(conv_transpose(x, kernel), bias)
 
 
 def _channels(x: jax.Array | Blocks) -> int:

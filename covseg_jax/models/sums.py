@@ -1,4 +1,4 @@
-"""Sums over all axes but the last, in the form that is fast on the platform."""
+"""Sums over all axes but the last, in the form that is fast on the platform, and their use."""
 
 import math
 
@@ -21,3 +21,16 @@ def channel_sums(x: jax.Array) -> jax.Array:
     if platform() == 'cpu' and count % parts == 0:
         x = x.reshape(parts, -1).sum(0).reshape(-1, channels)
     return x.sum(tuple(range(x.ndim - 1)))
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x (B, …, C) + bias (C,), of one type; the bias's gradient is `channel_sums`."""
+    return x + bias
+
+
+def _add_bias_backward(dtype, dy):
+    return dy, channel_sums(dy).astype(dtype.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, jnp.zeros(0, bias.dtype)), _add_bias_backward)

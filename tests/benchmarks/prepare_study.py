@@ -4,11 +4,13 @@
 
 Makes phantom studies of MosMedData's size (512 × 512 × 41) in a temporary folder and prints one
 JSON line. Medians of runs that take turns; peak memory is that of a process of its own that
-prepares one study. With --num_studies, a whole data set is prepared too, with all cores.
+prepares one study (Linux). With --num_studies, a whole data set is prepared too, with all cores.
+--sizes tells time and memory of large scans instead.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import resource
@@ -34,19 +36,46 @@ SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
 def measure_peak_gb(image: pathlib.Path) -> float:
     """Peak resident memory of a fresh process that prepares the study, GB."""
     program = (
-        'import pathlib, resource, sys\n'
+        'import pathlib, sys\n'
         'from configs import transunet\n'
         'from covseg_jax.imaging import studies\n'
         'from covseg_jax.prepare import prepare_studies\n'
         'study = studies.find_inputs(pathlib.Path(sys.argv[1]))[0]\n'
         'settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)\n'
         'prepare_studies.prepare_volume(study, settings)\n'
-        'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'
+        # Not getrusage: until it starts its program a process counts as its parent's size.
+        'status = pathlib.Path("/proc/self/status").read_text()\n'
+        'print(status.split("VmHWM:")[1].split()[0])'
     )
     done = subprocess.run(
         [sys.executable, '-c', program, str(image)], capture_output=True, text=True, check=True
     )
     return round(int(done.stdout) * 1024 / 1e9, 3)
+
+
+def write_large(folder: pathlib.Path, shape: tuple[int, int, int]) -> pathlib.Path:
+    """A phantom of MosMedData's size, its voxels repeated until the scan is (X, Y, Z) large."""
+    made = phantom.make_phantom(1, 'CT-1', SHAPE, SPACING_MM)
+    affine, image = made.affine.copy(), made.image
+    for axis, length in zip((2, 1, 0), shape, strict=True):  # the image is (Z, Y, X)
+        times = -(-length // image.shape[axis])
+        image = np.repeat(image, times, axis=axis)
+        affine[:3, 2 - axis] /= times
+    x, y, z = shape
+    path = folder / f'large_{x}_{y}_{z}.nii'
+    nifti.write_volume(path, np.ascontiguousarray(image[:z, :y, :x]), affine)
+    return path
+
+
+def measure_sizes(folder: pathlib.Path) -> None:
+    """Prints a line for each of some sizes of scans: seconds and peak memory of preparing it."""
+    for shape in ((512, 512, 41), (512, 512, 200), (512, 512, 700), (1024, 1024, 500)):
+        image = write_large(folder, shape)
+        began = time.perf_counter()
+        peak = measure_peak_gb(image)
+        found = {'shape': shape, 'int16_gb': round(2 * math.prod(shape) / 1e9, 3), 'peak_gb': peak}
+        print(json.dumps(found | {'s': round(time.perf_counter() - began, 1)}), flush=True)
+        image.unlink()
 
 
 def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
@@ -84,9 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--num_studies', type=int, default=0)
+    parser.add_argument('--sizes', action='store_true', help='scans of several sizes, and no parts')
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        if options.sizes:
+            measure_sizes(folder)
+            return
         image = folder / 'study_0001.nii.gz'
         made = phantom.make_phantom(1, 'CT-1', SHAPE, SPACING_MM)
         nifti.write_volume(image, made.image, made.affine)

@@ -149,6 +149,36 @@ def test_shape_is_kept_and_the_shorter_side_padded_on_both_sides(mosmed_geometry
     np.testing.assert_allclose(model[:, 14:114], 1.0, rtol=1e-6)
 
 
+def test_slabs_are_no_more_than_a_way_through_memory(monkeypatch):
+    image, lungs = np.zeros((9, 20, 24), np.int16), np.zeros((9, 20, 24), bool)
+    image[:] = np.random.default_rng(0).integers(-2000, 3000, image.shape)
+    lungs[1:8, 3:18, 2:22] = True
+    plan = geometry.fit_geometry(lungs, (24, 20, 9), np.diag([-2.0, 2.0, 5.0, 1.0]), (6, 12, 12))
+
+    def results():
+        model = geometry.to_model_grid(image, plan, weights=lungs, clip=(-1000, 400))
+        cut = float(np.median(model))
+        return (
+            model,
+            geometry.to_study_grid(model, plan, deblur=True),
+            geometry.to_study_grid(model, plan, deblur=True, threshold=cut),
+            cut,
+        )
+
+    model, study, mask, cut = results()
+    clipped = np.clip(image.astype(np.float32), -1000, 400)
+    expected = geometry.to_model_grid(clipped, plan, weights=lungs)
+    np.testing.assert_allclose(model, expected, rtol=1e-6)
+    np.testing.assert_array_equal(mask[plan_box(plan)], (study >= cut)[plan_box(plan)])
+    monkeypatch.setattr(geometry, '_SLAB_VOXELS', 1)  # a slice at a time
+    for one, other in zip(results(), (model, study, mask, cut), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def plan_box(plan):
+    return tuple(slice(*side) for side in plan.box)
+
+
 def test_values_stay_in_the_range_of_the_input():
     rng = np.random.default_rng(1)
     image = rng.uniform(-1000, 400, (9, 40, 50)).astype(np.float32)

@@ -61,10 +61,18 @@ def test_conv3d_with_fewer_slices_than_taps_equals_native():
 
 
 @pytest.mark.parametrize(
-    ('channels', 'size', 'stride'), [(1, 7, 2), (6, 1, 2), (6, 3, 1), (512, 3, 2), (512, 3, 1)]
+    ('channels', 'size', 'stride', 'width'),
+    [
+        (1, 7, 2, 8),  # blocks as channels
+        (6, 1, 2, 8),
+        (6, 3, 1, 8),  # pairs of columns as channels
+        (6, 3, 1, 7),
+        (512, 3, 2, 8),  # patches
+        (512, 3, 1, 8),
+    ],
 )
-def test_conv2d_folded_equals_native(channels, size, stride):
+def test_conv2d_folded_equals_native(channels, size, stride, width):
     def convolve(x, kernel):
         return conv2d(x, kernel, stride=stride)
 
-    assert_forms_agree(convolve, draw(0, 2, 8, 8, channels), draw(1, size, size, channels, 3))
+    assert_forms_agree(convolve, draw(0, 2, 8, width, channels), draw(1, size, size, channels, 3))

@@ -96,8 +96,8 @@ def test_gan_in_blocks_equals_the_plain_one(use_norm):
             return jnp.square(judged[:, 1] - 1).mean() + jnp.square(healthy - volume).mean()
 
         with tracing_for(platform):
-            params = generator.init(jax.random.key(0), volume, noise)
-            d_params = discriminator.init(jax.random.key(1), volume)
+            params = jax.jit(generator.init)(jax.random.key(0), volume, noise)
+            d_params = jax.jit(discriminator.init)(jax.random.key(1), volume)
             found.append((params, jax.jit(jax.value_and_grad(loss, (0, 1)))(params, d_params)))
     # What normalisation takes out again, as most of a bias, has gradients that nearly cancel.
     (params, fast), (same_params, plain) = found

@@ -117,6 +117,7 @@ def gradient_norms(numbers, step):
     return [np.linalg.norm(find(step['updated'], name)) for name in numbers['grad_norm_names']]
 
 
+@pytest.mark.slow
 def test_every_gradient_norm_equals_pytorch(numbers, variables, image_and_target):
     # In float64, where nothing but PyTorch's own float32 rounding is between the two.
     with jax.enable_x64(True):

@@ -17,6 +17,7 @@ import pytest
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.prepare import prepare_studies
+from tests.benchmarks import prepare_study
 from tests.imaging.chest import AFFINE, SHAPE, write_stored, write_study
 from tests.settings import prepare_settings
 
@@ -183,6 +184,7 @@ def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_se
 PROGRAM = """
 import signal, sys
 from covseg_jax.prepare import prepare_studies
+from tests.benchmarks import prepare_study
 from covseg_jax.imaging import studies
 if __name__ == '__main__':
     found = studies.find_studies(sys.argv[1])
@@ -325,3 +327,10 @@ def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     report = _prepare(data_set)
     assert report.kept == sorted(done)
     assert len(report.made) == 24 - len(done)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_memory_is_bounded_by_the_scan(tmp_path):
+    image = prepare_study.write_large(tmp_path, (512, 512, 160))
+    megabytes = 2 * 512 * 512 * 160 / 1e6
+    assert 1000 * prepare_study.measure_peak_gb(image) < 3 * megabytes + 300
