@@ -31,7 +31,9 @@ make_environment() {
   fi
   python="$(find_python)"
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  # --no-compile: half the time. What is imported is compiled then, which is little of it.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+    -r requirements.txt
   cp requirements.txt "$stamp"
 }
 

@@ -125,12 +125,11 @@ class SegmentationParts(Parts):
         key = stream_key(self.seed, 'segmentation')
         network_key, projection_key, steps_key = jax.random.split(key, 3)
         image = jnp.zeros((1, *self.image_size, 1))
-        variables = self.network.init(network_key, image)
-        features = self.network.apply(variables, image).features
+        output, variables = self.network.init_with_output(network_key, image)
         network = {name: flatten(variables[name]) for name in ('params', 'batch_stats')}
         params = {
             'network': network['params'],
-            'projection': flatten(self.projection.init(projection_key, features)['params']),
+            'projection': flatten(self.projection.init(projection_key, output.features)['params']),
         }
         return SegmentationState(
             step=jnp.zeros((), jnp.int32),
