@@ -138,11 +138,15 @@ def torch_work(arguments: argparse.Namespace) -> Callable[[], None]:
     )
 
 
+_REST_S = 0.2  # between turns: either side's threads look for work for a while, at the other's cost
+
+
 def take_turns(sides: list[Callable[[], None]], repeats: int) -> list[list[float]]:
     """Seconds of each side's calls, in turns; the first turn is not counted."""
     seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(repeats + 1):
         for side, work in zip(seconds, sides, strict=True):
+            time.sleep(_REST_S)
             began = time.perf_counter()
             work()
             if turn:
