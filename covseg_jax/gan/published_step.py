@@ -32,10 +32,12 @@ def make_published_step(parts: GANParts) -> Callable[[GANState, dict], tuple[GAN
     generator, discriminator = parts.generator, parts.discriminator
 
     def generate(params: Any, volume: jax.Array, key: jax.Array) -> jax.Array:
-        return generator.apply({'params': params}, volume, draw_noise(generator, key, volume))
+        noise = draw_noise(generator, key, volume)
+        return generator.apply({'params': unflatten(params)}, volume, noise)
 
     def judge(params: Any, volume: jax.Array, key: jax.Array) -> jax.Array:
-        return discriminator.apply({'params': params}, volume, train=True, rngs={'dropout': key})
+        variables = {'params': unflatten(params)}
+        return discriminator.apply(variables, volume, train=True, rngs={'dropout': key})
 
     def reconstruction_loss(params: Any, healthy: jax.Array, key: jax.Array):
         corrupt_key, noise_key = jax.random.split(key)
@@ -59,17 +61,12 @@ def make_published_step(parts: GANParts) -> Callable[[GANState, dict], tuple[GAN
             state, 'generator', reconstruction_loss, batch[IMAGE], first
         )
         noise_key, dropout_key = jax.random.split(second)
-        fake = jax.lax.stop_gradient(generate(unflatten(state.generator), batch[COVID], noise_key))
+        fake = jax.lax.stop_gradient(generate(state.generator, batch[COVID], noise_key))
         state, (on_discriminator, correct), discriminator_norm = parts.update(
             state, 'discriminator', discriminator_loss, batch[IMAGE], fake, dropout_key
         )
         state, (adversarial, _), adversarial_norm = parts.update(
-            state,
-            'generator',
-            adversarial_loss,
-            unflatten(state.discriminator),
-            batch[COVID],
-            third,
+            state, 'generator', adversarial_loss, state.discriminator, batch[COVID], third
         )
         values = {
             'loss/reconstruction': reconstruction,

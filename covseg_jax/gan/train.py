@@ -27,7 +27,6 @@ from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
-from covseg_jax.training.flat import unflatten
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.optim import make_adam
 from covseg_jax.training.parts import make_learning_rate
@@ -187,13 +186,13 @@ def load_generator(
     """
     parts = build_gan(config, sharding.make_local_mesh())
     state, _ = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    params, heal_step = unflatten(jax.device_get(state.ema)), make_heal(parts.generator)
+    heal_step = make_heal(parts.generator)
 
     def heal(scan: np.ndarray, study_id: str) -> np.ndarray:
         key = stream_key(config.seed, 'noise', study_id)
         keys = jax.random.split(key, config.synthesize.num_noise)
         volume = np.asarray(scan, np.float32)[None, ..., None]
-        healthy = [np.asarray(heal_step(params, volume, k))[0, ..., 0] for k in keys]
+        healthy = [np.asarray(heal_step(state.ema, volume, k))[0, ..., 0] for k in keys]
         return np.mean(healthy, axis=0)
 
     return heal

@@ -92,10 +92,7 @@ def _conv2d_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
     x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
     x = x.reshape(batch, height, width // 2 + 1, 2 * channels)
     # column c of the four inputs and column o of the two outputs meet in tap c − o
-    taps = np.zeros((3, 4, 2), np.float32)
-    for output in range(2):
-        for tap in range(3):
-            taps[tap, output + tap, output] = 1
+    taps = np.stack([np.eye(4, 2, -tap) for tap in range(3)])
     kernel = jnp.einsum('rtkn,tco->rckon', kernel, taps.astype(kernel.dtype))
     kernel = kernel.reshape(3, 2, 2 * channels, 2 * features)
     y = _conv_nd(x, kernel, (1, 1), ((1, 1), (0, 0)))

@@ -32,7 +32,7 @@ from covseg_jax.segmentation.targets import (
 from covseg_jax.segmentation.volumes import Probability, VolumeSettings, predict_volumes
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
-from covseg_jax.training.flat import Flat, unflatten
+from covseg_jax.training.flat import unflatten
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.optim import make_adam, reduce_on_plateau
 from covseg_jax.training.parts import make_learning_rate
@@ -216,7 +216,7 @@ def train_segmentation(
             read_target = refine_targets(
                 splits.train,
                 read_target,
-                make_probability(config, parts.network, _on_one_device(state.ema)),
+                make_probability(config, parts.network, sharding.copy_to_one_device(state.ema)),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
             )
@@ -237,11 +237,6 @@ def train_segmentation(
             schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
-
-
-def _on_one_device(averaged: dict[str, Flat]) -> Any:
-    """The averaged network's variables on one device of this host."""
-    return sharding.copy_to_one_device(unflatten(jax.device_get(averaged)))
 
 
 def _make_evaluation(
@@ -293,7 +288,9 @@ def load_variables(
     """
     parts = build_segmentation(config, sharding.make_local_mesh())
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    return parts.network, _on_one_device(state.ema), step
+    # Unflattened on the host, where its arrays are views.
+    variables = unflatten(jax.device_get(state.ema))
+    return parts.network, sharding.copy_to_one_device(variables), step
 
 
 def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def measure_sizes(folder: pathlib.Path) -> None:
 
 
 def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
-    """Studies a second, and the largest worker's peak memory, of a whole `prepare`."""
+    """Studies a second of a whole `prepare`."""
     workers = os.cpu_count() or 1
     data = folder / 'data'
     phantom.write_phantom_data_set(
@@ -100,11 +99,9 @@ def measure_data_set(folder: pathlib.Path, num_studies: int) -> dict:
         num_workers=workers,
     )
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     return {
         'studies_per_s': round(len(report.made) / seconds, 2),
         'workers': workers,
-        'peak_gb_a_worker': round(peak, 3),
     }
 
 

@@ -16,7 +16,6 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -40,6 +39,7 @@ from covseg_jax.segmentation.train import (  # noqa: E402
     build_segmentation,
     choose_segmentation_step,
 )
+from tests.benchmarks.turns import take_turns  # noqa: E402
 
 Work = tuple[Callable[[], None], float]  # one call, and its FLOPs
 
@@ -138,22 +138,6 @@ def torch_work(arguments: argparse.Namespace) -> Callable[[], None]:
     )
 
 
-_REST_S = 0.2  # between turns: either side's threads look for work for a while, at the other's cost
-
-
-def take_turns(sides: list[Callable[[], None]], repeats: int) -> list[list[float]]:
-    """Seconds of each side's calls, in turns; the first turn is not counted."""
-    seconds: list[list[float]] = [[] for _ in sides]
-    for turn in range(repeats + 1):
-        for side, work in zip(seconds, sides, strict=True):
-            time.sleep(_REST_S)
-            began = time.perf_counter()
-            work()
-            if turn:
-                side.append(time.perf_counter() - began)
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=('transunet', 'gan3d'), default='transunet')
@@ -164,8 +148,8 @@ def main() -> None:
     parser.add_argument('--peer', choices=('torch',))
     arguments = parser.parse_args()
     work, flops = (gan_work if arguments.model == 'gan3d' else transunet_work)(arguments)
-    sides = [work] + ([torch_work(arguments)] if arguments.peer else [])
-    seconds = take_turns(sides, arguments.repeats)
+    sides = {'ours': work} | ({'peer': torch_work(arguments)} if arguments.peer else {})
+    seconds = list(take_turns(sides, arguments.repeats, rest_s=0.2).values())
     medians = [statistics.median(each) for each in seconds]
     found = {
         'median_s': round(medians[0], 4),

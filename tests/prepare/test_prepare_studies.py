@@ -184,7 +184,6 @@ def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_se
 PROGRAM = """
 import signal, sys
 from covseg_jax.prepare import prepare_studies
-from tests.benchmarks import prepare_study
 from covseg_jax.imaging import studies
 if __name__ == '__main__':
     found = studies.find_studies(sys.argv[1])
