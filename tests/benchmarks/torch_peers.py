@@ -1,10 +1,10 @@
 """The networks in PyTorch, as one would write them there: what ours are timed against.
 
 Sizes and layers as METHOD.md gives them; weights are PyTorch's own, since only time is compared.
-Batches are (B, C, ...) float32 tensors.
+Batches are (B, C, ...) float32 tensors on PyTorch's default device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -116,57 +116,81 @@ class TransUNet(nn.Module):
         return self.head(x), tokens.mean(1)
 
 
-def _leaky(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return functional.leaky_relu(conv(x), 0.3, inplace=True)
-
-
 class Generator(nn.Module):
-    """(B, 1, D, H, W) and noise (B, 10, D/16, H/16, W/16) -> (B, 1, D, H, W); as published."""
+    """(B, 1, D, H, W) and noise (B, 10, D/s, H/ps, W/ps) -> (B, 1, D, H, W), s = 2 ** number of
+    levels and p the patch. As published, or with patches as channels, group normalisation and the
+    head 'blend'."""
 
-    def __init__(self, filters=(8, 16, 32, 64), bottleneck=128):
+    def __init__(self, filters=(8, 16, 32, 64), bottleneck=128, patch=1, norm=False, head='relu'):
         super().__init__()
+        self.patch, self.norm, self.blend = patch, norm, head == 'blend'
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
-        channels, skips = 1, []
+        channels, skips = patch**2, []
         for features in filters:
             self.encoder.append(self._pair(channels, features))
             channels += features
             skips.append(features)
         skips[-1] = channels
-        self.before = nn.Conv3d(channels, bottleneck, 3, padding=1)
+        self.before = self._conv(channels, bottleneck)
         joined = channels + bottleneck
         self.branches = nn.ModuleList(
-            [nn.Conv3d(joined + 10, joined // 3, size, padding=size // 2) for size in (1, 3, 5)]
+            [self._conv(joined + 10, joined // 3, size) for size in (1, 3, 5)]
         )
-        self.after = nn.Conv3d(joined, bottleneck, 3, padding=1)
+        self.after = self._conv(joined, bottleneck)
         channels = joined
         for features, skip in reversed(list(zip(filters, skips, strict=True))):
             up = nn.ConvTranspose3d(channels, 4 * features, 2, 2)
             channels = 4 * features + skip
             self.decoder.append(nn.ModuleList([up, *self._pair(channels, features)]))
             channels += features
-        self.head = nn.Conv3d(channels, 1, 1)
+        self.head = nn.Conv3d(channels, patch**2 * (2 if self.blend else 1), 1)
 
-    @staticmethod
-    def _pair(channels: int, features: int) -> nn.ModuleList:
-        first = nn.Conv3d(channels, features, 3, padding=1)
-        return nn.ModuleList([first, nn.Conv3d(channels + features, features, 3, padding=1)])
+    def _conv(self, inputs: int, features: int, size: int = 3) -> nn.Module:
+        layers = [nn.Conv3d(inputs, features, size, padding=size // 2)]
+        if self.norm:
+            groups = max(n for n in range(1, features // 4 + 1) if features % n == 0)
+            layers.append(nn.GroupNorm(groups, features, 1e-3))
+        return nn.Sequential(*layers, nn.LeakyReLU(0.3, inplace=True))
+
+    def _pair(self, channels: int, features: int) -> nn.ModuleList:
+        second = self._conv(channels + features, features)
+        return nn.ModuleList([self._conv(channels, features), second])
 
     def forward(self, volume, noise):
         x, skips = volume, []
+        if self.blend:
+            x = ((x - 0.12) * 6).clamp(max=1.3)
+        x = self._to_channels(x)
         for first, second in self.encoder:
-            y = _leaky(second, torch.cat([x, _leaky(first, x)], 1))
+            y = second(torch.cat([x, first(x)], 1))
             joined = torch.cat([x, y], 1)
             skips.append(y)
             x = functional.max_pool3d(joined, 2)
         skips[-1] = joined
-        y = torch.cat([x, _leaky(self.before, x)], 1)
+        y = torch.cat([x, self.before(x)], 1)
         noisy = torch.cat([y, noise], 1)
-        y = y + torch.cat([_leaky(branch, noisy) for branch in self.branches], 1)
-        x = torch.cat([x, _leaky(self.after, y)], 1)
+        y = y + torch.cat([branch(noisy) for branch in self.branches], 1)
+        x = torch.cat([x, self.after(y)], 1)
         for (up, first, second), skip in zip(self.decoder, reversed(skips), strict=True):
             x = torch.cat([up(x), skip], 1)
-            x = torch.cat([x, _leaky(second, torch.cat([x, _leaky(first, x)], 1))], 1)
-        return functional.relu(self.head(x))
+            x = torch.cat([x, second(torch.cat([x, first(x)], 1))], 1)
+        x = self.head(x)
+        if not self.blend:
+            return functional.relu(self._to_patches(x))
+        opacity, lung = (self._to_patches(each) for each in x.chunk(2, 1))
+        return volume - torch.sigmoid(opacity - 2) * functional.relu(volume - 0.12 - lung / 6)
+
+    def _to_channels(self, x):
+        batch, _, depth, height, width = x.shape
+        p = self.patch
+        x = x.reshape(batch, depth, height // p, p, width // p, p).permute(0, 3, 5, 1, 2, 4)
+        return x.reshape(batch, p * p, depth, height // p, width // p)
+
+    def _to_patches(self, x):
+        batch, _, depth, height, width = x.shape
+        p = self.patch
+        x = x.reshape(batch, p, p, depth, height, width).permute(0, 3, 4, 1, 5, 2)
+        return x.reshape(batch, 1, depth, height * p, width * p)
 
 
 class Discriminator(nn.Module):
@@ -191,7 +215,25 @@ class Discriminator(nn.Module):
         return self.dense(x.mean((2, 3, 4)))
 
 
+class PatchDiscriminator(nn.Module):
+    """(B, 1, D, H, W) -> one logit a patch, spectrally normalised."""
+
+    def __init__(self, filters: Sequence[int]):
+        super().__init__()
+        layers, sizes = [], (1, *filters)
+        for inputs, features in zip(sizes, filters, strict=False):
+            conv = nn.Conv3d(inputs, features, 4, 2, padding=1)
+            layers += [nn.utils.parametrizations.spectral_norm(conv), nn.LeakyReLU(0.2)]
+        head = nn.Conv3d(filters[-1], 1, 3, padding=1)
+        self.layers = nn.Sequential(*layers, nn.utils.parametrizations.spectral_norm(head))
+
+    def forward(self, volume):
+        return self.layers(volume)
+
+
 # --- the work that is timed
+
+_PUBLISHED = {'filters': (8, 16, 32, 64), 'patch': 1}
 
 
 def transunet_forward(batch_size: int, fields: dict, size: int) -> Callable[[], None]:
@@ -243,9 +285,9 @@ def transunet_step(
     return run
 
 
-def gan_forward(batch_size: int, shape: tuple[int, int, int]) -> Callable[[], None]:
-    generator = Generator().eval()
-    volume, noise = _volume(batch_size, shape), _noise(batch_size, shape)
+def gan_forward(batch_size: int, shape: tuple[int, int, int], fields: dict) -> Callable[[], None]:
+    generator = Generator(**fields).eval()
+    volume, noise = _volume(batch_size, shape), _noise(batch_size, shape, fields)
 
     def run() -> None:
         with torch.inference_mode():
@@ -272,18 +314,63 @@ def gan_iteration(batch_size: int, shape: tuple[int, int, int]) -> Callable[[], 
         optimizer.step()
 
     def run() -> None:
-        restored = generator(corrupted, _noise(batch_size, shape))
+        restored = generator(corrupted, _noise(batch_size, shape, _PUBLISHED))
         update(generator_optimizer, functional.mse_loss(restored, healthy))
         with torch.no_grad():
-            fake = generator(covid, _noise(batch_size, shape))
+            fake = generator(covid, _noise(batch_size, shape, _PUBLISHED))
         judged = discriminator(torch.cat([healthy, fake]))
         real_loss = one_hot(judged[:batch_size], 1)
         fake_loss = one_hot(judged[batch_size:], 0)
         update(discriminator_optimizer, (real_loss + fake_loss) / 2)
         discriminator.requires_grad_(False)
-        fake = generator(covid, _noise(batch_size, shape))
+        fake = generator(covid, _noise(batch_size, shape, _PUBLISHED))
         update(generator_optimizer, one_hot(discriminator(fake), 1))
         discriminator.requires_grad_(True)
+
+    return run
+
+
+def default_gan_step(
+    batch_size: int,
+    shape: tuple[int, int, int],
+    fields: dict,
+    filters: Sequence[int],
+    adversarial: bool,
+) -> Callable[[], None]:
+    """The default recipe's step: reconstruction and, where adversarial, the pull of a patch
+    discriminator and its own update; painted opacities stand ready, lungs fill the volume."""
+    generator, discriminator = Generator(**fields).train(), PatchDiscriminator(filters).train()
+    averaged = [each.detach().clone() for each in generator.parameters()]
+    generator_optimizer = torch.optim.Adam(generator.parameters(), 1e-3)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999))
+    healthy, covid = _volume(batch_size, shape), _volume(batch_size, shape)
+    corrupted = (healthy + 0.1 * _volume(batch_size, shape)).clamp(0, 1)
+
+    def update(network: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    def run() -> None:
+        volumes = torch.cat([corrupted, covid]) if adversarial else corrupted
+        generated = generator(volumes, _noise(len(volumes), shape, fields))
+        axes = (1, 2, 3, 4)
+        error = (generated[:batch_size] - healthy).square().mean(axes)
+        loss = (error / ((corrupted - healthy).square().mean(axes) + 1e-4)).mean()
+        if adversarial:
+            fake = generated[batch_size:]
+            discriminator.requires_grad_(False)
+            loss = loss + (discriminator(fake) - 1).square().mean()
+            loss = loss + (6 * (fake - covid) * (covid < 0.16)).square().mean()
+        update(generator, generator_optimizer, loss)
+        if adversarial:
+            discriminator.requires_grad_(True)
+            on_real, on_fake = discriminator(torch.cat([healthy, fake.detach()])).chunk(2)
+            loss = ((on_real - 1).square().mean() + on_fake.square().mean()) / 2
+            update(discriminator, discriminator_optimizer, loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(generator.parameters()), 0.01)
 
     return run
 
@@ -292,5 +379,8 @@ def _volume(batch_size: int, shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.rand(batch_size, 1, *shape)
 
 
-def _noise(batch_size: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    return torch.rand(batch_size, 10, *(size // 16 for size in shape)) - 0.5
+def _noise(batch_size: int, shape: tuple[int, int, int], fields: dict) -> torch.Tensor:
+    step = 2 ** len(fields['filters'])
+    steps = (step, step * fields['patch'], step * fields['patch'])
+    sizes = (size // each for size, each in zip(shape, steps, strict=True))
+    return torch.rand(batch_size, 10, *sizes) - 0.5
