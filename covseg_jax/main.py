@@ -9,10 +9,15 @@ import sys
 import time
 from collections.abc import Iterable
 
+from covseg_jax import cpu
+
+if __name__ == '__main__':
+    cpu.tune_process()  # first of all: what is imported before is imported twice
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, cpu, hosts, manifest
+from covseg_jax import atomic, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
 from covseg_jax.stages import on_request, outcome, pipeline, settings
@@ -200,5 +205,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == '__main__':
-    cpu.tune_process()
     app.run(main, flags_parser=_parse_flags)

@@ -30,6 +30,7 @@ RECONSTRUCTION = 'reconstruction'
 ADVERSARIAL = 'adversarial + discriminator + identity + reconstruction'
 PUBLISHED = 'adversarial + discriminator + reconstruction'
 BOTH = {RECONSTRUCTION, ADVERSARIAL}
+COMBINED = {'contrastive + mse + sensitivity'}
 TWO_PHASES = {'contrastive', 'mse + sensitivity'}
 
 
@@ -136,29 +137,29 @@ def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
 @pytest.mark.parametrize(
     ('changes', 'steps'),
     [
-        ({'train.mode': 'combined'}, {'contrastive + mse + sensitivity'}),
-        ({}, TWO_PHASES),
-        ({'network.name': 'unet'}, TWO_PHASES),
-        ({'network.num_heads': 8}, TWO_PHASES),
-        ({'network.published_attention': True, 'network.dropout_rate': 0.1}, TWO_PHASES),
-        ({'train.compute_dtype': 'bfloat16'}, TWO_PHASES),
-        ({'train.micro_batches': 4}, TWO_PHASES),
-        ({'train.schedule': 'plateau'}, TWO_PHASES),
-        ({'train.contrastive_steps': 0}, {'mse + sensitivity'}),
+        ({}, COMBINED),
+        ({'train.mode': 'two_phase'}, TWO_PHASES),
+        ({'train.mode': 'two_phase', 'train.contrastive_steps': 0}, {'mse + sensitivity'}),
+        ({'train.mode': 'two_phase', 'train.schedule': 'plateau'}, TWO_PHASES),
+        ({'network.name': 'unet'}, COMBINED),
+        ({'network.num_heads': 8}, COMBINED),
+        ({'network.published_attention': True, 'network.dropout_rate': 0.1}, COMBINED),
+        ({'train.compute_dtype': 'bfloat16'}, COMBINED),
+        ({'train.micro_batches': 4}, COMBINED),
         (
             {
                 'train.augment.enabled': False,
                 'train.synthetic_share': 0.0,
                 'train.losses.doubtful': (),
             },
-            TWO_PHASES,
+            COMBINED,
         ),
     ],
     ids=name_case,
 )
 def test_flags_that_change_the_network_are_built_and_stepped(changes, steps):
-    two_phases = {'train.mode': 'two_phase', 'train.epoch_steps': 4, 'train.contrastive_steps': 2}
-    found = trace(with_changes('tiny', two_phases | changes), 'train')
+    phases = {'train.epoch_steps': 4, 'train.contrastive_steps': 2}
+    found = trace(with_changes('tiny', phases | changes), 'train')
     assert set(found) == {*steps, 'predict'}
 
 
