@@ -61,6 +61,12 @@ def folder(config, variables, tmp_path_factory):
     return write(config, variables, tmp_path_factory.mktemp('run') / 'export')
 
 
+@pytest.fixture
+def copied(folder, tmp_path):
+    """The export, to be spoilt."""
+    return shutil.copytree(folder, tmp_path / 'export')
+
+
 def make_volume(seed=0):
     rng = np.random.default_rng(seed)
     lungs = rng.random(GRID) < 0.7
@@ -175,22 +181,20 @@ def flip_bit(path):
 
 
 @pytest.mark.parametrize('name', ['model.json', 'weights.safetensors', 'function_cpu.bin'])
-def test_damaged_export_is_refused_by_the_files_name(config, variables, tmp_path, name):
-    folder = write(config, variables, tmp_path / 'export')
-    flip_bit(folder / name)
+def test_damaged_export_is_refused_by_the_files_name(copied, name):
+    flip_bit(copied / name)
     with pytest.raises(InputError, match=rf'{name}.*not the file that was exported'):
-        covseg_jax.load(folder)
-    (folder / name).unlink()
+        covseg_jax.load(copied)
+    (copied / name).unlink()
     with pytest.raises(InputError, match=rf'{name}.*missing'):
-        covseg_jax.load(folder)
+        covseg_jax.load(copied)
 
 
 @pytest.mark.parametrize('content', [b'\xff\n', b'', b'0  ../model.json\n'])
-def test_damaged_checksums_are_refused(config, variables, tmp_path, content):
-    folder = write(config, variables, tmp_path / 'export')
-    (folder / 'SHA256SUMS').write_bytes(content)
+def test_damaged_checksums_are_refused(copied, content):
+    (copied / 'SHA256SUMS').write_bytes(content)
     with pytest.raises(InputError, match='SHA256SUMS'):
-        covseg_jax.load(folder)
+        covseg_jax.load(copied)
 
 
 def test_export_replaces_an_export_and_nothing_else(config, variables, tmp_path):
@@ -225,13 +229,12 @@ def add_folder(folder):
 
 
 @pytest.mark.parametrize('change', [edit_model, add_network, add_folder])
-def test_export_that_a_person_changed_is_not_replaced(config, variables, tmp_path, change):
-    folder = write(config, variables, tmp_path / 'export')
-    path = change(folder)
-    before = {path: path.is_dir() or path.read_bytes() for path in folder.iterdir()}
+def test_export_that_a_person_changed_is_not_replaced(config, variables, copied, change):
+    path = change(copied)
+    before = {path: path.is_dir() or path.read_bytes() for path in copied.iterdir()}
     with pytest.raises(InputError, match=rf'{path.name}: is in the way'):
-        write(config, variables, folder)
-    assert {path: path.is_dir() or path.read_bytes() for path in folder.iterdir()} == before
+        write(config, variables, copied)
+    assert {path: path.is_dir() or path.read_bytes() for path in copied.iterdir()} == before
 
 
 def test_folder_of_another_program_with_checksums_is_not_replaced(config, variables, tmp_path):
