@@ -44,7 +44,7 @@ def _data() -> ml_collections.ConfigDict:
     data.calibration_fraction = 0.15  # of the healthy subjects: thresholds are found on them
     data.validation_fraction = 0.1  # of the other COVID subjects
     data.on_bad_study = 'skip'  # or 'stop'
-    data.num_workers = 0  # processes that prepare, verify, predict; 0 means one a core
+    data.num_workers = 0  # processes that prepare, verify, predict; 0: one a core, as memory allows
     data.prepared = ''  # '' means <workdir>/prepared
     data.pseudo_masks = ''  # '' means <workdir>/pseudo_masks
     return data

@@ -1,4 +1,4 @@
-"""What makes XLA quick on a CPU, and how many cores there are."""
+"""What makes XLA quick on a CPU, and how many cores and how much memory there are."""
 
 import contextlib
 import functools
@@ -78,3 +78,26 @@ def count_cores() -> int:
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory(root: pathlib.Path = pathlib.Path('/')) -> int | None:
+    """Bytes that new processes may take: the least of what Linux counts as available and what the
+    limits of this process's control group leave. None where the system does not tell.
+
+    Args:
+        root: of the file system in which /proc and /sys lie.
+    """
+    found = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (root / 'proc/meminfo').read_text().splitlines()
+        line = next(line for line in lines if line.startswith('MemAvailable:'))
+        found.append(int(line.split()[1]) * 1024)
+    groups = root / 'sys/fs/cgroup'
+    for limit, used in (
+        ('memory.max', 'memory.current'),  # of version 2, and of version 1
+        ('memory/memory.limit_in_bytes', 'memory/memory.usage_in_bytes'),
+    ):
+        # 'max', which is no number, is no limit.
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int((groups / limit).read_text()) - int((groups / used).read_text()))
+    return max(0, min(found)) if found else None

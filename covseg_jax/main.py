@@ -45,7 +45,9 @@ _REQUEST = [
     *(flags.DEFINE_bool(name, False, text) for name, text in _SWITCHES.items()),
     flags.DEFINE_string('model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'),
     flags.DEFINE_integer(
-        'num_workers', None, 'predict, evaluate with --model: processes; default: one a core'
+        'num_workers',
+        None,
+        'predict, evaluate with --model: processes; default: one a core, as memory allows',
     ),
 ]
 

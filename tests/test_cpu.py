@@ -54,3 +54,36 @@ def test_setting_is_left_out_where_a_library_does_not_have_it(monkeypatch, tmp_p
         assert cpu.compiler_options() == {}
     finally:
         cpu._is_known.cache_clear()
+
+
+def write_system(root, limits):
+    (root / 'proc').mkdir(parents=True)
+    (root / 'proc/meminfo').write_text('MemTotal: 9000 kB\nMemAvailable:    8000 kB\n')
+    for name, content in limits.items():
+        path = root / 'sys/fs/cgroup' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+@pytest.mark.parametrize(
+    ('limits', 'expected'),
+    [
+        ({}, 8000 * 1024),
+        ({'memory.max': 'max\n', 'memory.current': '5\n'}, 8000 * 1024),
+        ({'memory.max': '7000\n', 'memory.current': '5000\n'}, 2000),
+        (
+            {
+                'memory/memory.limit_in_bytes': '7000\n',
+                'memory/memory.usage_in_bytes': '7500\n',
+            },
+            0,
+        ),
+    ],
+)
+def test_available_memory_is_the_least_that_any_limit_leaves(limits, expected, tmp_path):
+    assert cpu.available_memory(write_system(tmp_path, limits)) == expected
+
+
+def test_available_memory_is_unknown_where_the_system_does_not_tell(tmp_path):
+    assert cpu.available_memory(tmp_path) is None

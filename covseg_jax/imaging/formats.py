@@ -6,6 +6,8 @@ published array by the index of the study in it.
 
 import pathlib
 
+import numpy as np
+
 from covseg_jax.imaging import arrays, dicom, nifti
 from covseg_jax.imaging.volume import Volume
 
@@ -47,3 +49,24 @@ def source_crc32(path: pathlib.Path, index: int | None = None) -> int:
     if index is not None:
         return arrays.array_crc32(path, index)
     return dicom.series_crc32(path) if path.is_dir() else nifti.source_crc32(path)
+
+
+def stored_bytes(path: pathlib.Path, index: int | None = None) -> int:
+    """About how many bytes `read_volume`'s voxels take as they are stored; 0 where that cannot be
+    told. Nothing is decompressed: the end of a .gz file says how long its content is, below 4 GiB
+    and where it was compressed in one part."""
+    try:
+        if index is not None:
+            array = np.load(path, mmap_mode='r', allow_pickle=False)
+            return array.nbytes // len(array)
+        if path.is_dir():
+            return sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
+        size = path.stat().st_size
+        if not path.name.lower().endswith('.gz'):
+            return size
+        with path.open('rb') as file:
+            file.seek(-4, 2)
+            length = int.from_bytes(file.read(4), 'little')  # RFC 1952: of the last part alone
+        return length if length > size else 4 * size
+    except (OSError, ValueError):
+        return 0  # the reader says what is wrong with it

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 
 import ml_collections
 import numpy as np
@@ -12,7 +12,9 @@ import numpy as np
 from covseg_jax import cpu
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
+from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.imaging.studies import Study
 from covseg_jax.manifest import fingerprint
 from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
@@ -44,6 +46,10 @@ class Request:
     num_workers: int | None = None
 
 
+# A process takes at most 3 times its scan, and this: `tests/benchmarks/prepare_study.py --sizes`.
+_PROCESS_BYTES = 300_000_000
+
+
 def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.prepared or workdir / 'prepared')
 
@@ -57,9 +63,16 @@ def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
 
 
-def num_workers(config: Config | None) -> int:
-    """Processes for studies; where the config says nothing, one for each core of this process."""
-    return (config and config.data.num_workers) or cpu.count_cores()
+def num_workers(config: Config | None, studies: Iterable[Study] = ()) -> int:
+    """Processes for studies; where the config says nothing, one for each core of this process, or
+    as many as have room for the largest of the studies."""
+    if config and config.data.num_workers:
+        return config.data.num_workers
+    largest = max((formats.stored_bytes(study.image, study.index) for study in studies), default=0)
+    available = cpu.available_memory()
+    if not largest or available is None:
+        return cpu.count_cores()
+    return max(1, min(cpu.count_cores(), available // (3 * largest + _PROCESS_BYTES)))
 
 
 def prepared_cases(

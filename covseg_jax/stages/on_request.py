@@ -43,7 +43,7 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     path = (given.output or workdir) / 'verify.csv'
     _claim_outputs(given, [path])
     findings = verify_studies(
-        studies, PrepareSettings(**config.prepare), num_workers=inputs.num_workers(config)
+        studies, PrepareSettings(**config.prepare), num_workers=inputs.num_workers(config, studies)
     )
     if hosts.is_first():
         with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
@@ -261,7 +261,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
                 studies,
                 model,
                 given.output,
-                num_workers=given.num_workers or inputs.num_workers(config),
+                num_workers=given.num_workers or inputs.num_workers(config, studies),
                 wanted=Extras(given.probability, given.preview, given.per_lung),
                 resume=given.resume,
             )

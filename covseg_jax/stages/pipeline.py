@@ -61,7 +61,7 @@ def prepare_shared(
         own,
         prepared,
         settings,
-        num_workers=num_workers or inputs.num_workers(config),
+        num_workers=num_workers or inputs.num_workers(config, own),
         on_bad_study=config.data.on_bad_study,
     )
     for study_id, notes in report.notes.items():

@@ -1,5 +1,6 @@
 """What the stages read from the config and the work directory: how masks are cut."""
 
+import gzip
 import json
 import types
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from configs import transunet
+from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.imaging.studies import Study
 from covseg_jax.stages import inputs
 
 
@@ -49,3 +52,30 @@ def test_a_signed_pseudo_mask_is_a_probability_where_it_is_scored(tmp_path):
     assert scored.ravel().tolist() == [0, 0, 0.25, 1]
     assert inputs.pseudo_mask_cuts(config) == MaskSettings(0.5, 0.0, 0.0, share_of_max=0.2)
     assert inputs.pseudo_mask_cuts(transunet.get_config('mosmed')) == MaskSettings(0.5, 0.0, 0.1)
+
+
+def make_study(path, content):
+    path.write_bytes(content)
+    return Study(path.name, path, None, None, None, 'made')
+
+
+def test_as_many_processes_as_have_room_for_the_largest_scan(tmp_path, monkeypatch):
+    scan = bytes(200_000)
+    studies = [
+        make_study(tmp_path / 'a.nii.gz', gzip.compress(scan)),
+        make_study(tmp_path / 'b.nii', scan[:1000]),
+        make_study(tmp_path / 'damaged.nii.gz', b'no'),
+        make_study(tmp_path / 'in_parts.nii.gz', gzip.compress(b'1' * 100) + gzip.compress(b'')),
+    ]
+    sizes = [formats.stored_bytes(study.image) for study in studies]
+    assert sizes == [200_000, 1000, 0, 4 * studies[3].image.stat().st_size]
+    assert formats.stored_bytes(tmp_path) == sum(p.stat().st_size for p in tmp_path.iterdir())
+    monkeypatch.setattr(inputs.cpu, 'count_cores', lambda: 8)
+    each = 3 * 200_000 + 300_000_000
+    for available, expected in ((None, 8), (100 * each, 8), (3 * each, 3), (each - 1, 1)):
+        monkeypatch.setattr(inputs.cpu, 'available_memory', lambda given=available: given)
+        assert inputs.num_workers(None, studies) == expected
+        assert inputs.num_workers(None) == 8
+    config = transunet.get_config('tiny').unlock()
+    config.data.num_workers = 5
+    assert inputs.num_workers(config, studies) == 5
