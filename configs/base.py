@@ -23,6 +23,7 @@ def get_base() -> ml_collections.ConfigDict:
     # --- fine tuning
     config.prepare = _prepare()
     config.opacities = _opacities()
+    config.lungs = _lungs()
     config.synthesize = _synthesize()
     config.unet = _unet()
     config.phantom = _phantom()
@@ -212,6 +213,35 @@ def _opacities() -> ml_collections.ConfigDict:
     opacities.clean_fraction = 0.1  # of samples that stay as they are
     opacities.dependent_density = 0.5  # at most, of the way to -370 HU at the back: healthy lungs
     return opacities
+
+
+def _lungs() -> ml_collections.ConfigDict:
+    # covseg_jax/lungs: the network that finds lungs where they are dense; trained on request alone,
+    # for its weights come with the code.
+    lungs = ml_collections.ConfigDict()
+    lungs.num_phantoms = 60
+    lungs.num_validation = 5
+    lungs.widths = (16, 32, 64, 96)  # channels of its levels; models/unet.py
+    lungs.num_steps = 3000
+    lungs.batch_size = 8  # slices
+    lungs.learning_rate = 3e-3
+    lungs.schedule = 'cosine'  # as gan.schedule
+    lungs.warmup_steps = 50
+    lungs.clip_norm = 1.0  # as gan.clip_norm
+    lungs.ema_decay = 0.995  # as gan.ema_decay
+    _add_run(lungs)
+    # What is painted here and not as in `opacities`: consolidation up to whole lobes.
+    lungs.opacities = opacities = ml_collections.ConfigDict()
+    opacities.target_hu = (-600.0, 60.0)
+    opacities.coverage_threshold = (-1.2, 2.0)
+    opacities.grain_voxels = (8.0, 50.0)
+    opacities.grain_slices = (1.5, 3.0)
+    opacities.periphery = (0.0, 2.5)
+    opacities.dependence = (0.0, 2.5)
+    opacities.core_share = 0.6
+    opacities.core_hu = (-100.0, 80.0)
+    opacities.clean_fraction = 0.25
+    return lungs
 
 
 def _synthesize() -> ml_collections.ConfigDict:

@@ -146,11 +146,14 @@ class Feed:
         return sorted({ids[n] for key, ids in self.study_ids.items() for n in batch[key]})
 
 
-def _repeat_shuffled(source, seed: int, name: str) -> grain.MapDataset:
+def repeat_shuffled(source, seed: int, name: str) -> grain.MapDataset:
+    """The source's elements for ever, in another order each time."""
     return grain.MapDataset.source(source).seed(stream_seed(seed, name)).shuffle().repeat()
 
 
-def _share(dataset: grain.MapDataset, size: int, host: int, num_hosts: int) -> grain.MapDataset:
+def share_batches(
+    dataset: grain.MapDataset, size: int, host: int, num_hosts: int
+) -> grain.MapDataset:
     """Batches of `size` elements, of each a host's block of them."""
     if size % num_hosts:
         raise InputError(
@@ -178,12 +181,12 @@ def balanced_feed(
             '(is the pseudo-mask threshold right?)'
         )
     shuffled = [
-        _repeat_shuffled(group, seed, name)
+        repeat_shuffled(group, seed, name)
         for name, group in zip(('high', 'low'), groups, strict=True)
     ]
     # Pairs of both groups go to a host together: each host's share is balanced too.
     pairs = grain.experimental.ZipMapDataset(shuffled)
-    batches = _share(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
+    batches = share_batches(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
     return Feed(batches, {CASE: _study_ids(slices.cases)})
 
 
@@ -242,11 +245,11 @@ def paired_volume_feed(
     depth, H, W, 1) float32, CASE and COVID_CASE.
     """
     sides = [
-        _repeat_shuffled(Volumes(tuple(cases)), seed, name).random_map(_CropDepth(depth))
+        repeat_shuffled(Volumes(tuple(cases)), seed, name).random_map(_CropDepth(depth))
         for name, cases in (('healthy', healthy), ('covid', covid))
     ]
     pairs = grain.experimental.ZipMapDataset(sides).map(_beside)
-    batches = _share(pairs, batch_size, host, num_hosts)
+    batches = share_batches(pairs, batch_size, host, num_hosts)
     return Feed(batches, {CASE: _study_ids(healthy), COVID_CASE: _study_ids(covid)})
 
 

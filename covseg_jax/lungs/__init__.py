@@ -1,0 +1,1 @@
+"""Phantoms to a network that sees lungs where they are dense: nobody's labels."""
