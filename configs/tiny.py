@@ -31,3 +31,4 @@ def change(config: ml_collections.ConfigDict) -> None:
     config.unet.update(widths=(4, 8), initial_logit=0.0)
     config.train.update(batch_size=8, projection_dim=8, **often)
     config.predict.batch_size = 8
+    config.lungs.update(num_phantoms=1, num_validation=1, widths=(4, 6), batch_size=8, **often)

@@ -15,7 +15,6 @@ from covseg_jax.lungs.steps import LungParts, LungState, make_lung_evaluation, m
 from covseg_jax.models.unet import UNet
 from covseg_jax.prepare.lung_network import PATCH, WINDOW_HU, LungNetwork, save_network
 from covseg_jax.training import loop, sharding
-from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.flat import unflatten
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.optim import make_adam
@@ -125,15 +124,3 @@ def _make_evaluation(parts: LungParts, held_out: Scans, batch_size: int) -> loop
         return state, loop.mean_metrics(collected), {'slice_lungs_found': image_strip(pictures)}
 
     return evaluate
-
-
-def load_lung_network(config: ml_collections.ConfigDict, folder: pathlib.Path) -> LungNetwork:
-    """The newest checkpoint's network.
-
-    Raises:
-      InputError: there is no checkpoint that fits.
-    """
-    parts = build_lungs(config, sharding.make_local_mesh())
-    state, _ = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
-    averaged = unflatten(jax.device_get(state.ema))
-    return fold_batch_norm(averaged['params'], averaged['batch_stats'])
