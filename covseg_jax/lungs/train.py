@@ -13,7 +13,7 @@ from covseg_jax.data.streams import stream_key, stream_seed
 from covseg_jax.lungs.slices import Scans, make_scans, slice_feed
 from covseg_jax.lungs.steps import LungParts, LungState, make_lung_evaluation, make_lung_step
 from covseg_jax.models.unet import UNet
-from covseg_jax.prepare.lung_network import PATCH, WINDOW_HU, LungNetwork, save_network
+from covseg_jax.prepare.lung_network import FILE, PATCH, WINDOW_HU, LungNetwork, save_network
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.flat import unflatten
 from covseg_jax.training.logging import image_strip
@@ -79,7 +79,7 @@ def train_lungs(
         evaluate=_make_evaluation(parts, held_out, lungs.batch_size),
         schedule=loop.Schedule.of(lungs),
     )
-    path = folder / 'lung_network.safetensors'
+    path = folder / FILE
     averaged = unflatten(jax.device_get(state.ema))
     network = fold_batch_norm(averaged['params'], averaged['batch_stats'])
     if hosts.is_first():

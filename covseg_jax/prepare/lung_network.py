@@ -22,7 +22,8 @@ PATCH = 2  # in-plane pixels, PATCH × PATCH, that enter as channels of one and 
 WINDOW_HU = (-1000.0, 300.0)  # of image values 0 and 1
 SLICE_MM = 5.0  # between the slices that it looks at, or what the scan has
 BESIDE_MM = 10.0  # from a slice to the neighbours that it sees with it, one below and one above
-SHIPPED = pathlib.Path(__file__).with_name('lung_network.safetensors')
+FILE = 'lung_network.safetensors'
+SHIPPED = pathlib.Path(__file__).with_name(FILE)
 _AT_A_TIME = 2  # slices: more of them leave the cache
 
 

@@ -12,6 +12,7 @@ from covseg_jax import atomic, hosts, manifest, written
 from covseg_jax.errors import InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.prepare.lung_network import FILE as LUNG_NETWORK
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
 from covseg_jax.stages import inputs
@@ -100,6 +101,20 @@ def _cost_cells(result: dict) -> list[str]:
         for kind, each in result['collectives'].items()
     ]
     return [*(cost.format(**result) for cost in _COSTS.values()), '; '.join(collectives)]
+
+
+def run_lungs(config: Config, workdir: pathlib.Path, given: Request) -> None:
+    """Trains a network that finds lungs, on phantoms; its file goes to --output too."""
+    from covseg_jax.lungs.train import train_lungs
+
+    copy = given.output / LUNG_NETWORK if given.output else None
+    if copy:
+        written.refuse_foreign([copy])
+    path = train_lungs(config, workdir / 'lungs', inputs.num_workers(config))
+    if copy and hosts.is_first():
+        with written.new_file(copy) as temporary:
+            temporary.write_bytes(path.read_bytes())
+    print(f'lungs: {copy or path}; --config.prepare.lung_network takes it')
 
 
 def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) -> None:
@@ -308,6 +323,7 @@ BEFORE: dict[str, Callable] = {
     'verify': run_verify,
     'compile_check': run_compile_check,
     'import_weights': run_import_weights,
+    'lungs': run_lungs,
 }
 AFTER: dict[str, Callable] = {
     'export': run_export,

@@ -19,11 +19,15 @@ if TYPE_CHECKING:  # imported where something is drawn: training alone does with
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (N,) steps, (N,) values, NaN: undefined
 
-_MODELS = {'gan': 'GAN', 'transunet': 'Segmentation network'}  # folder -> title
+_MODELS = {  # folder -> title
+    'lungs': 'Lung network',
+    'gan': 'GAN',
+    'transunet': 'Segmentation network',
+}
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _FAINT = '#8a8a8a'
-_ERRORS = ('mse', 'harm')  # validation's values that are best when 0
+_ERRORS = ('mse', 'harm', 'missed', 'added')  # validation's values that are best when 0
 _LONG = 60  # a series of more points is drawn as its running median, over itself as a thin line
 
 
