@@ -9,8 +9,8 @@ from collections.abc import Callable, Container
 import ml_collections
 import numpy as np
 
-from covseg_jax import cpu
-from covseg_jax.errors import InputError
+from covseg_jax import cpu, hosts
+from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
@@ -55,6 +55,16 @@ def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
+
+
+def tell_stray(stage: str) -> Callable[[FileFault], None]:
+    """Prints what `find_studies` found beside studies, on the first host."""
+
+    def tell(stray: FileFault) -> None:
+        if hosts.is_first():
+            print(f'{stage}: note: {stray}')
+
+    return tell
 
 
 def num_workers(config: Config | None) -> int:
