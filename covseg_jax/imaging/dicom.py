@@ -46,9 +46,10 @@ _TO_RAS = np.diag([-1.0, -1.0, 1.0])
 _ASIDE_MM = 1.0  # that a slice may lie beside the line of the others
 _EVEN = 0.05  # share of the usual gap that gaps between slices may differ by
 _SAME_PLACE_MM = 0.01
-# Positions rounded in the header, to tenths of a mm and the like, lie this far from an even row:
-# less than any slice that is missing would move them.
+# Positions rounded in the header lie this far from an even row: less than any slice that is missing
+# would move them.
 _ROUNDED_SHARE, _ROUNDED_MM = 0.2, 0.5
+_ROUNDED_TO_MM = (1.0, 0.5, 0.1)
 
 
 def series_crc32(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None = None) -> int:
@@ -213,7 +214,7 @@ def _check_gaps(folder: pathlib.Path, heights: np.ndarray, slices: Sequence[Slic
     even_mm = float(heights[-1] - heights[0]) / len(gaps)
     off_mm = np.abs(heights - np.linspace(heights[0], heights[-1], len(heights))).max()
     apart = f'slices are {gaps.min():.4g} to {gaps.max():.4g} mm apart'
-    if off_mm <= min(_ROUNDED_SHARE * even_mm, _ROUNDED_MM) + 1e-6:
+    if off_mm <= min(_ROUNDED_SHARE * even_mm, _ROUNDED_MM) or _are_rounded(heights, off_mm):
         return [
             f'{apart}, as positions that were rounded in the header are: at most {off_mm:.2g} mm '
             f'off an even {even_mm:.5g} mm, which is used'
@@ -228,6 +229,17 @@ def _check_gaps(folder: pathlib.Path, heights: np.ndarray, slices: Sequence[Slic
             EXPORT_AGAIN,
         )
     raise FileFault(folder, f'{apart}, not evenly', f'{EXPORT_AGAIN}, with slices evenly spaced')
+
+
+def _are_rounded(heights: np.ndarray, off_mm: float) -> bool:
+    """Whether heights in mm are an even row, rounded to whole units: gaps then differ by one unit,
+    and a missing slice's would be twice the others', which are two units or more."""
+    gaps = np.diff(heights)
+    for unit in _ROUNDED_TO_MM:
+        if np.abs(heights - np.rint(heights / unit) * unit).max() < 1e-3:
+            is_by_one = np.ptp(gaps) < unit + 1e-3 and gaps.min() > 2 * unit - 1e-3
+            return bool(is_by_one and off_mm < unit)
+    return False
 
 
 def _check_line(positions: np.ndarray, slices: Sequence[Slice]) -> None:

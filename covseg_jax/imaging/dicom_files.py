@@ -45,12 +45,15 @@ _PHASE_KEYS = (
     'AcquisitionTime',
 )
 _HEAD_BYTES = 2**15  # of a file, in which the elements lie by which series are told apart
-# SeriesInstanceUID, ImageType's LOCALIZER and ImagePositionPatient, with explicit type or without.
+_CLASS, _SERIES, _PLACE = b'\x08\x00\x16\x00', b'\x20\x00\x0e\x00', b'\x20\x00\x32\x00'
+_SCOUT = b'LOCALIZER'
+# SOPClassUID, SeriesInstanceUID and ImagePositionPatient, of explicit type or without: four bytes.
 _HEAD_ELEMENTS = re.compile(
-    rb'\x20\x00\x0e\x00(?:UI|.{2}).{2}[0-9.]{1,64}|LOCALIZER|'
-    rb'\x20\x00\x32\x00(?:DS|.{2}).{2}[-+0-9.eE\\ ]{5,52}',
+    rb'(%s|%s).{4}([0-9.]{1,64})|(%s).{4}([-+0-9.eE\\ ]{5,52})|(%s)'
+    % (*map(re.escape, (_CLASS, _SERIES, _PLACE)), _SCOUT),
     re.DOTALL,
 )
+_MOST_SCOUTS = 3  # images of a series that may be scouts, beside one of many times as many
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,8 @@ def list_counts(counts: Counter) -> str:
 
 
 def _are_one_series(dicoms: Sequence[pathlib.Path]) -> bool:
-    """Whether all files name the same series, none a scout, and no two the same place. Cheap:
-    reading all headers of a large archive would take minutes."""
+    """Whether all files are CT slices of the same series, none a scout, and no two at the same
+    place. Cheap: reading all headers of a large archive would take minutes."""
     places, series = set(), set()
     for path in dicoms:
         try:
@@ -212,12 +215,19 @@ def _are_one_series(dicoms: Sequence[pathlib.Path]) -> bool:
                 head = file.read(_HEAD_BYTES)
         except OSError:
             return False
-        found = _HEAD_ELEMENTS.findall(head)
-        if b'LOCALIZER' in found:
-            return False
-        series.add(frozenset(item for item in found if item[:4] == b'\x20\x00\x0e\x00'))
-        place = frozenset(item for item in found if item[:4] == b'\x20\x00\x32\x00')
-        if len(series) > 1 or not place or place in places:
+        found: dict[bytes, set[bytes]] = {
+            _CLASS: set(),
+            _SERIES: set(),
+            _PLACE: set(),
+            _SCOUT: set(),
+        }
+        for match in _HEAD_ELEMENTS.finditer(head):
+            key, value, place_key, place, scout = match.groups()
+            found[key or place_key or scout].add(value or place or b'')
+        series.add(frozenset(found[_SERIES]))
+        place = frozenset(found[_PLACE])
+        is_ct = _CT_CLASSES[0].encode() in found[_CLASS]
+        if len(series) > 1 or found[_SCOUT] or not is_ct or not place or place in places:
             return False
         places.add(place)
     return True
@@ -231,8 +241,9 @@ def _name_series(
     strays = []
     longest = max(map(_count_frames, groups.values()))
     for uid, members in list(groups.items()):
-        if len(groups) > 1 and _count_frames(members) == 1 < longest:
-            fault = 'a single image of another series beside a whole one, passed over'
+        number = _count_frames(members)
+        if number <= min(_MOST_SCOUTS, longest // 4):
+            fault = f'{number} × image of another series, beside one of {longest}: passed over'
             strays.append(FileFault(members[0][0], fault, 'give it a folder of its own to read it'))
             del groups[uid]
     numbers = [str(members[0][1].get('SeriesNumber', None) or '') for members in groups.values()]
@@ -318,7 +329,7 @@ def find_slices(
 
 
 def _leave_out_other_planes(slices: list[Slice], others: Counter[str]) -> list[Slice]:
-    """Without up to three images that lie across all others: scouts that do not say so."""
+    """Without a few images that lie across all others: scouts that do not say so."""
     try:
         sides = [np.asarray(each.header.ImageOrientationPatient, np.float64) for each in slices]
         across, down = np.moveaxis(np.reshape(sides, (-1, 2, 3)), 1, 0)
@@ -327,7 +338,7 @@ def _leave_out_other_planes(slices: list[Slice], others: Counter[str]) -> list[S
     normals = np.cross(across, down)
     is_alike = np.abs(normals @ np.median(normals, axis=0)) > 0.8 if slices else np.ones(0, bool)
     rest = int((~is_alike).sum())
-    if not 0 < rest <= min(3, len(slices) // 4):
+    if not 0 < rest <= min(_MOST_SCOUTS, len(slices) // 4):
         return slices
     others['image in another plane'] += rest
     return [each for each, alike in zip(slices, is_alike, strict=True) if alike]

@@ -19,6 +19,7 @@ silence.
 """
 
 import csv
+import dataclasses
 import os
 import pathlib
 import re
@@ -333,7 +334,31 @@ def _arrays_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study
         )
 
 
-def _plain_studies(folder: pathlib.Path, on_stray: OnStray) -> Iterator[Study]:
+def _plain_studies(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
+    found = list(_find_plain(folder, on_stray))
+    numbers = Counter((study.study_id, _own_name(study)) for study in found)
+    ids = Counter(study_id for study_id, _ in numbers)
+    # Names that differ only in what cannot stand in an id: the checksum tells them apart.
+    return [
+        dataclasses.replace(study, study_id=f'{study.study_id}_{_checksum(_own_name(study))}')
+        if ids[study.study_id] > 1
+        else study
+        for study in found
+    ]
+
+
+def _own_name(study: Study) -> str:
+    """What a study is called, however its id had to be made."""
+    if study.files or not formats.is_nifti(study.image):
+        return f'{study.image}/{study.files}'
+    return formats.strip_suffix(study.image)
+
+
+def _checksum(text: str) -> str:
+    return f'{zlib.crc32(os.fsencode(text)):08x}'
+
+
+def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> Iterator[Study]:
     for image in _images(folder):
         if not formats.strip_suffix(image).endswith((_LESION_MASK, _LUNG_MASK)):
             yield _nifti_study(image)
@@ -403,9 +428,9 @@ def _dicom_study(root: pathlib.Path, folder: pathlib.Path, series: dicom_files.S
 def _make_id(parts: Sequence[str]) -> str:
     """A study's id from the names that lead to it, without what cannot stand in a file's name."""
     name = _NOT_IN_NAMES.sub('_', '_'.join(parts))
-    if len(name.encode(errors='replace')) > _LONGEST_ID:
+    if len(os.fsencode(name)) > _LONGEST_ID:
         # The end tells series apart, the checksum what was cut off.
-        name = f'{zlib.crc32(name.encode(errors="replace")):08x}_{name[-_LONGEST_ID // 4 :]}'
+        name = f'{_checksum(name)}_{name[-_LONGEST_ID // 4 :]}'
     return name
 
 
