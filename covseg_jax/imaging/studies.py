@@ -8,7 +8,8 @@ Its layout is named, or found by its files:
   covid19_20  the COVID-19-20 challenge: `volume-covid19-A-NNNN_ct.nii.gz`, `..._seg.nii.gz`.
   nnunet   nnU-Net's raw data: `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, `imagesTs/`.
   arrays   `LungImages.npy`, `LungMask.npy`, `InfectionMasks.npy` of the published project.
-  plain    NIfTI files, and DICOM series in it or in folders of any depth. Beside an image
+  plain    NIfTI files, and DICOM series in it or in folders of any depth; where there is neither,
+           NIfTI files in folders of any depth. Beside an image
            `NAME.nii.gz`, `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung
            mask. A series in `PATIENT/STUDY/SERIES` is the study `PATIENT_STUDY_SERIES`, and one of
            several in a folder has its number too: `FOLDER_series3`.
@@ -147,20 +148,14 @@ def find_inputs(
             f'{path}: not a .nii or .nii.gz file; convert it to NIfTI, or name the folder of a '
             'DICOM series'
         )
-    return (_nifti_study(path),)
+    return (_nifti_study(path, path.parent),)
 
 
 def _describe_no_studies(folder: pathlib.Path, strays: Sequence[FileFault]) -> str:
     """Why a folder without studies has none, and what to do."""
-    below = next((p for p in sorted(folder.rglob('*')) if _is_image(p)), None)
     if strays:
         more = f', and {len(strays) - 1} more such' if len(strays) > 1 else ''
         return f'{folder}: no studies; {strays[0]}{more}'
-    if below is not None and below.parent != folder:
-        return (
-            f'{folder}: no studies; NIfTI files are taken from the named folder alone, and there '
-            f'are some in {below.parent}: name that one'
-        )
     return (
         f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
         f'or a data set in one of the layouts {", ".join(LAYOUTS)}; what this program wrote '
@@ -184,8 +179,12 @@ def _find_lone_masks(
 ) -> Iterator[FileFault]:
     """Masks of no study: left unsaid, a scan would be trained on as if nobody had marked it."""
     taken = {path for study in found for path in (study.image, study.lesion_mask, study.lung_mask)}
-    for part, ending in _MASK_PLACES[layout]:
-        for path in _images(folder / part):
+    places = [(folder / part, ending) for part, ending in _MASK_PLACES[layout]]
+    if layout == 'plain':  # beside scans in folders, too
+        parents = {study.image.parent for study in found if formats.is_nifti(study.image)}
+        places += [(parent, places[0][1]) for parent in sorted(parents - {folder})]
+    for place, ending in places:
+        for path in _images(place):
             name = formats.strip_suffix(path)
             if path not in taken and re.search(ending, name):
                 scan = re.sub(ending, '', name)
@@ -335,7 +334,7 @@ def _arrays_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study
 
 
 def _plain_studies(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
-    found = list(_find_plain(folder, on_stray))
+    found = _find_plain(folder, on_stray)
     numbers = Counter((study.study_id, _own_name(study)) for study in found)
     ids = Counter(study_id for study_id, _ in numbers)
     # Names that differ only in what cannot stand in an id: the checksum tells them apart.
@@ -358,15 +357,14 @@ def _checksum(text: str) -> str:
     return f'{zlib.crc32(os.fsencode(text)):08x}'
 
 
-def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> Iterator[Study]:
-    for image in _images(folder):
-        if not formats.strip_suffix(image).endswith((_LESION_MASK, _LUNG_MASK)):
-            yield _nifti_study(image)
+def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
     # Not resolved: a link's own name is the study's. '..' names none.
     root = pathlib.Path(os.path.abspath(folder))
+    studies, deeper = [_nifti_study(image, folder) for image in _scans(folder)], []
     for place in _walk(root, on_stray):
         if is_dangling(place):
-            yield Study(_make_id(place.relative_to(root).parts), place, None, None, None, root.name)
+            study_id = _make_id(place.relative_to(root).parts)
+            studies.append(Study(study_id, place, None, None, None, root.resolve().name))
             continue
         try:
             series, strays = [], []
@@ -376,8 +374,16 @@ def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> Iterator[Study]:
             strays = [error]
         for stray in strays:
             on_stray(stray)
-        for each in series:
-            yield _dicom_study(root, place, each)
+        studies += [_dicom_study(root, place, each) for each in series]
+        if place != root and not studies:
+            deeper += [_nifti_study(image, root) for image in _scans(place)]
+    return studies or deeper
+
+
+def _scans(folder: pathlib.Path) -> list[pathlib.Path]:
+    """NIfTI files that are not named as masks."""
+    masks = (_LESION_MASK, _LUNG_MASK)
+    return [path for path in _images(folder) if not formats.strip_suffix(path).endswith(masks)]
 
 
 def _walk(
@@ -405,10 +411,11 @@ def _walk(
                 on_stray(find_absence(path))
 
 
-def _nifti_study(image: pathlib.Path) -> Study:
+def _nifti_study(image: pathlib.Path, root: pathlib.Path) -> Study:
     name = formats.strip_suffix(image)
     mask, lungs = (_existing(image.with_name(name + end)) for end in (_LESION_MASK, _LUNG_MASK))
-    return Study(_make_id([name]), image, mask, lungs, None, image.parent.resolve().name)
+    study_id = _make_id([*image.parent.relative_to(root).parts, name])
+    return Study(study_id, image, mask, lungs, None, root.resolve().name)
 
 
 def _dicom_study(root: pathlib.Path, folder: pathlib.Path, series: dicom_files.Series) -> Study:
@@ -421,7 +428,7 @@ def _dicom_study(root: pathlib.Path, folder: pathlib.Path, series: dicom_files.S
         next(filter(None, (_existing(place.with_name(place.name + end)) for place in places)), None)
         for end in (_LESION_MASK, _LUNG_MASK)
     )
-    data_set = root.name if folder != root else root.parent.name
+    data_set = (root if folder != root else root.parent).resolve().name
     return Study(study_id, folder, mask, lungs, None, data_set, files=series.files)
 
 
