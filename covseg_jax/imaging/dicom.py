@@ -195,6 +195,8 @@ def _without_copies(slices: Sequence[Slice], positions: np.ndarray) -> list[int]
             if not is_copy:
                 fault = f'lies where {before.name} lies, with other pixels (two phases or two '
                 remedy = 'remove one of the two, or give each series a folder of its own'
+                if before.path == here.path:
+                    fault, remedy = f'frame {here.frame + 1} {fault}', CONVERT
                 raise FileFault(here.path, f'{fault}reconstructions?)', remedy)
             continue
         kept.append(index)

@@ -46,7 +46,7 @@ _PHASE_KEYS = (
 )
 _HEAD_BYTES = 2**15  # of a file, in which the elements lie by which series are told apart
 _CLASS, _SERIES, _PLACE = b'\x08\x00\x16\x00', b'\x20\x00\x0e\x00', b'\x20\x00\x32\x00'
-_SCOUT = b'LOCALIZER'
+_SCOUT, _PIXELS = b'LOCALIZER', b'\xe0\x7f\x10\x00'
 # SOPClassUID, SeriesInstanceUID and ImagePositionPatient, of explicit type or without: four bytes.
 _HEAD_ELEMENTS = re.compile(
     rb'(%s|%s).{4}([0-9.]{1,64})|(%s).{4}([-+0-9.eE\\ ]{5,52})|(%s)'
@@ -151,8 +151,10 @@ def looks_like_series(folder: pathlib.Path) -> bool:
         FileFault: it cannot be listed.
     """
     files = list_files(folder)
-    if any(is_dicom(path) for path in files):
-        return True
+    return any(is_dicom(path) for path in files) or _are_links_to_slices(files)
+
+
+def _are_links_to_slices(files: Sequence[pathlib.Path]) -> bool:
     dangling = [path for path in files if is_dangling(path)]
     named = [path for path in dangling if path.suffix.lower() in _DICOM_SUFFIXES]
     return bool(named) or (len(dangling) == len(files) > 1)
@@ -162,13 +164,16 @@ def looks_like_series(folder: pathlib.Path) -> bool:
 def find_series(folder: pathlib.Path) -> tuple[list[Series], list[FileFault]]:
     """The CT series of a folder, and of what is passed over what it is.
 
-    A file that cannot be read belongs to every series: reading any of them tells of it.
+    A file that cannot be read belongs to every series: reading any of them tells of it. A folder
+    without DICOM files has none.
 
     Raises:
         FileFault: the folder cannot be listed.
     """
     files = list_files(folder)
     dicoms = [path for path in files if is_dicom(path)]
+    if not dicoms and not _are_links_to_slices(files):
+        return [], []
     if dicoms and _are_one_series(dicoms):
         return [Series('', None)], []
     groups: dict[str, list[tuple[pathlib.Path, pydicom.Dataset]]] = {}
@@ -215,13 +220,8 @@ def _are_one_series(dicoms: Sequence[pathlib.Path]) -> bool:
                 head = file.read(_HEAD_BYTES)
         except OSError:
             return False
-        found: dict[bytes, set[bytes]] = {
-            _CLASS: set(),
-            _SERIES: set(),
-            _PLACE: set(),
-            _SCOUT: set(),
-        }
-        for match in _HEAD_ELEMENTS.finditer(head):
+        found = {key: set() for key in (_CLASS, _SERIES, _PLACE, _SCOUT)}
+        for match in _HEAD_ELEMENTS.finditer(head.partition(_PIXELS)[0]):
             key, value, place_key, place, scout = match.groups()
             found[key or place_key or scout].add(value or place or b'')
         series.add(frozenset(found[_SERIES]))
@@ -271,24 +271,46 @@ def _count_frames(members: Sequence[tuple[pathlib.Path, pydicom.Dataset]]) -> in
 def _split_phases(
     members: list[tuple[pathlib.Path, pydicom.Dataset]],
 ) -> list[list[tuple[pathlib.Path, pydicom.Dataset]]]:
-    """Several stacks at the same places, where an element of their headers tells them apart."""
-    places = [str(header.get('ImagePositionPatient', '')) for _, header in members]
-    most = max(Counter(places).values())
-    if most == 1 or '' in places:
+    """Several stacks at the same places, where an element of their headers tells them apart, or
+    their numbers, one stack after the other."""
+    at_place: dict[str, list[pathlib.Path]] = {}
+    for path, header in members:
+        at_place.setdefault(str(header.get('ImagePositionPatient', '')), []).append(path)
+    most = max(map(len, at_place.values()))
+    # In the middle, where there is more than air.
+    doubled = [paths for _, paths in sorted(at_place.items()) if len(paths) == most]
+    if most == 1 or '' in at_place or _are_copies(doubled[len(doubled) // 2]):
         return [members]
     for key in _PHASE_KEYS:
-        phases: dict[str, list] = {}
-        for place, member in zip(places, members, strict=True):
-            phases.setdefault(str(member[1].get(key, '')), []).append((place, member))
-        stacks = [[place for place, _ in phase] for phase in phases.values()]
-        if 1 < len(stacks) <= most and all(len(set(s)) == len(s) > 1 for s in stacks):
-            phases = dict(sorted(phases.items(), key=_by_number))
-            return [[member for _, member in phase] for phase in phases.values()]
-    return [members]
+        values = sorted({str(header.get(key, '')) for _, header in members}, key=_by_number)
+        phases = [[m for m in members if str(m[1].get(key, '')) == value] for value in values]
+        if 1 < len(phases) <= most and all(map(_is_stack, phases)):
+            return phases
+    numbered = {str(header.get('InstanceNumber', '')): (path, header) for path, header in members}
+    if len(numbered) < len(members):
+        return [members]
+    in_order = [numbered[number] for number in sorted(numbered, key=_by_number)]
+    length = len(members) // most
+    phases = [in_order[start : start + length] for start in range(0, len(members), length)]
+    return phases if len(phases) == most and all(map(_is_stack, phases)) else [members]
 
 
-def _by_number(phase: tuple[str, list]) -> tuple[int, str]:
-    return len(phase[0]), phase[0]  # 2 before 10
+def _is_stack(members: Sequence[tuple[pathlib.Path, pydicom.Dataset]]) -> bool:
+    places = {str(header.ImagePositionPatient) for _, header in members}
+    return len(places) == len(members) > 1
+
+
+def _are_copies(paths: Sequence[pathlib.Path]) -> bool:
+    """Whether slices at one place hold the same pixels, as stored."""
+    try:
+        first, *others = (pydicom.dcmread(path, force=True).get('PixelData') for path in paths)
+    except Exception:  # whatever pydicom stumbles over; reading the series tells of it
+        return False
+    return all(other == first for other in others)
+
+
+def _by_number(text: str) -> tuple[int, str]:
+    return len(text), text  # 2 before 10
 
 
 def find_slices(

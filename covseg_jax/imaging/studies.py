@@ -165,19 +165,24 @@ def _describe_no_studies(folder: pathlib.Path, strays: Sequence[FileFault]) -> s
 
 # Where a layout keeps masks, and what their scans are called.
 _MASK_PLACES = {
-    'mosmed': (('masks', f'{_LESION_MASK}$'), ('lung_masks', f'{_LUNG_MASK}$')),
+    'mosmed': (('masks', f'({_LESION_MASK})?$'), ('lung_masks', f'({_LUNG_MASK})?$')),
     'zenodo': (('Infection_Mask', '$'), ('Lung_Mask', '$')),
     'nnunet': (('labelsTr', '$'), ('labelsTs', '$')),
     'covid19_20': (('', '_seg$'), ('Train', '_seg$'), ('Validation', '_seg$'), ('Test', '_seg$')),
     'plain': (('', f'({_LESION_MASK}|{_LUNG_MASK})$'),),
     'arrays': (),
 }
+_SCAN_PLACES = {
+    'nnunet': ('imagesTr', 'imagesTs'),
+    'covid19_20': ('', 'Train', 'Validation', 'Test'),
+}
 
 
 def _find_lone_masks(
     folder: pathlib.Path, layout: str, found: Sequence[Study]
 ) -> Iterator[FileFault]:
-    """Masks of no study: left unsaid, a scan would be trained on as if nobody had marked it."""
+    """Masks of no study, and files that the layout has no name for: left unsaid, a scan would be
+    trained on as if nobody had marked it."""
     taken = {path for study in found for path in (study.image, study.lesion_mask, study.lung_mask)}
     places = [(folder / part, ending) for part, ending in _MASK_PLACES[layout]]
     if layout == 'plain':  # beside scans in folders, too
@@ -187,9 +192,14 @@ def _find_lone_masks(
         for path in _images(place):
             name = formats.strip_suffix(path)
             if path not in taken and re.search(ending, name):
+                taken.add(path)
                 scan = re.sub(ending, '', name)
                 fault = f'a mask without its scan: no study {scan!r} is there, or has another mask'
                 yield FileFault(path, fault, 'put its scan there, or name the mask after its scan')
+    for part in _SCAN_PLACES.get(layout, ()):
+        for path in sorted(set(_images(folder / part)) - taken):
+            fault = f'its name is that of no scan or mask in the layout {layout}; it is passed over'
+            yield FileFault(path, fault, 'rename it as the README says, or remove it')
 
 
 def _find_registry(folder: pathlib.Path) -> pathlib.Path | None:
@@ -367,11 +377,9 @@ def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
             studies.append(Study(study_id, place, None, None, None, root.resolve().name))
             continue
         try:
-            series, strays = [], []
-            if dicom_files.looks_like_series(place):
-                series, strays = dicom_files.find_series(place)
+            series, strays = dicom_files.find_series(place)
         except FileFault as error:
-            strays = [error]
+            series, strays = [], [error]
         for stray in strays:
             on_stray(stray)
         studies += [_dicom_study(root, place, each) for each in series]

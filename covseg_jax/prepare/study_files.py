@@ -183,7 +183,7 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
     if found[0] < low - slack or found[1] > high + slack:
         raise FileFault(
             study.image,
-            f'values from {found[0]:.4g} to {found[1]:.4g}, where this data set has '
+            f'values from {found[0]:.9g} to {found[1]:.9g}, where this data set has '
             f'{low:g} to {high:g}',
             'download it again',
         )

@@ -193,11 +193,26 @@ def test_what_lies_beside_the_slices_is_passed_over_and_noted(tmp_path):
 def test_slices_that_are_there_twice_are_read_once(tmp_path):
     write_series(tmp_path / 's', IMAGE, AFFINE, change=_set(SeriesInstanceUID=SERIES))
     for path in list((tmp_path / 's').iterdir()):
-        shutil.copy(path, path.with_name(f'copy of {path.name}'))
+        data = pydicom.dcmread(path)
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = uid.generate_uid()
+        data.AcquisitionNumber = 2  # and yet no second phase
+        data.save_as(path.with_name(f'copy of {path.name}'))
     (study,) = studies.find_inputs(tmp_path)
     volume = dicom.read_series(study.image, study.files)
     np.testing.assert_array_equal(volume.array, _canonical())
     assert '28 slices are there twice, with the same pixels' in volume.notes[0]
+
+
+def test_frames_of_two_phases_in_one_file_are_refused(tmp_path):
+    for image in (IMAGE, np.maximum(IMAGE, -900)):
+        write_series(tmp_path / 's', image, AFFINE)
+        for path in list((tmp_path / 's').iterdir()):
+            path.rename(path.with_name(f'{image.min()}_{path.name}'))
+    _to_enhanced(tmp_path / 's')
+    with pytest.raises(
+        FileFault, match=r'^enhanced\.dcm: frame \d+ lies where .*; convert it with'
+    ):
+        dicom.read_series(tmp_path / 's')
 
 
 @pytest.mark.parametrize(
@@ -212,8 +227,15 @@ def test_slices_that_are_there_twice_are_read_once(tmp_path):
             ),
             ['s_phase1', 's_phase2'],
         ),
+        (
+            (
+                {'SeriesInstanceUID': SERIES, 'InstanceNumber': lambda index: index + 1},
+                {'SeriesInstanceUID': SERIES, 'InstanceNumber': lambda index: index + 29},
+            ),
+            ['s_phase1', 's_phase2'],
+        ),
     ],
-    ids=['two series', 'without numbers', 'two phases'],
+    ids=['two series', 'without numbers', 'two acquisitions', 'one after the other'],
 )
 def test_series_and_phases_of_one_folder_are_studies(tmp_path, elements, names):
     images = [IMAGE, np.maximum(IMAGE, -900)]

@@ -261,7 +261,10 @@ def test_bad_name_never_stops_the_folder(tmp_path):
 
 LONE_MASKS = {
     'plain': (['a.nii.gz', 'b_mask.nii.gz', 'c_lungs.nii'], ['b_mask.nii.gz', 'c_lungs.nii']),
-    'mosmed': (['studies/CT-1/a.nii.gz', 'masks/b_mask.nii.gz'], ['b_mask.nii.gz']),
+    'mosmed': (
+        ['studies/CT-1/a.nii.gz', 'masks/b_mask.nii.gz', 'masks/c.nii'],
+        ['b_mask.nii.gz', 'c.nii'],
+    ),
     'zenodo': (
         ['COVID-19-CT-Seg_20cases/a.nii.gz', 'Infection_Mask/b.nii.gz', 'Lung_Mask/a.nii.gz'],
         ['b.nii.gz'],
@@ -272,6 +275,17 @@ LONE_MASKS = {
     ),
     'nnunet': (['imagesTr/a_0000.nii.gz', 'labelsTr/b.nii.gz'], ['b.nii.gz']),
 }
+
+
+@pytest.mark.parametrize(
+    'files', [['imagesTr/a_0000.nii', 'imagesTr/b.nii'], ['volume-covid19-a_ct.nii', 'b.nii']]
+)
+def test_file_that_its_layout_has_no_name_for_is_named(tmp_path, files):
+    _touch(tmp_path, *files)
+    found, strays = _find(tmp_path)
+    assert len(found) == 1
+    assert len(strays) == 1
+    assert strays[0].startswith('b.nii: its name is that of no scan or mask in the layout')
 
 
 @pytest.mark.parametrize('layout', LONE_MASKS)
