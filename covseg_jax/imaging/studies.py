@@ -107,10 +107,11 @@ def find_studies(
         layout = next(name for name, (is_there, _) in LAYOUTS.items() if is_there(folder))
     strays: list[FileFault] = []
     found = list(LAYOUTS[layout][1](folder, strays.append))
+    strays += _find_lone_masks(folder, layout, found)
     if not found:
         raise InputError(_describe_no_studies(folder, strays))
     studies = [study for study in found if not _NOT_IN_NAMES.search(study.study_id)]
-    unusable = [study for study in found if study not in studies]
+    unusable = [study for study in found if _NOT_IN_NAMES.search(study.study_id)]
     if not studies:
         name = min(study.study_id for study in unusable)
         raise InputError(
@@ -119,7 +120,6 @@ def find_studies(
     for study in unusable:
         fault = f'study id {study.study_id!r} cannot name a folder, so it is passed over'
         strays.append(FileFault(study.image, fault, 'rename its file or folder'))
-    strays += _find_lone_masks(folder, layout, found)
     for stray in strays:
         on_stray(stray)
     repeated = [name for name, number in Counter(s.study_id for s in studies).items() if number > 1]
@@ -185,9 +185,10 @@ def _find_lone_masks(
     trained on as if nobody had marked it."""
     taken = {path for study in found for path in (study.image, study.lesion_mask, study.lung_mask)}
     places = [(folder / part, ending) for part, ending in _MASK_PLACES[layout]]
-    if layout == 'plain':  # beside scans in folders, too
-        parents = {study.image.parent for study in found if formats.is_nifti(study.image)}
-        places += [(parent, places[0][1]) for parent in sorted(parents - {folder})]
+    if layout == 'plain':  # beside scans in its folders, too
+        root = pathlib.Path(os.path.abspath(folder))
+        parents = {study.image.parent for study in found if root in study.image.parent.parents}
+        places += [(parent, places[0][1]) for parent in sorted(parents)]
     for place, ending in places:
         for path in _images(place):
             name = formats.strip_suffix(path)

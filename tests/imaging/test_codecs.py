@@ -58,3 +58,10 @@ def test_stream_that_is_cut_or_of_another_shape_is_refused(syntax):
             codecs.decode_frame(code[:kept], syntax, SHAPE, 12, False)
     with pytest.raises(ValueError, match=r'has \(37, 29\) rows and columns, not \(37, 30\)'):
         codecs.decode_frame(code, syntax, (37, 30), 12, False)
+
+
+def test_lossless_jpeg_with_a_restart_interval_is_decoded():
+    code = ENCODERS[uid.JPEGLosslessSV1](FRAME)
+    code = code[:2] + b'\xff\xdd\x00\x04\x00\x00' + code[2:]  # an interval of 0: no restarts
+    found = codecs.decode_frame(code, uid.JPEGLosslessSV1, SHAPE, 12, False)
+    np.testing.assert_array_equal(found, FRAME)

@@ -274,11 +274,16 @@ def test_tree_of_any_depth_and_links_are_studies(tmp_path):
     (root / 'p2').symlink_to(tmp_path / 'store' / 'a8f7')
     (root / 'p2' / 'up').symlink_to(root)  # a circle
     (root / 'p3').symlink_to('/no/such/archive')
+    for name in ('p1_day 1_thin_mask.nii.gz', 'p1/day 1/thick_mask.nii', 'p1/day 1/thik_mask.nii'):
+        (root / name).touch()
     found, strays = _find(root)
     assert list(found) == ['p1_day 1_thick', 'p1_day 1_thin', 'p2', 'p3']
-    assert [str(stray) for stray in strays] == [
-        'mr: holds no CT slices but 28 × MR Image Storage; it is passed over'
-    ]
+    assert [study.lesion_mask for study in found.values()] == [
+        root / 'p1/day 1/thick_mask.nii', root / 'p1_day 1_thin_mask.nii.gz', None, None
+    ]  # fmt: skip
+    assert str(strays[0]) == 'mr: holds no CT slices but 28 × MR Image Storage; it is passed over'
+    assert str(strays[1]).startswith("thik_mask.nii: a mask without its scan: no study 'thik' is")
+    assert len(strays) == 2
     thin = found['p1_day 1_thin']
     np.testing.assert_array_equal(dicom.read_series(thin.image).array, _canonical())
     with pytest.raises(

@@ -298,6 +298,14 @@ def test_mask_without_its_scan_is_named_in_every_layout(tmp_path, layout):
     assert all('a mask without its scan' in stray for stray in strays)
 
 
+def test_folder_of_masks_alone_says_so(tmp_path):
+    _touch(tmp_path, 'a_mask.nii.gz', 'b_mask.nii.gz')
+    with pytest.raises(
+        InputError, match=r'no studies; a_mask\.nii\.gz: a mask without .*1 more such'
+    ):
+        studies.find_studies(tmp_path)
+
+
 def test_links_that_lead_nowhere_are_named(tmp_path):
     _touch(tmp_path, 'a.nii.gz', 'b.nii.gz')
     for name in ('gone.nii.gz', 'b_mask.nii.gz', 'notes.txt'):
