@@ -9,8 +9,8 @@ from covseg_jax.errors import FileFault
 _POINTERS = {b'version https://git-lfs': 'Git LFS', b'/annex/objects/': 'git-annex'}
 _LONGEST_POINTER = 1024  # bytes; Git LFS's own limit
 _FETCH = (
-    'fetch the content (git annex get, datalad get, git lfs pull, dvc pull or the mount of the '
-    'archive), or remove it'
+    'fetch the content (git annex get, datalad get, git lfs pull, dvc pull), mount the archive '
+    'that it lies in, or remove it'
 )
 
 

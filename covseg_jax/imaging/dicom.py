@@ -85,6 +85,9 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
     folder = pathlib.Path(folder)
     slices, others = find_slices(folder, list_files(folder) if files is None else files)
     notes = [f'passed over beside the slices: {list_counts(others)}'] if others else []
+    if files is not None:
+        begins = min((each.path.name for each in slices), default='none')
+        notes.append(f'one of several series or phases in its folder; its first file is {begins}')
     if len(slices) < 2:
         fault = f'holds {len(slices)} DICOM slices'
         raise FileFault(folder, fault, 'name the folder of a whole CT series')
@@ -93,8 +96,7 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
     if len(series) > 1:
         raise FileFault(folder, f'holds {len(series)} series', 'give each a folder of its own')
     first = slices[0].header
-    across, down = np.reshape(np.asarray(first.ImageOrientationPatient, np.float64), (2, 3))
-    normal = np.cross(across, down)
+    normal = np.cross(*_axes(first))
     positions = np.array([[float(v) for v in each.header.ImagePositionPatient] for each in slices])
     order = np.argsort(positions @ normal, kind='stable')
     kept = _without_copies([slices[i] for i in order], positions[order])
@@ -106,18 +108,29 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
         raise FileFault(folder, 'holds one slice alone', 'name the folder of a whole CT series')
     notes += _check_gaps(folder, positions @ normal, slices)
     _check_line(positions, slices)
+    affine = _make_affine(first, positions)
+    notes += describe_tilt(affine)
+    data = _read_pixels(slices)
+    data.flags.writeable = False
+    return Volume(to_canonical(data, affine), affine, series_crc32(folder, files), tuple(notes))
 
+
+def _axes(header: pydicom.Dataset) -> np.ndarray:
+    """(2, 3): the directions along a slice's rows and along its columns."""
+    return np.reshape(np.asarray(header.ImageOrientationPatient, np.float64), (2, 3))
+
+
+def _make_affine(header: pydicom.Dataset, positions: np.ndarray) -> np.ndarray:
+    """(4, 4), of a slice's header and the slices' positions in mm, in order."""
+    across, down = _axes(header)
+    row_mm, column_mm = (float(value) for value in header.PixelSpacing)
     affine = np.eye(4)
-    row_mm, column_mm = (float(value) for value in first.PixelSpacing)
     affine[:3, 0] = _TO_RAS @ across * column_mm
     affine[:3, 1] = _TO_RAS @ down * row_mm
     # From the outer slices, so that a gantry's tilt is kept.
     affine[:3, 2] = _TO_RAS @ (positions[-1] - positions[0]) / (len(positions) - 1)
     affine[:3, 3] = _TO_RAS @ positions[0]
-    notes += describe_tilt(affine)
-    data = _read_pixels(slices)
-    data.flags.writeable = False
-    return Volume(to_canonical(data, affine), affine, series_crc32(folder, files), tuple(notes))
+    return affine
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -163,7 +176,7 @@ def _check_slice(path: pathlib.Path, data: pydicom.Dataset) -> None:
         raise FileFault(path, 'position, orientation or scaling is no number', EXPORT_AGAIN)
     if min(float(value) for value in data.PixelSpacing) <= 0:
         raise FileFault(path, f'pixel spacing {list(data.PixelSpacing)} mm', EXPORT_AGAIN)
-    across, down = np.reshape(np.asarray(data.ImageOrientationPatient, np.float64), (2, 3))
+    across, down = _axes(data)
     if not np.allclose([across @ across, down @ down, across @ down], [1, 1, 0], atol=1e-3):
         raise FileFault(path, 'its orientation is no rotation', EXPORT_AGAIN)
 

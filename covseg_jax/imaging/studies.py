@@ -195,7 +195,9 @@ def _find_lone_masks(
             if path not in taken and re.search(ending, name):
                 taken.add(path)
                 scan = re.sub(ending, '', name)
-                fault = f'a mask without its scan: no study {scan!r} is there, or has another mask'
+                fault = (
+                    f'a mask without its scan: no study {scan!r} is there, or it has another mask'
+                )
                 yield FileFault(path, fault, 'put its scan there, or name the mask after its scan')
     for part in _SCAN_PLACES.get(layout, ()):
         for path in sorted(set(_images(folder / part)) - taken):

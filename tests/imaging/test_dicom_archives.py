@@ -250,6 +250,10 @@ def test_series_and_phases_of_one_folder_are_studies(tmp_path, elements, names):
     arrays = {volume.array.tobytes() for volume in read}
     assert arrays == {np.ascontiguousarray(_canonical(image)).tobytes() for image in images}
     for volume, study in zip(read, found.values(), strict=True):
+        assert (
+            f'several series or phases in its folder; its first file is {min(study.files).name}'
+            in (volume.notes[0])
+        )
         assert volume.crc32 == dicom.series_crc32(study.image, study.files)
 
 
