@@ -152,8 +152,8 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
     values = f'values from {low:.4g} to {high:.4g}'
     if low == high:
         return f'every voxel is {low:.4g}'
-    if low == 0 and high <= 255:
-        found = np.unique(array)
+    if abs(low) <= _ROUNDED_LABEL and high <= 255:
+        found = np.unique(_round_labels(np.unique(array)))
         if len(found) <= _MOST_LABELS and (found == np.rint(found)).all():
             return (
                 f'only the values {_list_labels(found)}: a mask and no scan; it is taken for one '

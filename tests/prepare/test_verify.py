@@ -163,7 +163,7 @@ FAULTS = {
         'give a mask of whole numbers',
     ),
     'mask in place of a scan': (
-        _image(lambda v: (v > -900) * np.float32(1)),
+        _image(lambda v: (v > -900) * np.float32(1.0000001)),
         IMAGE,
         r'only the values 0, 1: a mask and no scan; .* named after its scan',
         'original CT in HU',
