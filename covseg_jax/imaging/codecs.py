@@ -1,7 +1,9 @@
 """Compressed frames of DICOM pixels -> the numbers that were stored.
 
-JPEG, JPEG-LS and JPEG 2000 by imagecodecs. Of the decoders that pydicom knows, GDCM ends the whole
-process at some damaged streams, and the one that reads lossless JPEG besides is under the GPL.
+Lossless and 12-bit JPEG, JPEG-LS and high-throughput JPEG 2000, by imagecodecs. Of the decoders of
+these that pydicom knows, GDCM ends the whole process at some damaged streams, pylibjpeg-libjpeg is
+under the GPL, and pyjpegls never returns from a stream that was cut. All else, such as JPEG 2000,
+pydicom itself reads, with Pillow.
 """
 
 import struct
@@ -109,16 +111,13 @@ def _segments(code: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-# By transfer syntax. OpenJPEG reads high-throughput JPEG 2000 too.
-DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
-    uid.JPEGBaseline8Bit: _decode_jpeg,
+DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {  # by transfer syntax
     uid.JPEGExtended12Bit: _decode_jpeg,
     uid.JPEGLossless: _decode_lossless_jpeg,
     uid.JPEGLosslessSV1: _decode_lossless_jpeg,
     uid.JPEGLSLossless: _decode_jpeg_ls,
     uid.JPEGLSNearLossless: _decode_jpeg_ls,
     **dict.fromkeys(
-        (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K),
-        imagecodecs.jpeg2k_decode,
+        (uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K), imagecodecs.jpeg2k_decode
     ),
 }

@@ -21,9 +21,6 @@ ENCODERS = {
         a, lossless=True, predictor=4, bitspersample=12
     ),
     uid.JPEGLSLossless: imagecodecs.jpegls_encode,
-    uid.JPEG2000Lossless: lambda a: imagecodecs.jpeg2k_encode(
-        a, level=0, codecformat='j2k', bitspersample=12, reversible=True
-    ),
     uid.HTJ2KLossless: imagecodecs.htj2k_encode,
 }
 

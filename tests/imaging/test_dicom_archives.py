@@ -86,6 +86,7 @@ def _find(folder):
 CODECS = {
     'lossless JPEG': (uid.JPEGLosslessSV1, lambda a: imagecodecs.ljpeg_encode(a, bitspersample=12)),
     'JPEG-LS': (uid.JPEGLSLossless, imagecodecs.jpegls_encode),
+    'high-throughput JPEG 2000': (uid.HTJ2KLossless, imagecodecs.htj2k_encode),
     'JPEG 2000': (
         uid.JPEG2000Lossless,
         lambda a: imagecodecs.jpeg2k_encode(a, level=0, codecformat='j2k', reversible=True),
