@@ -113,10 +113,13 @@ def score_folder(
 def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -> Volume:
     volume = nifti.read_volume(path)
     if not volume.lies_on_grid_of(other):
+        shape, other_shape = volume.as_stored.shape, other.as_stored.shape
+        apart = f'{shape} voxels and {other_shape}'
+        if shape == other_shape:
+            apart = f'voxels lie up to {volume.distance_mm(other):.3g} mm apart'
         raise FileFault(
             path,
-            f'lies on another grid than {other_path.name} ({volume.as_stored.shape} voxels and '
-            f'{other.as_stored.shape}, or the affines differ)',
+            f'lies on another grid than {other_path.name} ({apart})',
             "write the mask on the study's own grid",
         )
     return volume

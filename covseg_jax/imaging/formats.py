@@ -5,6 +5,7 @@ published array by the index of the study in it.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,22 +26,31 @@ def strip_suffix(path: pathlib.Path) -> str:
     return path.name[: len(path.name) - next(endings, 0)]
 
 
-def read_volume(path: pathlib.Path, index: int | None = None) -> Volume:
+def read_volume(
+    path: pathlib.Path,
+    index: int | None = None,
+    files: Sequence[pathlib.Path] | None = None,
+) -> Volume:
     """Reads and verifies a file of any format.
 
     Args:
         path: a NIfTI file, the folder of a DICOM series, or a published array.
         index: the study's place in the array; None for the other formats.
+        files: of a DICOM series that is one of several in its folder, its files; None of others.
 
     Raises:
         FileFault: it is missing, damaged or of an unusable kind.
     """
     if index is not None:
         return arrays.read_array(path, index)
-    return dicom.read_series(path) if path.is_dir() else nifti.read_volume(path)
+    return dicom.read_series(path, files) if path.is_dir() else nifti.read_volume(path)
 
 
-def source_crc32(path: pathlib.Path, index: int | None = None) -> int:
+def source_crc32(
+    path: pathlib.Path,
+    index: int | None = None,
+    files: Sequence[pathlib.Path] | None = None,
+) -> int:
     """CRC-32 of what `read_volume` would read; it equals the volume's `crc32`.
 
     Raises:
@@ -48,10 +58,14 @@ def source_crc32(path: pathlib.Path, index: int | None = None) -> int:
     """
     if index is not None:
         return arrays.array_crc32(path, index)
-    return dicom.series_crc32(path) if path.is_dir() else nifti.source_crc32(path)
+    return dicom.series_crc32(path, files) if path.is_dir() else nifti.source_crc32(path)
 
 
-def stored_bytes(path: pathlib.Path, index: int | None = None) -> int:
+def stored_bytes(
+    path: pathlib.Path,
+    index: int | None = None,
+    files: Sequence[pathlib.Path] | None = None,
+) -> int:
     """About how many bytes `read_volume`'s voxels take as they are stored; 0 where that cannot be
     told. Nothing is decompressed: the end of a .gz file says how long its content is, below 4 GiB
     and where it was compressed in one part."""
@@ -60,7 +74,7 @@ def stored_bytes(path: pathlib.Path, index: int | None = None) -> int:
             array = np.load(path, mmap_mode='r', allow_pickle=False)
             return array.nbytes // len(array)
         if path.is_dir():
-            return sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
+            return sum(file.stat().st_size for file in files or path.iterdir())
         size = path.stat().st_size
         if not path.name.lower().endswith('.gz'):
             return size

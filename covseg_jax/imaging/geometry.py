@@ -52,6 +52,23 @@ def voxel_volume_ml(affine: np.ndarray) -> float:
     return float(abs(np.linalg.det(np.asarray(affine)[:3, :3]))) / 1000.0
 
 
+def right_angle_share(affine: np.ndarray) -> float:
+    """|det| of an affine's axes over the product of their lengths: 1 for a grid with right angles,
+    0.87 for a gantry tilt of 30 degrees, 0 for a collapsed axis or values that are not finite."""
+    axes = np.asarray(affine, np.float64)[:3, :3]
+    if not np.isfinite(affine).all():
+        return 0.0
+    lengths = float(np.prod(np.linalg.norm(axes, axis=0)))
+    return float(abs(np.linalg.det(axes))) / lengths if lengths > 0 else 0.0
+
+
+def describe_tilt(affine: np.ndarray) -> list[str]:
+    """The note of a grid whose axes are not at right angles; none of any other."""
+    if right_angle_share(affine) >= 0.999:
+        return []
+    return ['its axes are not at right angles (gantry tilt); distances follow the grid']
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How a study's grid and a model grid belong together.

@@ -13,12 +13,20 @@ import struct
 import zlib
 
 import nibabel
+import nibabel.quaternions
 import numpy as np
 from isal import igzip, isal_zlib
 
 from covseg_jax import atomic
 from covseg_jax.errors import FileFault
-from covseg_jax.imaging.geometry import Shape, from_canonical, to_canonical
+from covseg_jax.imaging.absent import find_absence
+from covseg_jax.imaging.geometry import (
+    Shape,
+    describe_tilt,
+    from_canonical,
+    right_angle_share,
+    to_canonical,
+)
 from covseg_jax.imaging.volume import Volume
 
 _HEADER_CLASSES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
@@ -30,6 +38,7 @@ _CONVERT = 'convert it to .nii.gz'
 # Deflate codes at most 258 bytes in 2 bits: no content is longer than 1032 times its gzip file.
 _MAXIMUM_RATIO = 1032
 _CHUNK = 2**18  # bytes
+_ROUNDED_EXCESS = 0.01  # by which a quaternion's square may exceed 1 for rounding
 
 
 def source_crc32(path: str | os.PathLike) -> int:
@@ -145,6 +154,9 @@ def _is_named_gzip(path: pathlib.Path) -> bool:
 
 
 def _unreadable(path: pathlib.Path, error: OSError) -> FileFault:
+    absence = find_absence(path)
+    if absence is not None:
+        return absence
     if isinstance(error, FileNotFoundError):
         return FileFault(path, f'no such file in {path.parent}', 'check the path')
     if isinstance(error, IsADirectoryError):
@@ -168,6 +180,9 @@ def _content(path: pathlib.Path, file: io.BufferedReader) -> io.BufferedIOBase:
         raise FileFault(path, 'the file is empty', _DOWNLOAD_AGAIN)
     if file.peek(2)[:2] == b'\x1f\x8b':
         return igzip.IGzipFile(fileobj=file, mode='rb')
+    absence = find_absence(path)
+    if absence is not None:
+        raise absence
     if _is_named_gzip(path):
         raise FileFault(path, 'not gzip data, whatever its name', 'rename or download it')
     return file
@@ -298,13 +313,9 @@ def _checked_affine(
         raise FileFault(path, fault, 'correct pixdim')
     affine, notes = _chosen_affine(path, header, shape)
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    # |det| over the product of the column lengths is 1 for a grid with right angles, 0.87 for a
-    # gantry tilt of 30 degrees, and 0 for a collapsed axis.
-    volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
-    if not volume > 0.5 * np.prod(lengths) > 0:
+    if not right_angle_share(affine) > 0.5:
         raise FileFault(path, 'affine cannot be inverted', 'correct the sform or qform')
-    if volume < 0.999 * np.prod(lengths):
-        notes.append('its axes are not at right angles (gantry tilt); distances follow the grid')
+    notes += describe_tilt(affine)
     if not np.allclose(lengths, pixdim, rtol=0.01):
         found, said = (' × '.join(f'{value:.4g}' for value in row) for row in (lengths, pixdim))
         notes.append(f'pixdim says {said} mm a voxel, the affine {found} mm; the affine is used')
@@ -314,8 +325,6 @@ def _checked_affine(
 def _chosen_affine(
     path: pathlib.Path, header: nibabel.Nifti1Header, shape: Shape
 ) -> tuple[np.ndarray, list[str]]:
-    if header['pixdim'][0] == 0:  # the NIfTI-1 standard: qfac is then 1
-        header['pixdim'][0] = 1
     codes = int(header['sform_code']), int(header['qform_code'])
     if not all(0 <= code <= _HIGHEST_CODE for code in codes):
         raise FileFault(path, f'sform and qform codes {codes} do not exist', _DOWNLOAD_AGAIN)
@@ -327,13 +336,15 @@ def _chosen_affine(
     if not has_qform:
         return sform, []
     try:
-        qform = np.asarray(header.get_qform(), np.float64)
+        qform, qform_notes = _read_qform(header)
     except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
         if not has_sform:
             raise FileFault(path, 'qform is no rotation', 'correct it') from error
         return sform, ['its qform is no rotation; the sform is used']
     if not has_sform:
-        return qform, []
+        return qform, qform_notes
+    if not sform[:3, :3].any():
+        return qform, [*qform_notes, 'its sform is all zeros; the qform is used']
     corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
     shifts = (sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:]
     shift_mm = np.linalg.norm(shifts, axis=0).max()
@@ -341,6 +352,33 @@ def _chosen_affine(
     if not shift_mm <= 1.0:
         return sform, [f'sform and qform are up to {shift_mm:.1f} mm apart; the sform is used']
     return sform, []
+
+
+def _read_qform(header: nibabel.Nifti1Header) -> tuple[np.ndarray, list[str]]:
+    """The qform as ITK and the NIfTI library read it, and notes of what they settle by rule.
+
+    Raises:
+        ValueError, HeaderDataError: it is no rotation.
+    """
+    notes = []
+    qfac = float(header['pixdim'][0])
+    if qfac not in (1, -1):
+        header['pixdim'][0] = -1 if qfac < 0 else 1
+        if qfac != 0:  # the NIfTI-1 standard: 0 is 1
+            taken = int(header['pixdim'][0])
+            notes.append(f'its qfac (pixdim[0]) is {qfac:g}, not 1 or -1; {taken} is used')
+    names = ('quatern_b', 'quatern_c', 'quatern_d')
+    quaternion = [float(header[name]) for name in names]
+    excess = float(np.square(quaternion).sum()) - 1
+    if not float(header.quaternion_threshold) < excess <= _ROUNDED_EXCESS:
+        return np.asarray(header.get_qform(), np.float64), notes
+    # Half a turn, whose first part is 0, but for rounding; quat2mat divides by the length.
+    qform = np.eye(4)
+    spacing = np.asarray(header['pixdim'][1:4], np.float64) * (1, 1, header['pixdim'][0])
+    qform[:3, :3] = nibabel.quaternions.quat2mat([0.0, *quaternion]) * spacing
+    qform[:3, 3] = [float(header[f'qoffset_{axis}']) for axis in 'xyz']
+    notes.append(f'its quaternion has the length {(1 + excess) ** 0.5:.7g}, which is taken for 1')
+    return qform, notes
 
 
 def _checked_scaling(

@@ -8,18 +8,25 @@ Its layout is named, or found by its files:
   covid19_20  the COVID-19-20 challenge: `volume-covid19-A-NNNN_ct.nii.gz`, `..._seg.nii.gz`.
   nnunet   nnU-Net's raw data: `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`, `imagesTs/`.
   arrays   `LungImages.npy`, `LungMask.npy`, `InfectionMasks.npy` of the published project.
-  plain    NIfTI files, and folders with one DICOM series each. Beside an image `NAME.nii.gz`,
-           `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung mask.
+  plain    NIfTI files, and DICOM series in it or in folders of any depth; where there is neither,
+           NIfTI files in folders of any depth. Beside an image
+           `NAME.nii.gz`, `NAME_mask.nii.gz` is its lesion mask and `NAME_lungs.nii.gz` its lung
+           mask. A series in `PATIENT/STUDY/SERIES` is the study `PATIENT_STUDY_SERIES`, and one of
+           several in a folder has its number too: `FOLDER_series3`.
 
 What this program wrote (written.py) is never taken for a scan or a human mask, wherever it lies.
+What is no study, such as a mask without its scan, is told to `on_stray`, and never passed over in
+silence.
 """
 
 import csv
+import dataclasses
 import os
 import pathlib
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import openpyxl
@@ -27,14 +34,18 @@ import openpyxl
 from covseg_jax import written
 from covseg_jax.archives import check_unpacked_size
 from covseg_jax.errors import FileFault, InputError
-from covseg_jax.imaging import arrays, dicom, formats
+from covseg_jax.imaging import arrays, dicom_files, formats
+from covseg_jax.imaging.absent import find_absence, is_dangling
 
 CATEGORIES = ('CT-0', 'CT-1', 'CT-2', 'CT-3', 'CT-4')
 REGISTRIES = ('dataset_registry.xlsx', 'dataset_registry.csv')
 MOSMED = 'MosMedData'
 _LESION_MASK, _LUNG_MASK = '_mask', '_lungs'
 _MOST_REGISTRY_BYTES = 64 * 2**20  # of an unpacked workbook; a row takes about 200
-_STUDY_ID = re.compile(r'\w[\w. +-]*')
+# A study's id names files and folders, on every system.
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]|^\.+|^$')
+_LONGEST_ID = 200  # bytes: a file's name has 255, and endings such as _probability.nii.gz follow
+OnStray = Callable[[FileFault], None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Study:
         index: the study's place in its .npy files; None for all others.
         window: (least stored value, greatest, HU of the first, HU of the second) where the data
             set is known to hold windowed images instead of HU.
+        files: of a DICOM series that is one of several in its folder, its files; None of others.
     """
 
     study_id: str
@@ -61,15 +73,24 @@ class Study:
     data_set: str
     index: int | None = None
     window: tuple[float, float, float, float] | None = None
+    files: tuple[pathlib.Path, ...] | None = None
 
 
-def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study, ...]:
+def ignore(_: FileFault) -> None:
+    """For `on_stray` where somebody else has been told."""
+
+
+def find_studies(
+    folder: str | os.PathLike, layout: str = 'auto', on_stray: OnStray = ignore
+) -> tuple[Study, ...]:
     """All studies of a data set folder, sorted by study id. No image is opened: that a file of the
     registry is missing shows when it is read.
 
     Args:
         folder: the data set's root.
         layout: one of LAYOUTS, or 'auto': the first of them whose files are there.
+        on_stray: gets what looks like input and is no study, or no study's: a mask without its
+            scan, a link that leads nowhere, a study whose name cannot be used.
 
     Raises:
         InputError: the folder is missing or holds no study of the layout, its registry cannot be
@@ -84,25 +105,32 @@ def find_studies(folder: str | os.PathLike, layout: str = 'auto') -> tuple[Study
         raise InputError(f'{folder}: not a folder; name the folder that holds the studies')
     if layout == 'auto':
         layout = next(name for name, (is_there, _) in LAYOUTS.items() if is_there(folder))
-    studies = list(LAYOUTS[layout][1](folder))
+    strays: list[FileFault] = []
+    found = list(LAYOUTS[layout][1](folder, strays.append))
+    strays += _find_lone_masks(folder, layout, found)
+    if not found:
+        raise InputError(_describe_no_studies(folder, strays))
+    studies = [study for study in found if not _NOT_IN_NAMES.search(study.study_id)]
+    unusable = [study for study in found if _NOT_IN_NAMES.search(study.study_id)]
     if not studies:
+        name = min(study.study_id for study in unusable)
         raise InputError(
-            f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
-            f'or a data set in one of the layouts {", ".join(LAYOUTS)}; what this program wrote '
-            'does not count'
+            f'{folder}: study id {name!r} cannot name a folder; rename its file or folder'
         )
-    unusable = [s.study_id for s in studies if not _STUDY_ID.fullmatch(s.study_id)]
-    if unusable:
-        raise InputError(
-            f'{folder}: study id {min(unusable)!r} cannot name a folder; rename its file or folder'
-        )
+    for study in unusable:
+        fault = f'study id {study.study_id!r} cannot name a folder, so it is passed over'
+        strays.append(FileFault(study.image, fault, 'rename its file or folder'))
+    for stray in strays:
+        on_stray(stray)
     repeated = [name for name, number in Counter(s.study_id for s in studies).items() if number > 1]
     if repeated:
         raise InputError(f'{folder}: study {min(repeated)} occurs twice; remove one of the two')
     return tuple(sorted(studies, key=lambda study: study.study_id))
 
 
-def find_inputs(path: str | os.PathLike, layout: str = 'auto') -> tuple[Study, ...]:
+def find_inputs(
+    path: str | os.PathLike, layout: str = 'auto', on_stray: OnStray = ignore
+) -> tuple[Study, ...]:
     """The studies to predict or verify: one NIfTI file, one DICOM series, or all of a folder as
     `find_studies` sees it.
 
@@ -110,21 +138,78 @@ def find_inputs(path: str | os.PathLike, layout: str = 'auto') -> tuple[Study, .
         InputError: the path is missing, or neither a NIfTI file nor a folder with studies.
     """
     path = pathlib.Path(path)
+    absence = find_absence(path)
+    if absence is not None:
+        raise absence
     if not path.is_file():
-        return find_studies(path, layout)
+        return find_studies(path, layout, on_stray)
     if not formats.is_nifti(path):
         raise InputError(
             f'{path}: not a .nii or .nii.gz file; convert it to NIfTI, or name the folder of a '
             'DICOM series'
         )
-    return (_plain_study(path),)
+    return (_nifti_study(path, path.parent),)
+
+
+def _describe_no_studies(folder: pathlib.Path, strays: Sequence[FileFault]) -> str:
+    """Why a folder without studies has none, and what to do."""
+    if strays:
+        more = f', and {len(strays) - 1} more such' if len(strays) > 1 else ''
+        return f'{folder}: no studies; {strays[0]}{more}'
+    return (
+        f'{folder}: no studies; it should hold .nii or .nii.gz files, DICOM series in folders, '
+        f'or a data set in one of the layouts {", ".join(LAYOUTS)}; what this program wrote '
+        'does not count'
+    )
+
+
+# Where a layout keeps masks, and what their scans are called.
+_MASK_PLACES = {
+    'mosmed': (('masks', f'({_LESION_MASK})?$'), ('lung_masks', f'({_LUNG_MASK})?$')),
+    'zenodo': (('Infection_Mask', '$'), ('Lung_Mask', '$')),
+    'nnunet': (('labelsTr', '$'), ('labelsTs', '$')),
+    'covid19_20': (('', '_seg$'), ('Train', '_seg$'), ('Validation', '_seg$'), ('Test', '_seg$')),
+    'plain': (('', f'({_LESION_MASK}|{_LUNG_MASK})$'),),
+    'arrays': (),
+}
+_SCAN_PLACES = {
+    'nnunet': ('imagesTr', 'imagesTs'),
+    'covid19_20': ('', 'Train', 'Validation', 'Test'),
+}
+
+
+def _find_lone_masks(
+    folder: pathlib.Path, layout: str, found: Sequence[Study]
+) -> Iterator[FileFault]:
+    """Masks of no study, and files that the layout has no name for: left unsaid, a scan would be
+    trained on as if nobody had marked it."""
+    taken = {path for study in found for path in (study.image, study.lesion_mask, study.lung_mask)}
+    places = [(folder / part, ending) for part, ending in _MASK_PLACES[layout]]
+    if layout == 'plain':  # beside scans in its folders, too
+        root = pathlib.Path(os.path.abspath(folder))
+        parents = {study.image.parent for study in found if root in study.image.parent.parents}
+        places += [(parent, places[0][1]) for parent in sorted(parents)]
+    for place, ending in places:
+        for path in _images(place):
+            name = formats.strip_suffix(path)
+            if path not in taken and re.search(ending, name):
+                taken.add(path)
+                scan = re.sub(ending, '', name)
+                fault = (
+                    f'a mask without its scan: no study {scan!r} is there, or it has another mask'
+                )
+                yield FileFault(path, fault, 'put its scan there, or name the mask after its scan')
+    for part in _SCAN_PLACES.get(layout, ()):
+        for path in sorted(set(_images(folder / part)) - taken):
+            fault = f'its name is that of no scan or mask in the layout {layout}; it is passed over'
+            yield FileFault(path, fault, 'rename it as the README says, or remove it')
 
 
 def _find_registry(folder: pathlib.Path) -> pathlib.Path | None:
     return next((folder / name for name in REGISTRIES if (folder / name).is_file()), None)
 
 
-def _mosmed_studies(folder: pathlib.Path) -> Iterator[Study]:
+def _mosmed_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study]:
     def find_mask(kind: str, study_id: str, ending: str) -> pathlib.Path | None:
         return _existing(folder / kind / f'{study_id}{ending}')
 
@@ -188,7 +273,7 @@ def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib
         raise InputError(f'{registry.name}: path {name} leaves the data set; correct the row')
     path = folder.joinpath(*parts)
     is_output = written.is_output(path)
-    if path.is_file() and not is_output:
+    if (path.is_file() or is_dangling(path)) and not is_output:
         return path
     # A Kaggle copy holds .nii where the registry says .nii.gz.
     other = _existing(path.with_name(formats.strip_suffix(path)))
@@ -205,7 +290,7 @@ def _resolve(folder: pathlib.Path, name: str, registry: pathlib.Path) -> pathlib
 _ZENODO_WINDOW = (0.0, 255.0, -1250.0, 250.0)
 
 
-def _zenodo_studies(folder: pathlib.Path) -> Iterator[Study]:
+def _zenodo_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study]:
     images = folder / 'COVID-19-CT-Seg_20cases'
     for image in _images(images if images.is_dir() else folder):
         name = formats.strip_suffix(image)
@@ -214,7 +299,7 @@ def _zenodo_studies(folder: pathlib.Path) -> Iterator[Study]:
         yield Study(name, image, mask, lungs, None, 'Zenodo 3757476', window=window)
 
 
-def _covid19_20_studies(folder: pathlib.Path) -> Iterator[Study]:
+def _covid19_20_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study]:
     for part in ('', 'Train', 'Validation', 'Test'):
         for image in _images(folder / part):
             name = formats.strip_suffix(image)
@@ -224,7 +309,7 @@ def _covid19_20_studies(folder: pathlib.Path) -> Iterator[Study]:
                 yield Study(study_id, image, mask, None, None, 'COVID-19-20')
 
 
-def _nnunet_studies(folder: pathlib.Path) -> Iterator[Study]:
+def _nnunet_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study]:
     for part in ('Tr', 'Ts'):
         for image in _images(folder / f'images{part}'):
             name = formats.strip_suffix(image)
@@ -235,7 +320,7 @@ def _nnunet_studies(folder: pathlib.Path) -> Iterator[Study]:
                 yield Study(study_id, image, mask, None, None, folder.resolve().name)
 
 
-def _arrays_studies(folder: pathlib.Path) -> Iterator[Study]:
+def _arrays_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study]:
     image, lungs, lesion = (folder / n for n in (arrays.IMAGES, arrays.LUNGS, arrays.LESIONS))
     paths = [image, lungs, *([lesion] if lesion.is_file() else [])]
     images, *masks = map(arrays.open_array, paths)
@@ -261,20 +346,110 @@ def _arrays_studies(folder: pathlib.Path) -> Iterator[Study]:
         )
 
 
-def _plain_studies(folder: pathlib.Path) -> Iterator[Study]:
-    for image in _images(folder):
-        if not formats.strip_suffix(image).endswith((_LESION_MASK, _LUNG_MASK)):
-            yield _plain_study(image)
-    for place in [folder, *sorted(folder.glob('[!.]*'))]:
-        if place.is_dir() and dicom.is_series(place):
-            yield _plain_study(place.resolve())  # '..' names no study
+def _plain_studies(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
+    found = _find_plain(folder, on_stray)
+    numbers = Counter((study.study_id, _own_name(study)) for study in found)
+    ids = Counter(study_id for study_id, _ in numbers)
+    # Names that differ only in what cannot stand in an id: the checksum tells them apart.
+    return [
+        dataclasses.replace(study, study_id=f'{study.study_id}_{_checksum(_own_name(study))}')
+        if ids[study.study_id] > 1
+        else study
+        for study in found
+    ]
 
 
-def _plain_study(image: pathlib.Path) -> Study:
-    """Of a NIfTI file, or the folder of a DICOM series."""
-    study_id = image.name if image.is_dir() else formats.strip_suffix(image)
-    mask, lungs = (_existing(image.with_name(study_id + end)) for end in (_LESION_MASK, _LUNG_MASK))
-    return Study(study_id, image, mask, lungs, None, image.parent.resolve().name)
+def _own_name(study: Study) -> str:
+    """What a study is called, however its id had to be made."""
+    if study.files or not formats.is_nifti(study.image):
+        return f'{study.image}/{study.files}'
+    return formats.strip_suffix(study.image)
+
+
+def _checksum(text: str) -> str:
+    return f'{zlib.crc32(os.fsencode(text)):08x}'
+
+
+def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
+    # Not resolved: a link's own name is the study's. '..' names none.
+    root = pathlib.Path(os.path.abspath(folder))
+    studies, deeper = [_nifti_study(image, folder) for image in _scans(folder)], []
+    for place in _walk(root, on_stray):
+        if is_dangling(place):
+            study_id = _make_id(place.relative_to(root).parts)
+            studies.append(Study(study_id, place, None, None, None, root.resolve().name))
+            continue
+        try:
+            series, strays = dicom_files.find_series(place)
+        except FileFault as error:
+            series, strays = [], [error]
+        for stray in strays:
+            on_stray(stray)
+        studies += [_dicom_study(root, place, each) for each in series]
+        if place != root and not studies:
+            deeper += [_nifti_study(image, root) for image in _scans(place)]
+    return studies or deeper
+
+
+def _scans(folder: pathlib.Path) -> list[pathlib.Path]:
+    """NIfTI files that are not named as masks."""
+    masks = (_LESION_MASK, _LUNG_MASK)
+    return [path for path in _images(folder) if not formats.strip_suffix(path).endswith(masks)]
+
+
+def _walk(
+    folder: pathlib.Path, on_stray: OnStray, above: frozenset[str] = frozenset()
+) -> Iterator[pathlib.Path]:
+    """The folder and all folders in it, by name, and links without a suffix that lead nowhere.
+    Links are followed, but not back up."""
+    yield folder
+    above |= {os.path.realpath(folder)}
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
+    except OSError as error:
+        on_stray(FileFault(folder, f'cannot be listed ({error.strerror})', 'allow it to be read'))
+        return
+    is_series = None
+    for path in inside:
+        if path.is_dir() and os.path.realpath(path) not in above:
+            yield from _walk(path, on_stray, above)
+        elif is_dangling(path) and not formats.is_nifti(path):
+            if is_series is None:
+                is_series = dicom_files.looks_like_series(folder)
+            if not is_series and not path.suffix:
+                yield path
+            elif not is_series:
+                on_stray(find_absence(path))
+
+
+def _nifti_study(image: pathlib.Path, root: pathlib.Path) -> Study:
+    name = formats.strip_suffix(image)
+    mask, lungs = (_existing(image.with_name(name + end)) for end in (_LESION_MASK, _LUNG_MASK))
+    study_id = _make_id([*image.parent.relative_to(root).parts, name])
+    return Study(study_id, image, mask, lungs, None, root.resolve().name)
+
+
+def _dicom_study(root: pathlib.Path, folder: pathlib.Path, series: dicom_files.Series) -> Study:
+    """Its masks lie beside its folder, or in the root under the study's own name."""
+    label = f'_{series.name}' if series.name else ''
+    parts = folder.relative_to(root).parts or (folder.name,)
+    study_id = _make_id([*parts[:-1], parts[-1] + label])
+    places = (folder.with_name(folder.name + label), root / study_id)
+    mask, lungs = (
+        next(filter(None, (_existing(place.with_name(place.name + end)) for place in places)), None)
+        for end in (_LESION_MASK, _LUNG_MASK)
+    )
+    data_set = (root if folder != root else root.parent).resolve().name
+    return Study(study_id, folder, mask, lungs, None, data_set, files=series.files)
+
+
+def _make_id(parts: Sequence[str]) -> str:
+    """A study's id from the names that lead to it, without what cannot stand in a file's name."""
+    name = _NOT_IN_NAMES.sub('_', '_'.join(parts))
+    if len(os.fsencode(name)) > _LONGEST_ID:
+        # The end tells series apart, the checksum what was cut off.
+        name = f'{_checksum(name)}_{name[-_LONGEST_ID // 4 :]}'
+    return name
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -283,13 +458,15 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _is_image(path: pathlib.Path) -> bool:
     is_hidden = path.name.startswith('.')  # macOS leaves ._study_0001.nii.gz
-    is_scan = formats.is_nifti(path) and path.is_file() and not is_hidden
+    # A dangling link is one whose content is not there: reading it says so.
+    is_there = path.is_file() or is_dangling(path)
+    is_scan = formats.is_nifti(path) and is_there and not is_hidden
     return is_scan and not written.is_output(path)
 
 
 def _existing(stem: pathlib.Path) -> pathlib.Path | None:
     candidates = [stem.with_name(stem.name + suffix) for suffix in formats.NIFTI_SUFFIXES]
-    return next((p for p in candidates if p.is_file() and not written.is_output(p)), None)
+    return next(filter(_is_image, candidates), None)
 
 
 # Name -> (whether a folder has it, what finds its studies); 'auto' takes the first that it has.

@@ -12,6 +12,7 @@ from covseg_jax.imaging.geometry import (
 )
 
 AFFINE_TOLERANCE = 1e-3  # mm
+GRID_TOLERANCE = 0.01  # voxels
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,24 @@ class Volume:
 
     def lies_on_grid_of(self, other: 'Volume') -> bool:
         """Whether voxel (i, j, k) is the same place in both files: they have the same shape, and
-        the same affine to a thousandth of a mm."""
-        is_near = np.allclose(self.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE)
-        return is_near and self.as_stored.shape == other.as_stored.shape
+        the same affine to a thousandth of a mm, or no voxel is a hundredth of a voxel off."""
+        if self.as_stored.shape != other.as_stored.shape:
+            return False
+        if np.allclose(self.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE):
+            return True
+        in_voxels = np.linalg.solve(other.affine[:3, :3], self._corner_shifts(other))
+        return bool(np.abs(in_voxels).max() < GRID_TOLERANCE)
+
+    def distance_mm(self, other: 'Volume') -> float:
+        """The largest distance between the places of a voxel (i, j, k) in two volumes of one
+        shape."""
+        return float(np.linalg.norm(self._corner_shifts(other), axis=0).max())
+
+    def _corner_shifts(self, other: 'Volume') -> np.ndarray:
+        # Affine maps differ most at a corner.
+        corners = np.meshgrid(*((0, length - 1) for length in self.as_stored.shape))
+        shift = self.affine - other.affine
+        return shift[:3, :3] @ np.reshape(corners, (3, -1)) + shift[:3, 3:]
 
     @property
     def spacing_mm(self) -> SpacingMm:

@@ -69,7 +69,8 @@ def _describe_source(study: Study) -> list:
     """Names, sizes and times of a study's files: reading them all would cost what is saved."""
     found = []
     for path in filter(None, (study.image, study.lung_mask)):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        inside = study.files if path == study.image and study.files else None
+        for file in inside or (sorted(path.iterdir()) if path.is_dir() else [path]):
             if file.name == written.RECORD or written.is_output(file):  # written into the series
                 continue
             state = file.stat() if file.exists() else None

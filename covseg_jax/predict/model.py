@@ -75,7 +75,11 @@ class Model:
         """
         studies = find_inputs(pathlib.Path(scan))
         if len(studies) != 1:
-            raise InputError(f'{scan}: holds {len(studies)} studies; name one of them')
+            names = ', '.join(study.study_id for study in studies[:5])
+            raise InputError(
+                f'{scan}: holds {len(studies)} studies ({names}{", …" * (len(studies) > 5)}); name '
+                'the file or folder of one of them, or give each series a folder of its own'
+            )
         case = prepare_volume(studies[0], self.preparation)
         probability = self.probabilities[0](case.image, case.lungs)
         found = mask_on_study_grid(probability, case.lungs, case.geometry, self.masks)

@@ -317,7 +317,7 @@ def _identify(study: Study, settings: PrepareSettings) -> dict:
         'data_set': study.data_set,
         'settings': dataclasses.asdict(settings),
         'sources': {
-            name: None if path is None else formats.source_crc32(path, study.index)
+            name: None if path is None else formats.source_crc32(path, study.index, study.files)
             for name, path in paths.items()
         },
     }

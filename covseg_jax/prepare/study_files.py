@@ -16,6 +16,8 @@ LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
 SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
 LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
 _VOXELS_AT_A_TIME = 2**22
+_ROUNDED_LABEL = 1e-3  # by which a label may differ from a whole number
+_MOST_LABELS = 8  # of a volume that is taken for a mask
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
 
 
@@ -26,7 +28,7 @@ def read_image(study: Study) -> Volume:
         FileFault: a file is missing, damaged or of an unusable kind; the voxels' size is no CT's;
             the values cannot be HU.
     """
-    volume = formats.read_volume(study.image, study.index)
+    volume = formats.read_volume(study.image, study.index, study.files)
     spacings = volume.spacing_mm[::-1]  # x, y, z, as people say them
     if not all(SPACING_MM[0] <= spacing <= SPACING_MM[1] for spacing in spacings):
         size = ' × '.join(f'{spacing:.3g}' for spacing in spacings)
@@ -64,17 +66,28 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
             'give the mask of this image',
         )
     if not mask.lies_on_grid_of(image):
-        raise FileFault(
-            path, 'its affine is not that of its image', 'give the mask on the image grid'
+        fault = (
+            'its affine is not that of its image: voxels lie up to '
+            f'{mask.distance_mm(image):.3g} mm from where the image has them'
         )
+        raise FileFault(path, fault, 'give the mask on the image grid')
     if labels is None:
-        return mask.array > 0
+        return mask.array > _ROUNDED_LABEL
     chosen = np.empty(mask.array.shape, bool)
     for z, values in enumerate(mask.array):
-        chosen[z] = np.isin(values, labels)
-        if not (chosen[z] | (values == 0)).all():
+        whole = _round_labels(values)
+        chosen[z] = np.isin(whole, labels)
+        if not (chosen[z] | (whole == 0)).all():
             raise _unstated_labels(path, mask.array, labels)
     return chosen
+
+
+def _round_labels(values: np.ndarray) -> np.ndarray:
+    """Labels that are whole numbers but for a float's rounding, as whole numbers."""
+    if values.dtype.kind != 'f':
+        return values
+    whole = np.rint(values)
+    return np.where(np.abs(values - whole) <= _ROUNDED_LABEL, whole, values)
 
 
 def voxel_crc32(volume: Volume) -> int:
@@ -139,6 +152,13 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
     values = f'values from {low:.4g} to {high:.4g}'
     if low == high:
         return f'every voxel is {low:.4g}'
+    if abs(low) <= _ROUNDED_LABEL and high <= 255:
+        found = np.unique(_round_labels(np.unique(array)))
+        if len(found) <= _MOST_LABELS and (found == np.rint(found)).all():
+            return (
+                f'only the values {_list_labels(found)}: a mask and no scan; it is taken for one '
+                'where it is named after its scan, such as NAME_mask.nii.gz beside NAME.nii.gz'
+            )
     if low >= -1 and high <= 1:
         return f'{values}: a normalised image, not HU'
     if low >= 0 and high <= 255:
@@ -163,7 +183,7 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
     if found[0] < low - slack or found[1] > high + slack:
         raise FileFault(
             study.image,
-            f'values from {found[0]:.4g} to {found[1]:.4g}, where this data set has '
+            f'values from {found[0]:.9g} to {found[1]:.9g}, where this data set has '
             f'{low:g} to {high:g}',
             'download it again',
         )
@@ -178,14 +198,20 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
 
 
 def _unstated_labels(path, data: np.ndarray, labels: Sequence[int]) -> FileFault:
-    found = np.unique(data)
-    text = ', '.join(f'{label:g}' for label in found[:6]) + (' …' if len(found) > 6 else '')
+    found = np.unique(_round_labels(data))
+    others = found[(found != 0) & ~np.isin(found, labels)]
     stated = ', '.join(str(label) for label in labels)
-    others = [int(label) for label in found if label != 0 and label == int(label)]
     remedy = 'give a mask of whole numbers'
-    if len(found) <= 6 and len(others) == len(found[found != 0]):
-        remedy = (
-            'say which are lesion, such as '
-            f'--config.prepare.lesion_labels="({", ".join(map(str, others))},)"'
-        )
-    return FileFault(path, f'labels {text}; only 0 and {stated} are a lesion mask', remedy)
+    if len(found) <= _MOST_LABELS and (others == np.rint(others)).all():
+        wanted = ', '.join(f'{label:.0f}' for label in found if label != 0)
+        remedy = f'say which are lesion, such as --config.prepare.lesion_labels="({wanted},)"'
+    # Of many, those that are the fault.
+    shown = found if len(found) <= _MOST_LABELS else others
+    fault = f'labels {_list_labels(shown)}; only 0 and {stated} are a lesion mask'
+    return FileFault(path, fault, remedy)
+
+
+def _list_labels(labels: np.ndarray) -> str:
+    """As many digits as tell one from the next."""
+    text = ', '.join(f'{label:.9g}' for label in labels[:_MOST_LABELS])
+    return text + (' …' if len(labels) > _MOST_LABELS else '')

@@ -23,12 +23,12 @@ class Finding:
     """One line of verify.csv.
 
     Attributes:
-        study: its id.
+        study: its id; '' of a file that is no study's.
         file: path of the file that the line is about.
         status: 'ok' for a study without fault, in one line; 'note' for what a rule decided;
             'unusable' for a fault.
         fault: what is wrong, or was decided; empty for 'ok'.
-        what_to_do: empty for all but 'unusable'.
+        what_to_do: empty for 'ok' and where a rule decided.
     """
 
     study: str

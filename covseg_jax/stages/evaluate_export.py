@@ -45,7 +45,7 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
     config, output = config or inputs.NO_CONFIG, given.output
     _refuse_other_contents(output)
     atomic.remove_leftovers(output)
-    studies = find_inputs(folder, config.data.layout)
+    studies = find_inputs(folder, config.data.layout, inputs.tell_stray('evaluate'))
     model = load(*given.model.split(','))
     labels = tuple(config.prepare.lesion_labels)
     settings = dataclasses.replace(model.preparation, lesion_labels=labels)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Container, Iterable
 import ml_collections
 import numpy as np
 
-from covseg_jax import cpu
-from covseg_jax.errors import InputError
+from covseg_jax import cpu, hosts
+from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
@@ -68,11 +68,22 @@ def num_workers(config: Config | None, studies: Iterable[Study] = ()) -> int:
     as many as have room for the largest of the studies."""
     if config and config.data.num_workers:
         return config.data.num_workers
-    largest = max((formats.stored_bytes(study.image, study.index) for study in studies), default=0)
+    sizes = (formats.stored_bytes(each.image, each.index, each.files) for each in studies)
+    largest = max(sizes, default=0)
     available = cpu.available_memory()
     if not largest or available is None:
         return cpu.count_cores()
     return max(1, min(cpu.count_cores(), available // (3 * largest + _PROCESS_BYTES)))
+
+
+def tell_stray(stage: str) -> Callable[[FileFault], None]:
+    """Prints what `find_studies` found beside studies, on the first host."""
+
+    def tell(stray: FileFault) -> None:
+        if hosts.is_first():
+            print(f'{stage}: note: {stray}')
+
+    return tell
 
 
 def prepared_cases(

@@ -9,12 +9,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 
 from covseg_jax import atomic, hosts, manifest, written
-from covseg_jax.errors import InputError, Stopped
+from covseg_jax.errors import FileFault, InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.prepare.lung_network import FILE as LUNG_NETWORK
 from covseg_jax.prepare.prepare_studies import PrepareSettings
-from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, verify_studies
+from covseg_jax.prepare.verify import COLUMNS, NOTE, UNUSABLE, Finding, verify_studies
 from covseg_jax.stages import inputs
 from covseg_jax.stages.evaluate_export import run_evaluate_export
 from covseg_jax.stages.inputs import Config, Request
@@ -37,15 +37,18 @@ def _claim_outputs(given: Request, paths: Sequence[pathlib.Path]) -> None:
 
 def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
     """Checks the config's data set, or --input, and writes verify.csv."""
+    strays: list[FileFault] = []
     if given.input:
-        studies = find_inputs(given.input, config.data.layout)
+        studies = find_inputs(given.input, config.data.layout, strays.append)
     else:
-        studies = find_studies(inputs.data_folder(config, workdir), config.data.layout)
+        folder = inputs.data_folder(config, workdir)
+        studies = find_studies(folder, config.data.layout, strays.append)
     path = (given.output or workdir) / 'verify.csv'
     _claim_outputs(given, [path])
     findings = verify_studies(
         studies, PrepareSettings(**config.prepare), num_workers=inputs.num_workers(config, studies)
     )
+    findings += [Finding('', str(s.file), NOTE, s.fault, s.remedy) for s in strays]
     if hosts.is_first():
         with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -56,7 +59,9 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
         if finding.status == UNUSABLE:
             print(f'verify: {finding.study}: {name}: {finding.fault}; {finding.what_to_do}')
         elif finding.status == NOTE:
-            print(f'verify: {finding.study}: note: {name}: {finding.fault}')
+            of_study = f'{finding.study}: ' if finding.study else ''
+            remedy = f'; {finding.what_to_do}' if finding.what_to_do else ''
+            print(f'verify: {of_study}note: {name}: {finding.fault}{remedy}')
     unusable = {finding.study for finding in findings if finding.status == UNUSABLE}
     print(f'verify: {len(studies)} studies, {len(unusable)} unusable; {path}')
     if unusable:
@@ -265,7 +270,8 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     from covseg_jax.predict.export import load
     from covseg_jax.predict.studies import Extras, predict_studies
 
-    studies = find_inputs(given.input, (config or inputs.NO_CONFIG).data.layout)
+    layout = (config or inputs.NO_CONFIG).data.layout
+    studies = find_inputs(given.input, layout, inputs.tell_stray('predict'))
     if given.model:
         model = load(*given.model.split(','))
     else:

@@ -34,7 +34,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
 
         hosts.first_alone(make_phantoms, 'phantoms are made')
     prepared = inputs.prepared_folder(config, workdir)
-    studies = find_studies(folder, config.data.layout)
+    studies = find_studies(folder, config.data.layout, inputs.tell_stray('prepare'))
     settings = PrepareSettings(**config.prepare)
     good, report = prepare_shared(config, studies, folder, prepared, settings)
     outputs = [prepared / study.study_id / 'geometry.json' for study in good]

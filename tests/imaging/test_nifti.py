@@ -1,6 +1,7 @@
 """Reading verifies everything; writing and reading are inverses."""
 
 import gzip
+import re
 import struct
 
 import nibabel
@@ -100,6 +101,59 @@ def test_sform_is_preferred_and_qform_taken_without_it(tmp_path, content):
     _put(content, 254, 'h', 0)  # sform_code
     (tmp_path / 'a.nii').write_bytes(content)
     assert nifti.read_volume(tmp_path / 'a.nii').affine[0, 3] == pytest.approx(90)
+
+
+HALF_TURN = np.diag([-0.7, -0.7, 8.0, 1.0])  # about z: quatern_d is 1
+
+
+@pytest.mark.parametrize(
+    ('edits', 'affine', 'note'),
+    [
+        # sqrt(1 + 1.2e-6), as float32 rounds it: w² is a hair below 0
+        ([(264, 'f', 1.0000006)], HALF_TURN, 'quaternion has the length 1.000001, which is taken'),
+        ([(264, 'f', 1.004)], HALF_TURN, 'quaternion has the length 1.004, which is taken for 1'),
+        ([(76, 'f', 2.0), (264, 'f', 1.0)], HALF_TURN, r'qfac \(pixdim\[0\]\) is 2, .*; 1 is used'),
+        ([(76, 'f', -3.0), (264, 'f', 1.0)], HALF_TURN @ np.diag([1, 1, -1, 1]), '; -1 is used'),
+        ([(76, 'f', np.nan), (264, 'f', 1.0)], HALF_TURN, r'is nan, not 1 or -1; 1 is used'),
+        ([(76, 'f', 0.0), (264, 'f', 1.0)], HALF_TURN, None),  # as the standard has it
+        ([(254, 'h', 2), (264, 'f', 1.0)], HALF_TURN, 'its sform is all zeros; the qform is used'),
+    ],
+)
+def test_qform_is_read_as_itk_reads_it_with_a_note(tmp_path, content, edits, affine, note):
+    # ITK 5.4 gives these affines: a first part of 0 and the rest divided by its length, qfac's
+    # sign, and a qform where the sform is no affine.
+    _put(content, 252, '2h', 1, 0)
+    _put(content, 76, 'f', 1.0)
+    _put(content, 256, '6f', 0, 0, 0, 0, 0, 0)
+    _put(content, 280, '12f', *[0] * 12)
+    for edit in edits:
+        _put(content, *edit)
+    (tmp_path / 'a.nii').write_bytes(content)
+    volume = nifti.read_volume(tmp_path / 'a.nii')
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-6)
+    assert len(volume.notes) == (note is not None)
+    assert all(re.search(note, found) for found in volume.notes)
+
+
+def test_quaternion_that_is_no_rotation_stays_refused(tmp_path, content):
+    _put(content, 252, '2h', 1, 0)
+    _put(content, 256, '3f', 0, 0, 1.1)
+    (tmp_path / 'a.nii').write_bytes(content)
+    with pytest.raises(InputError, match=r'^a\.nii: qform is no rotation; correct it'):
+        nifti.read_volume(tmp_path / 'a.nii')
+
+
+@pytest.mark.parametrize('name', ['a.nii.gz', 'a.nii'])
+def test_content_that_was_not_fetched_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to('../.git/annex/objects/MD5-1')
+    with pytest.raises(
+        InputError, match=r'a link to \.\./\.git/annex.*, which is not there; fetch'
+    ):
+        nifti.read_volume(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n')
+    with pytest.raises(InputError, match='a pointer of Git LFS, not the file itself; fetch the'):
+        nifti.read_volume(tmp_path / name)
 
 
 HEADER_FAULTS = {

@@ -225,3 +225,106 @@ def test_workbook_that_would_fill_the_memory_is_refused(tmp_path):
     with pytest.raises(InputError, match=r'dataset_registry\.xlsx: .* unpack to 268,') as error:
         studies.find_studies(tmp_path)
     assert '\n' not in str(error.value)
+
+
+def _find(folder):
+    strays = []
+    return studies.find_studies(folder, 'auto', strays.append), [str(stray) for stray in strays]
+
+
+def test_names_that_browsers_and_people_make_are_studies(tmp_path):
+    names = ['scan (1)', 'a[2]', "it's, a & b", '-x', 'é #5', '(1)']
+    _touch(tmp_path, *(f'{name}.nii.gz' for name in names), 'scan (1)_mask.nii.gz')
+    found, strays = _find(tmp_path)
+    assert ({study.study_id for study in found}, strays) == (set(names), [])
+    (masked,) = [study for study in found if study.lesion_mask]
+    assert masked.lesion_mask == tmp_path / 'scan (1)_mask.nii.gz'
+
+
+def test_bad_name_never_stops_the_folder(tmp_path):
+    # What Windows forbids in a name, twice to the same id, and a name too long for its masks.
+    _touch(tmp_path, 'a:b.nii.gz', 'a?b.nii.gz', 'c*.nii.gz', f'{"x" * 240}.nii.gz', 'good.nii')
+    found, strays = _find(tmp_path)
+    ids = [study.study_id for study in found]
+    assert (len(set(ids)), strays) == (5, [])
+    assert {'good', 'c_'} < set(ids)
+    assert sum(name.startswith('a_b_') for name in ids) == 2
+    assert max(map(len, ids)) < 200
+    _touch(tmp_path / 'nnunet', 'imagesTr/_0000.nii.gz', 'imagesTr/a_0000.nii.gz')
+    (study,), strays = _find(tmp_path / 'nnunet')
+    assert study.study_id == 'a'
+    assert strays == [
+        "_0000.nii.gz: study id '' cannot name a folder, so it is passed over; rename its file or "
+        'folder'
+    ]
+
+
+LONE_MASKS = {
+    'plain': (['a.nii.gz', 'b_mask.nii.gz', 'c_lungs.nii'], ['b_mask.nii.gz', 'c_lungs.nii']),
+    'mosmed': (
+        ['studies/CT-1/a.nii.gz', 'masks/b_mask.nii.gz', 'masks/c.nii'],
+        ['b_mask.nii.gz', 'c.nii'],
+    ),
+    'zenodo': (
+        ['COVID-19-CT-Seg_20cases/a.nii.gz', 'Infection_Mask/b.nii.gz', 'Lung_Mask/a.nii.gz'],
+        ['b.nii.gz'],
+    ),
+    'covid19_20': (
+        ['volume-covid19-a_ct.nii.gz', 'volume-covid19-b_seg.nii.gz'],
+        ['volume-covid19-b_seg.nii.gz'],
+    ),
+    'nnunet': (['imagesTr/a_0000.nii.gz', 'labelsTr/b.nii.gz'], ['b.nii.gz']),
+}
+
+
+@pytest.mark.parametrize(
+    'files', [['imagesTr/a_0000.nii', 'imagesTr/b.nii'], ['volume-covid19-a_ct.nii', 'b.nii']]
+)
+def test_file_that_its_layout_has_no_name_for_is_named(tmp_path, files):
+    _touch(tmp_path, *files)
+    found, strays = _find(tmp_path)
+    assert len(found) == 1
+    assert len(strays) == 1
+    assert strays[0].startswith('b.nii: its name is that of no scan or mask in the layout')
+
+
+@pytest.mark.parametrize('layout', LONE_MASKS)
+def test_mask_without_its_scan_is_named_in_every_layout(tmp_path, layout):
+    files, lone = LONE_MASKS[layout]
+    _touch(tmp_path, *files)
+    found, strays = _find(tmp_path)
+    assert len(found) == 1
+    assert [stray.split(':')[0] for stray in strays] == lone
+    assert all('a mask without its scan' in stray for stray in strays)
+
+
+def test_folder_of_masks_alone_says_so(tmp_path):
+    _touch(tmp_path, 'a_mask.nii.gz', 'b_mask.nii.gz')
+    with pytest.raises(
+        InputError, match=r'no studies; a_mask\.nii\.gz: a mask without .*1 more such'
+    ):
+        studies.find_studies(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    _touch(tmp_path, 'a.nii.gz', 'b.nii.gz')
+    for name in ('gone.nii.gz', 'b_mask.nii.gz', 'notes.txt'):
+        (tmp_path / name).symlink_to(f'/no/such/{name}')
+    found, strays = _find(tmp_path)
+    # A scan of its own and a mask of b's: reading them tells.
+    assert [study.study_id for study in found] == ['a', 'b', 'gone']
+    assert found[1].lesion_mask == tmp_path / 'b_mask.nii.gz'
+    assert len(strays) == 1
+    assert strays[0].startswith('notes.txt: a link to /no/such/notes.txt, which is not there; ')
+    with pytest.raises(InputError, match=r'gone\.nii\.gz: a link to .* which is not there; fetch'):
+        studies.find_inputs(tmp_path / 'gone.nii.gz')
+
+
+def test_scans_in_folders_are_found_where_the_folder_itself_has_none(tmp_path):
+    _touch(tmp_path, 'p1/day 1/ct.nii.gz', 'p1/day 1/ct_mask.nii.gz', 'p2/ct.nii', 'p2/b_mask.nii')
+    found, strays = _find(tmp_path)
+    assert [study.study_id for study in found] == ['p1_day 1_ct', 'p2_ct']
+    assert found[0].lesion_mask == tmp_path / 'p1/day 1/ct_mask.nii.gz'
+    assert [stray.split(':')[0] for stray in strays] == ['b_mask.nii']
+    _touch(tmp_path, 'a.nii.gz')  # as in a folder of scans beside one of other files
+    assert [study.study_id for study in _find(tmp_path)[0]] == ['a']

@@ -9,7 +9,7 @@ import pytest
 
 from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti, studies
-from covseg_jax.prepare import prepare_studies, verify
+from covseg_jax.prepare import prepare_studies, study_files, verify
 from tests.imaging.chest import AFFINE, draw_chest, write_stored, write_study
 from tests.settings import prepare_settings
 
@@ -140,7 +140,8 @@ FAULTS = {
     'mask elsewhere': (
         _mask(lambda m: m, AFFINE + 0.01 * np.eye(4)),
         MASK,
-        'its affine is not that of its image',
+        # 0.01 mm a voxel over 79 × 63 × 27 of them: 0.79, 0.63 and 0.27 mm along the axes
+        r'its affine is not that of its image: voxels lie up to 1\.05 mm from where',
         'on the image grid',
     ),
     'mask of 0 and 255': (
@@ -148,6 +149,24 @@ FAULTS = {
         MASK,
         'labels 0, 255; only 0 and 1',
         r'--config\.prepare\.lesion_labels="\(255,\)"',
+    ),
+    'mask between labels': (
+        _mask(lambda m: m * np.float32(0.75)),
+        MASK,
+        r'labels 0, 0\.75; only 0 and 1 are',
+        'give a mask of whole numbers',
+    ),
+    'mask that is not quite whole': (
+        _mask(lambda m: m * np.float32(1.002)),
+        MASK,
+        r'labels 0, 1\.00199997; only 0 and 1 are',
+        'give a mask of whole numbers',
+    ),
+    'mask in place of a scan': (
+        _image(lambda v: (v > -900) * np.float32(1.0000001)),
+        IMAGE,
+        r'only the values 0, 1: a mask and no scan; .* named after its scan',
+        'original CT in HU',
     ),
     'damaged mask': (
         lambda f: (f / MASK).write_bytes((f / MASK).read_bytes()[:-3]),
@@ -221,6 +240,41 @@ def test_stated_labels_are_lesion(tmp_path):
     settings = prepare_settings(grid=(16, 32, 32), lesion_labels=(255,))
     case = prepare_studies.prepare_volume(studies.find_studies(tmp_path)[0], settings)
     np.testing.assert_array_equal(case.lesion, wanted)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda m: m * np.float32(0.99999),
+        lambda m: m * np.float32(1.0000001),
+        lambda m: m + np.float32(1e-7),
+    ],
+)
+def test_labels_that_are_whole_but_for_rounding_are_taken(tmp_path, change):
+    write_study(tmp_path, 'a')
+    (study,) = studies.find_studies(tmp_path)
+    image = study_files.read_image(study)
+    wanted = study_files.read_mask(study, 'lesion_mask', image, labels=(1,))
+    _mask(change)(tmp_path)
+    for labels in ((1,), None):
+        found = study_files.read_mask(study, 'lesion_mask', image, labels)
+        np.testing.assert_array_equal(found, wanted)
+    assert wanted.any()
+
+
+def test_origin_a_hundredth_of_a_voxel_off_is_taken_and_more_refused_in_mm(tmp_path):
+    write_study(tmp_path, 'a')
+    (study,) = studies.find_studies(tmp_path)
+    image = study_files.read_image(study)
+    for shift_mm, is_taken in ((0.039, True), (0.041, False)):  # voxels are 4 mm wide
+        affine = AFFINE.copy()
+        affine[0, 3] += shift_mm
+        _mask(lambda m: m, affine)(tmp_path)
+        if is_taken:
+            assert study_files.read_mask(study, 'lesion_mask', image, (1,)).any()
+        else:
+            with pytest.raises(InputError, match=r'voxels lie up to 0\.041 mm from where'):
+                study_files.read_mask(study, 'lesion_mask', image, (1,))
 
 
 def test_published_arrays_are_studies(tmp_path):

@@ -89,3 +89,14 @@ def test_export_tells_the_metrics_of_its_own_cuts_alone(tmp_path, seed_threshold
         (tmp_path / name).write_text(json.dumps(content))
     metrics = on_request._facts(transunet.get_config('tiny'), tmp_path, 7)['metrics']
     assert (metrics and metrics['studies']) == (3 if is_told else None)
+
+
+def test_verify_names_what_is_no_study(tmp_path, capsys):
+    write_study(tmp_path / 'scans', 'a')
+    (tmp_path / 'scans' / 'a_mask.nii.gz').rename(tmp_path / 'scans' / 'b_mask.nii.gz')
+    verify(tmp_path, tmp_path / 'output')
+    assert 'verify: note: b_mask.nii.gz: a mask without its scan' in capsys.readouterr().out
+    with (tmp_path / 'output' / 'verify.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['study'], row['status']) for row in rows] == [('a', 'ok'), ('', 'note')]
+    assert rows[1]['file'] == str(tmp_path / 'scans' / 'b_mask.nii.gz')
