@@ -7,6 +7,9 @@
                             or what model.json's volumes.output says;
       function_tpu.bin      a function a platform, each in the forms that are quick there
       function_cuda.bin
+      lung_network.safetensors
+                            what finds lungs before, where model.json's preparation.lungs_source is
+                            'network'
       network.onnx          where asked for, for other runtimes: float32, weights included,
                             'image' (B, H, W, 1) -> 'probability' (or 'logit'); nothing here
                             reads it
@@ -39,18 +42,20 @@ from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
 from covseg_jax.models.convolution import tracing_for
 from covseg_jax.predict.model import Model, average_models
+from covseg_jax.prepare import lung_network
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation.steps import make_predict
 from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
 
-FORMAT, VERSION = 'covseg_jax export', 2  # 2: volumes.output, masks.share_of_max
+# 2: volumes.output, masks.share_of_max; 3: preparation.lung_network
+FORMAT, VERSION = 'covseg_jax export', 3
 INTENDED_USE = (
     'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
 )
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
 _SUMS, _FUNCTION = 'SHA256SUMS', 'function_{}.bin'
-_NAMES = {_SUMS, 'model.json', 'weights.safetensors', 'network.onnx'}
+_NAMES = {_SUMS, 'model.json', 'weights.safetensors', 'network.onnx', lung_network.FILE}
 _NAMES |= {_FUNCTION.format(platform) for platform in PLATFORMS}
 _EXPORT_AGAIN = 'copy or export it again'
 
@@ -87,7 +92,7 @@ def write_export(
         'format': FORMAT,
         'version': VERSION,
         'intended_use': INTENDED_USE,
-        'preparation': dataclasses.asdict(contents.preparation),
+        'preparation': dataclasses.asdict(contents.preparation) | {'lung_network': ''},
         'volumes': dataclasses.asdict(contents.volumes),
         'masks': dataclasses.asdict(contents.masks),
         **contents.facts,
@@ -105,6 +110,9 @@ def write_export(
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
         # Not save_file, whose file nobody but its owner may read.
         (temporary / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
+        if contents.preparation.lungs_source == 'network':
+            weights = pathlib.Path(contents.preparation.lung_network or lung_network.SHIPPED)
+            (temporary / lung_network.FILE).write_bytes(weights.read_bytes())
         text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
         (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
         sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
@@ -195,12 +203,16 @@ def _load_one(folder: pathlib.Path) -> Model:
     call = jax.jit(function.call, compiler_options=options or None)
     # Version 1 knew no other output.
     volumes = VolumeSettings(**{'output': 'sigmoid', **description['volumes']})
+    preparation = PrepareSettings(**description['preparation'])
+    if lung_network.FILE in sums:  # its own, whatever comes with this program
+        own = str(folder / lung_network.FILE)
+        preparation = dataclasses.replace(preparation, lung_network=own)
     return Model(
         probabilities=tuple(
             predict_volumes(functools.partial(call, jax.device_put(variables, device)), volumes)
             for device in jax.local_devices()
         ),
-        preparation=PrepareSettings(**description['preparation']),
+        preparation=preparation,
         masks=MaskSettings(**description['masks']),
         identity=fingerprint(sums),
         description=description,

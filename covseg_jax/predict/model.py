@@ -13,7 +13,12 @@ from covseg_jax.imaging.geometry import from_canonical, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import find_inputs
 from covseg_jax.manifest import fingerprint
-from covseg_jax.prepare.prepare_studies import PreparedCase, PrepareSettings, prepare_volume
+from covseg_jax.prepare.prepare_studies import (
+    PreparedCase,
+    PrepareSettings,
+    lung_network_crc32,
+    prepare_volume,
+)
 from covseg_jax.segmentation.volumes import Probability
 
 
@@ -99,6 +104,12 @@ def native_probability(case: PreparedCase, probability: np.ndarray, found: Study
     return (to_study_grid(probability, case.geometry) * found.lungs).astype(np.float32)
 
 
+def _without_paths(preparation: PrepareSettings) -> tuple:
+    """What of the settings decides: of a lung network its content, wherever it lies."""
+    bare = dataclasses.replace(preparation, lung_network='')
+    return bare, lung_network_crc32(preparation)
+
+
 def average_models(models: Sequence[Model]) -> Model:
     """One model whose probabilities and thresholds are the means of theirs.
 
@@ -109,7 +120,7 @@ def average_models(models: Sequence[Model]) -> Model:
     if len(models) == 1:
         return first
     for other in models[1:]:
-        if other.preparation != first.preparation:
+        if _without_paths(other.preparation) != _without_paths(first.preparation):
             raise InputError(
                 'the models of an ensemble see studies in different ways '
                 f'({first.preparation} and {other.preparation}); average those of one kind'

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,12 @@ import numpy as np
 import tqdm
 
 from covseg_jax import atomic
-from covseg_jax.errors import FileFault, InputError
+from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.geometry import Geometry, Shape, fit_geometry, to_model_grid
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
-from covseg_jax.prepare import study_files
+from covseg_jax.prepare import lung_network, study_files
 
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
@@ -39,9 +40,11 @@ class PrepareSettings:
         grid: (D, H, W) of the model.
         window_hu: mapped to 0 and 1; what lies beyond is clipped.
         margin_mm: kept around the lungs.
-        lungs_source: 'threshold' (lungs.find_lungs), 'file' (the study's lung mask) or
-            'lungmask' (that package, where it is installed).
+        lungs_source: 'threshold' (lungs.find_lungs), 'network' (the same, with what a network
+            finds where lungs are dense), 'file' (the study's lung mask) or 'lungmask' (that
+            package, where it is installed).
         lesion_labels: the values of a lesion mask that are lesion; all others must be 0.
+        lung_network: the network's file; '' is the one that comes with the code.
 
     Raises:
         InputError: a value that cannot be used.
@@ -52,6 +55,7 @@ class PrepareSettings:
     margin_mm: float
     lungs_source: str
     lesion_labels: tuple[int, ...]
+    lung_network: str = ''
 
     def __post_init__(self):
         # Settings from JSON or a config arrive as lists.
@@ -115,6 +119,21 @@ class PrepareReport:
     kept: list[str]
     bad: dict[str, str]
     notes: dict[str, tuple[str, ...]]
+
+
+def lung_network_crc32(settings: PrepareSettings) -> int | None:
+    """CRC-32 of the network that finds lungs, or None where none does.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    if settings.lungs_source != 'network':
+        return None
+    path = settings.lung_network or lung_network.SHIPPED
+    try:
+        return zlib.crc32(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f'prepare.lung_network: {one_line(error)}') from error
 
 
 def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
@@ -315,7 +334,7 @@ def _identify(study: Study, settings: PrepareSettings) -> dict:
         'study_id': study.study_id,
         'category': study.category,
         'data_set': study.data_set,
-        'settings': dataclasses.asdict(settings),
+        'settings': dataclasses.asdict(settings) | {'lung_network': lung_network_crc32(settings)},
         'sources': {
             name: None if path is None else formats.source_crc32(path, study.index, study.files)
             for name, path in paths.items()

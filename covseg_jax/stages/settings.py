@@ -12,7 +12,7 @@ from covseg_jax import manifest
 from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation.scores import CASE_COLUMNS, SLICE_COLUMNS
-from covseg_jax.prepare.prepare_studies import CASE_VERSION
+from covseg_jax.prepare.prepare_studies import CASE_VERSION, PrepareSettings, lung_network_crc32
 from covseg_jax.stages.inputs import Config, data_folder
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 
@@ -20,9 +20,9 @@ from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 _HARMLESS = (
     'num_workers', 'on_bad_study', 'log_every', 'save_every',
     'profile_steps', 'max_skipped_steps', 'predict.batch_size',
-    'data.folder',  # its files count, wherever they lie
+    'data.folder', 'prepare.lung_network',  # the files count, wherever they lie
 )  # fmt: skip
-_DATA_SET, _CASES = 'data_set', 'case_version'
+_DATA_SET, _CASES, _LUNG_NETWORK = 'data_set', 'case_version', 'lung_network'
 # In these evaluate may differ from the training: other data, or masks that were mended.
 _OF_DATA = (
     'phantom', _DATA_SET, _CASES, 'data.layout', 'data.prepared', 'data.pseudo_masks',
@@ -56,6 +56,7 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         if stage == 'prepare':
             so_far[_DATA_SET] = describe_data_set(data_folder(config, workdir), known)
             so_far[_CASES] = CASE_VERSION  # raised when the same files give other cases
+            so_far[_LUNG_NETWORK] = lung_network_crc32(PrepareSettings(**config.prepare))
         settings[stage] = so_far
         if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
             settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}
@@ -72,7 +73,8 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
     from, with both values and what to do."""
     if stage in ('export', 'predict'):
         values = _without(config.to_dict(), _HARMLESS)
-        settings = {'train': _only(values, _OF_PREDICTION)}
+        lungs = {_LUNG_NETWORK: lung_network_crc32(PrepareSettings(**config.prepare))}
+        settings = {'train': _only(values, _OF_PREDICTION) | lungs}
     elif stage in _HELD_TO:
         settings = stage_settings(config, workdir)
     for earlier in _HELD_TO.get(stage, ()):
