@@ -10,17 +10,20 @@ dense, there is no dent, and `pleura` finds it by the ribs.
 import cc3d
 import edt
 import numpy as np
-from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, resampling_matrix, shrink
 from covseg_jax.prepare.pleura import lung_under_ribs
 from covseg_jax.prepare.slicewise import (
-    IN_PLANE,
     between_lung,
     close_in_plane,
     components_at,
+    dilate_in_plane,
     distance_in_plane,
+    erode_in_plane,
+    fill_cavities,
+    find_box,
     has_lung_below,
+    label_in_plane,
     sweep,
     touches_border,
 )
@@ -91,15 +94,13 @@ def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, n
     right, left = np.zeros_like(lungs), np.zeros_like(lungs)
     if not lungs.any():
         return right, left
-    box = ndimage.find_objects(lungs.view(np.uint8))[0]
-    # With a margin, because the border of an array is not eroded.
-    around = tuple(slice(max(0, side.start - 8), side.stop + 8) for side in box)
+    around = find_box(lungs, 8)  # with a margin, because the border of an array is not eroded
     part = lungs[around]
     coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
     coarse = part[_nearest_voxels(coarse_shape, part.shape)]
     cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
     if cores is None:
-        (right if _is_right(box, lungs) else left)[around] = part
+        (right if _is_right(find_box(lungs), lungs) else left)[around] = part
         return right, left
     cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
     on_right = _assign_pieces(coarse, *cores, coarse_mm)
@@ -139,7 +140,7 @@ def _working_grid(shape: Shape, spacing_mm: SpacingMm) -> tuple[Shape, SpacingMm
 
 
 def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    box = find_box(mask)
     matrices, target = [], []
     for axis, side in enumerate(box):
         matrix = _axis_matrix(shape[axis], mask.shape[axis])[:, side]
@@ -170,8 +171,8 @@ def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
 def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """The one or two largest components of air inside the body that are not free gas."""
     air = coarse < AIR_HU
-    tissue = ndimage.binary_opening(~air, IN_PLANE, iterations=2)  # without the table's shell
-    body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
+    # Without the table's shell.
+    body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2))
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
     enclosed = _count_sides(body) >= 2
@@ -189,7 +190,18 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
             chosen.append(label)
         if len(chosen) == 2:
             break
-    return np.isin(components, chosen) if chosen else np.zeros_like(air)
+    is_lung = np.zeros(len(volumes), bool)
+    is_lung[chosen] = True
+    return is_lung[components]
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    components = cc3d.connected_components(mask, connectivity=6)
+    volumes = np.bincount(components.ravel())
+    volumes[0] = 0
+    is_largest = np.zeros(len(volumes), bool)
+    is_largest[volumes.argmax()] = volumes.any()
+    return is_largest[components]
 
 
 def _count_sides(mask: np.ndarray) -> np.ndarray:
@@ -205,7 +217,7 @@ def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> 
     # Slice by slice, because the trachea of a scan that ends in the neck would join both. In a crop
     # a lung may touch the border too, and a corner of the room sees the body on two sides: neither
     # tells alone.
-    components = ndimage.label(air, IN_PLANE)[0]
+    components = label_in_plane(air)
     at_border = np.ones(air.shape, bool)
     at_border[:, 1:-1, 1:-1] = False
     _, enclosed_part = _volumes_and_means(components, enclosed)
@@ -216,25 +228,26 @@ def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> 
 
 def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each label, in voxels and in the values' unit; the background, label 0, has volume 0."""
-    labels = components.ravel()
-    volumes = np.bincount(labels)
-    means = np.bincount(labels, weights=values.ravel()) / np.maximum(volumes, 1)
-    volumes[0] = 0
-    return volumes, means
+    inside = components > 0
+    labels = components[inside]
+    volumes = np.bincount(labels, minlength=1)
+    return volumes, np.bincount(labels, values[inside], len(volumes)) / np.maximum(volumes, 1)
 
 
 def _trachea(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     # Trachea and main bronchi: in a slice, small spots of gas apart from the lungs.
-    components, number = ndimage.label(air, IN_PLANE)
-    labels = np.arange(1, number + 1)
-    areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
-    areas_cm2 = areas_cm2 * spacing_mm[1] * spacing_mm[2] / 100.0
-    small = labels[areas_cm2 < TRACHEA_CM2]
-    if not small.size:
-        return np.zeros_like(air)
+    components = label_in_plane(air)
+    areas_cm2 = np.bincount(components.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
+    is_small = areas_cm2 < TRACHEA_CM2
+    is_small[0] = False
+    z, y, x = np.nonzero(is_small[components])
+    # Of two voxels by two: noise alone is less dark.
+    above, left = np.maximum(y - 1, 0), np.maximum(x - 1, 0)
+    hu = (coarse[z, y, x] + coarse[z, above, x] + coarse[z, y, left] + coarse[z, above, left]) / 4
     # The minimum, not the mean: the rim of a small tube is partial volume.
-    darkest = ndimage.minimum(ndimage.uniform_filter(coarse, (1, 2, 2)), components, small)
-    return np.isin(components, small[darkest < TRACHEA_HU])
+    darkest = np.full(len(is_small), np.inf)
+    np.minimum.at(darkest, components[z, y, x], hu)
+    return (darkest < TRACHEA_HU)[components]
 
 
 def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.ndarray]:
@@ -242,11 +255,13 @@ def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.nd
     components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
     if number != 1:
         return [components == label for label in range(1, number + 1)]
-    cores = _find_cores(parenchyma, spacing_mm, EROSIONS_MM)
+    around = find_box(parenchyma, 1)  # with a margin, because the border of an array is not eroded
+    cores = _find_cores(parenchyma[around], spacing_mm, EROSIONS_MM)
     if cores is None:
         return [parenchyma]
-    first = _is_nearer(*cores, spacing_mm)
-    return [parenchyma & first, parenchyma & ~first]
+    first = np.zeros_like(parenchyma)
+    first[around] = parenchyma[around] & _is_nearer(*cores, spacing_mm)
+    return [first, parenchyma & ~first]
 
 
 def _find_cores(
@@ -295,7 +310,7 @@ def _assign_pieces(
 
 def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """One lung with what the threshold lost: vessels, holes, consolidation at the pleura."""
-    box = ndimage.find_objects(lung.astype(np.uint8))[0]
+    box = find_box(lung)
     part, hu = lung[box], coarse[box]
     closed = _fill_holes(close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
     wide = close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
@@ -305,7 +320,7 @@ def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) 
     lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
     # Bone is never lung.
     added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
-    added = ndimage.binary_opening(added, IN_PLANE)
+    added = dilate_in_plane(erode_in_plane(added))
     complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
     rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
     result = np.zeros_like(lung)
@@ -317,10 +332,9 @@ def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.n
     """What the closings took from heart, aorta and hilum: dense, thick, and connected in its slice
     to dense tissue outside the lung, away from the ribs."""
     dense = hu > DENSE_HU
-    thick = ndimage.binary_opening(dense & lung, IN_PLANE, iterations=2)
-    thick = ndimage.binary_dilation(thick, IN_PLANE, iterations=2, mask=dense & lung)
-    labels = ndimage.label(thick, IN_PLANE)[0]
-    return components_at(labels, ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE))
+    thick = dilate_in_plane(erode_in_plane(dense & lung, 2), 2)
+    thick = dilate_in_plane(thick, 2, within=dense & lung)
+    return components_at(label_in_plane(thick), dilate_in_plane(dense & ~lung & ~rib_side))
 
 
 def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
@@ -351,9 +365,9 @@ def _fill_holes(mask: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     That need not be a closed hole: the rim of lung between a consolidation and the pleura may be
     too thin to see. The liver's dome has no lung below.
     """
-    filled = ndimage.binary_fill_holes(mask)
+    filled = fill_cavities(mask)
     surrounded = ~filled & (_count_sides(filled) == 4) & sweep(filled, 0)
-    holes = ndimage.label(surrounded, IN_PLANE)[0]
+    holes = label_in_plane(surrounded)
     areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
     fill = areas_cm2 < MAXIMUM_HOLE_CM2
     fill[0] = False
