@@ -12,6 +12,7 @@ import edt
 import numpy as np
 
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, resampling_matrix, shrink
+from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
 from covseg_jax.prepare.pleura import lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     between_lung,
@@ -31,13 +32,25 @@ from covseg_jax.prepare.slicewise import (
 AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
 WORKING_MM = 2.0
-MINIMUM_ML = 300.0
+CLIP_HU = (-1024, 400)
+ADULT_ML = 300.0
+# Lungs of fewer ml, a child's or those of a few slices, have at least this share of the patient in
+# their slices: 0.08 to 0.5 of it; the bowel gas of an abdomen less.
+LEAST_SHARE = 0.05
 CLOSING_MM = 10.0
 RIB_SIDE_CLOSING_MM = 50.0
 DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
 MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
+GAS_SHARE = 0.25  # of the air in a corner of the room lies below GAS_HU
+EMPHYSEMA_SHARE = 0.5  # of a lung lies below it, at most
+# Of a lung that the circle cuts into lies between parts of the body: 0.31 to 1 in three scans and
+# three circles; of the air under the back 0 to 0.25, beside the arms up to 0.5.
+BETWEEN_SHARE = 0.3
+# The same of a lung in the corner of a cropped scan: 0.05 at least; under the back at most 0.02.
+CORNER_SHARE = 0.03
+WALL_VOXELS = 10
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
 EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
 ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
@@ -60,20 +73,25 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
         bool (Z, Y, X).
 
     Raises:
-        ValueError: no lungs found, or less than 300 ml together.
+        ValueError: no lungs found, or less than 300 ml together that are less than 5 % of the
+            patient in their slices.
     """
-    coarse, coarse_mm = _to_working_grid(image_hu, spacing_mm)
+    coarse, coarse_mm, padding = _to_working_grid(image_hu, spacing_mm)
     voxel_ml = float(np.prod(coarse_mm)) / 1000.0
     lungs = np.zeros(coarse.shape, bool)
-    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm), coarse_mm):
+    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm, padding), coarse_mm):
         lungs |= _complete_lung(lung, coarse, coarse_mm)
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
+    lungs &= ~padding
     volume_ml = lungs.sum() * voxel_ml
-    if volume_ml < MINIMUM_ML:
+    slices = lungs.any(axis=(1, 2))
+    tissue_ml = (coarse[slices] >= AIR_HU)[~padding[slices]].sum() * voxel_ml
+    share = volume_ml / max(volume_ml + tissue_ml, voxel_ml)
+    if volume_ml == 0 or (volume_ml < ADULT_ML and share < LEAST_SHARE):
         raise ValueError(
-            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels; at least '
-            f'{MINIMUM_ML:.0f} ml are expected)'
+            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels, {100 * share:.0f} % of their '
+            f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
     return _to_study_grid(lungs, image_hu.shape)
 
@@ -96,15 +114,15 @@ def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, n
         return right, left
     around = find_box(lungs, 8)  # with a margin, because the border of an array is not eroded
     part = lungs[around]
-    coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
-    coarse = part[_nearest_voxels(coarse_shape, part.shape)]
+    coarse_shape, coarse_mm = working_grid(part.shape, spacing_mm)
+    coarse = part[nearest_voxels(coarse_shape, part.shape)]
     cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
     if cores is None:
         (right if _is_right(find_box(lungs), lungs) else left)[around] = part
         return right, left
     cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
     on_right = _assign_pieces(coarse, *cores, coarse_mm)
-    on_right = on_right[_nearest_voxels(part.shape, coarse_shape)]
+    on_right = on_right[nearest_voxels(part.shape, coarse_shape)]
     right[around], left[around] = part & on_right, part & ~on_right
     return right, left
 
@@ -125,17 +143,30 @@ def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
     return lungs
 
 
-def _to_working_grid(image_hu: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, SpacingMm]:
-    shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
+def _to_working_grid(
+    image_hu: np.ndarray, spacing_mm: SpacingMm
+) -> tuple[np.ndarray, SpacingMm, np.ndarray]:
+    """The image, its spacing, and its padding, which has the density of air."""
+    shape, coarse_mm = working_grid(image_hu.shape, spacing_mm)
     matrices = [_axis_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
     # Metal and padding must not pull their neighbours' mean.
-    return shrink(image_hu, matrices, clip=(-1024, 400)), coarse_mm
+    coarse = shrink(image_hu, matrices, clip=CLIP_HU)
+    nearest = image_hu[nearest_voxels(shape, image_hu.shape)]
+    padding = find_padding(nearest)
+    if padding.any():
+        # A mean of lung and padding is neither.
+        rim = dilate_in_plane(padding)
+        coarse[rim] = np.clip(nearest[rim], *CLIP_HU)
+        coarse[padding] = np.where(nearest[padding] < AIR_HU, CLIP_HU[0], 0)
+    return coarse, coarse_mm, padding
 
 
-def _working_grid(shape: Shape, spacing_mm: SpacingMm) -> tuple[Shape, SpacingMm]:
+def working_grid(
+    shape: Shape, spacing_mm: SpacingMm, step_mm: float = WORKING_MM
+) -> tuple[Shape, SpacingMm]:
     """Shape and spacing, never finer than the scan: an axis of 8 mm slices stays as it is."""
     extents = list(zip(shape, spacing_mm, strict=True))
-    coarse = tuple(min(n, max(1, round(n * step / WORKING_MM))) for n, step in extents)
+    coarse = tuple(min(n, max(1, round(n * step / step_mm))) for n, step in extents)
     return coarse, tuple(step * n / m for (n, step), m in zip(extents, coarse, strict=True))
 
 
@@ -160,7 +191,7 @@ def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
     return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
-def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
+def nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
     """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
     lengths = zip(targets, sources, strict=True)
     return np.ix_(
@@ -168,15 +199,26 @@ def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
     )
 
 
-def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndarray) -> np.ndarray:
     """The one or two largest components of air inside the body that are not free gas."""
     air = coarse < AIR_HU
-    # Without the table's shell.
-    body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2))
+    # What a mixture with dense padding is, is not known.
+    tissue = ~air & ~dilate_in_plane(padding & ~air, EDGE_VOXELS)
+    # Without the table's shell, but with the walls that the edge of view leaves thin.
+    body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2)) & tissue
+    body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
+    air &= ~padding
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
     enclosed = _count_sides(body) >= 2
-    air &= ~_outside_body(coarse, air, enclosed)
+    # Under a round back it sees the body on two sides, but not on opposite ones.
+    between = _is_between(body)
+    inside = {0.5: enclosed, CORNER_SHARE: between}
+    air &= ~_outside_body(coarse, air, inside, find_border(air.shape), GAS_SHARE)
+    if padding.any():
+        at_padding = dilate_in_plane(padding, EDGE_VOXELS)
+        inside = {0.5: enclosed, BETWEEN_SHARE: between}
+        air &= ~_outside_body(coarse, air, inside, at_padding, EMPHYSEMA_SHARE)
     air &= ~_trachea(coarse, air, spacing_mm)
     components = cc3d.connected_components(air, connectivity=6)
     volumes, means = _volumes_and_means(components, coarse)
@@ -213,17 +255,29 @@ def _count_sides(mask: np.ndarray) -> np.ndarray:
     return sides
 
 
-def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
+def _is_between(mask: np.ndarray) -> np.ndarray:
+    """Voxels that see the mask on two opposite sides in the slice."""
+    across, along = (sweep(mask, axis) & sweep(mask, axis, backwards=True) for axis in (2, 1))
+    return across | along
+
+
+def _outside_body(
+    coarse: np.ndarray,
+    air: np.ndarray,
+    inside: dict[float, np.ndarray],
+    edge: np.ndarray,
+    gas_share: float,
+) -> np.ndarray:
+    """Parts of the air, in a slice, that reach the edge, and of which more than a share is free gas
+    or no more than another share lies in the mask `inside` that belongs to it."""
     # Slice by slice, because the trachea of a scan that ends in the neck would join both. In a crop
     # a lung may touch the border too, and a corner of the room sees the body on two sides: neither
     # tells alone.
     components = label_in_plane(air)
-    at_border = np.ones(air.shape, bool)
-    at_border[:, 1:-1, 1:-1] = False
-    _, enclosed_part = _volumes_and_means(components, enclosed)
-    _, gas_part = _volumes_and_means(components, coarse < GAS_HU)
-    is_outside = (enclosed_part <= 0.5) | (gas_part > 0.25)
-    return components_at(components, at_border) & is_outside[components]
+    is_outside = _volumes_and_means(components, coarse < GAS_HU)[1] > gas_share
+    for share, mask in inside.items():
+        is_outside |= _volumes_and_means(components, mask)[1] <= share
+    return components_at(components, edge) & is_outside[components]
 
 
 def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -126,6 +126,45 @@ def test_padding_below_air_changes_nothing(chest):
     )
 
 
+@pytest.mark.parametrize('value', [-3024, -2000, -1024, 0, 3071, 62512])
+@pytest.mark.parametrize(
+    ('inside', 'is_cut'),
+    [
+        pytest.param(Y**2 + X**2 < 165**2, False, id='circle round the body'),
+        pytest.param(Y**2 + X**2 < 118**2, True, id='circle through both lungs'),
+        pytest.param((abs(X + 0.15 * Y) < 150) & (abs(Y - 0.15 * X) < 120), False, id='turned'),
+    ],
+)
+def test_padding_of_any_value_is_neither_air_nor_tissue(chest, value, inside, is_cut):
+    image, truth = chest
+    padded = np.where(inside, image.astype(np.float32), value)
+    assert (truth & ~inside).any() == is_cut
+    found = lungs.find_lungs(padded, SPACING_MM)
+    assert _dice(found, truth & inside) >= 0.97
+
+
+def test_air_under_a_round_back_in_the_lower_half_of_a_chest_is_no_lung(chest):
+    image, truth = chest
+    # The foam reaches up beside the back, so that it sees the body in front and at one side.
+    hollow = np.broadcast_to((Y > 40) & (abs(X) > 60) & (image < -960), SHAPE)
+    image = np.where(hollow, np.int16(-900), image)[:8]
+    assert _dice(lungs.find_lungs(image, SPACING_MM), truth[:8]) >= 0.95
+
+
+def test_lungs_of_an_infant_are_found(chest):
+    image, truth = chest
+    spacing_mm = tuple(0.35 * step for step in SPACING_MM)  # 5,000 ml · 0.35³ = 210 ml
+    assert 150 < truth.sum() * np.prod(spacing_mm) / 1000 < 300
+    assert _dice(lungs.find_lungs(image, spacing_mm), truth) >= 0.95
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_lungs_of_a_few_slices_are_found(chest, count):
+    image, truth = (array[14 : 14 + count] for array in chest)
+    found = lungs.find_lungs(image, (1.0, *SPACING_MM[1:]))
+    assert _dice(found, truth) >= 0.95
+
+
 @pytest.mark.parametrize('value', [-1000, 0, 40])
 def test_scan_without_lungs_is_refused(value):
     with pytest.raises(ValueError, match='no lungs found'):
