@@ -221,20 +221,37 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndar
         air &= ~_outside_body(coarse, air, inside, at_padding, EMPHYSEMA_SHARE)
     air &= ~_trachea(coarse, air, spacing_mm)
     components = cc3d.connected_components(air, connectivity=6)
+    return _choose_lungs(components, coarse, enclosed)
+
+
+def _choose_lungs(components: np.ndarray, coarse: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
     volumes, means = _volumes_and_means(components, coarse)
     chosen = []
     for label in np.argsort(volumes)[::-1][:8]:
         # Bowel gas may compete with the other lung, but most of it is smaller.
         if volumes[label] == 0 or (chosen and volumes[label] < SMALLER_LUNG * volumes[chosen[0]]):
             break
-        # Blankets and foam in the table have the density of lung, but no body around them.
-        if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
-            chosen.append(label)
+        part = components == label
+        # Blankets and foam in the table have the density of lung, but no body around them. The rim
+        # of gas is partial volume: the median tells gas where the mean does not.
+        is_gas = min(means[label], np.median(coarse[part])) <= GAS_HU
+        if is_gas or enclosed[part].mean() <= 0.5:
+            continue
+        # Both lungs may be one component; what lies under it is stomach or bowel.
+        if chosen and _is_under(part, components == chosen[0]):
+            continue
+        chosen.append(label)
         if len(chosen) == 2:
             break
     is_lung = np.zeros(len(volumes), bool)
     is_lung[chosen] = True
     return is_lung[components]
+
+
+def _is_under(part: np.ndarray, lungs: np.ndarray) -> bool:
+    """Whether most of a part has lung above it, and next to nothing of it lung below."""
+    above, below = sweep(lungs, 0, backwards=True), sweep(lungs, 0)
+    return above[part].mean() > 0.5 and below[part].mean() < 0.1
 
 
 def _largest_component(mask: np.ndarray) -> np.ndarray:
