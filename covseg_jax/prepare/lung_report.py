@@ -65,7 +65,7 @@ def measure_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[float, floa
     right, left = split_lungs(lungs[nearest_voxels(shape, lungs.shape)], coarse_mm)
     share = np.count_nonzero(right) / max(1, np.count_nonzero(right) + np.count_nonzero(left))
     total_ml = float(np.count_nonzero(lungs)) * float(np.prod(spacing_mm)) / 1000.0
-    return total_ml * share, total_ml * (1 - share)
+    return float(total_ml * share), float(total_ml * (1 - share))
 
 
 def _note_volumes(right_ml: float, left_ml: float) -> list[str]:
