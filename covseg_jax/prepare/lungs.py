@@ -206,13 +206,15 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndar
     tissue = ~air & ~dilate_in_plane(padding & ~air, EDGE_VOXELS)
     # Without the table's shell, but with the walls that the edge of view leaves thin.
     body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2)) & tissue
-    body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
+    if padding.any():
+        body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
     air &= ~padding
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
-    enclosed = _count_sides(body) >= 2
+    right, left, front, back = _look_around(body)
+    enclosed = _sum_masks(right, left, front, back) >= 2
     # Under a round back it sees the body on two sides, but not on opposite ones.
-    between = _is_between(body)
+    between = (right & left) | (front & back)
     inside = {0.5: enclosed, CORNER_SHARE: between}
     air &= ~_outside_body(coarse, air, inside, find_border(air.shape), GAS_SHARE)
     if padding.any():
@@ -263,19 +265,18 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     return is_largest[components]
 
 
-def _count_sides(mask: np.ndarray) -> np.ndarray:
-    """On how many of its four sides in the slice a voxel sees the mask: uint8, 0 to 4."""
-    sides = np.zeros(mask.shape, np.uint8)
-    for axis in (1, 2):
-        sides += sweep(mask, axis)
-        sides += sweep(mask, axis, backwards=True)
-    return sides
+def _look_around(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels that see the mask in their slice to the right, to the left, in front and behind."""
+    return (
+        sweep(mask, 2),
+        sweep(mask, 2, backwards=True),
+        sweep(mask, 1),
+        sweep(mask, 1, backwards=True),
+    )
 
 
-def _is_between(mask: np.ndarray) -> np.ndarray:
-    """Voxels that see the mask on two opposite sides in the slice."""
-    across, along = (sweep(mask, axis) & sweep(mask, axis, backwards=True) for axis in (2, 1))
-    return across | along
+def _sum_masks(*masks: np.ndarray) -> np.ndarray:
+    return sum(mask.view(np.uint8) for mask in masks)
 
 
 def _outside_body(
@@ -437,7 +438,7 @@ def _fill_holes(mask: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     too thin to see. The liver's dome has no lung below.
     """
     filled = fill_cavities(mask)
-    surrounded = ~filled & (_count_sides(filled) == 4) & sweep(filled, 0)
+    surrounded = ~filled & np.logical_and.reduce(_look_around(filled)) & sweep(filled, 0)
     holes = label_in_plane(surrounded)
     areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
     fill = areas_cm2 < MAXIMUM_HOLE_CM2
