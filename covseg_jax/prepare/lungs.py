@@ -204,10 +204,10 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndar
     air = coarse < AIR_HU
     # What a mixture with dense padding is, is not known.
     tissue = ~air & ~dilate_in_plane(padding & ~air, EDGE_VOXELS)
-    # Without the table's shell, but with the walls that the edge of view leaves thin.
+    # Without the table's shell, but with the walls that the edge of view leaves thin, and those of
+    # a single slice, which nothing above or below holds together.
     body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2)) & tissue
-    if padding.any():
-        body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
+    body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
     air &= ~padding
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
