@@ -37,7 +37,7 @@ _PATHS = {
 _SWITCHES = {
     'resume': 'predict: keep the studies that are done',
     'preview': 'predict: a PNG a study, lesions outlined',
-    'per_lung': 'predict: volumes of either lung too',
+    'per_lung': 'predict: lesions of either lung too',
     'probability': 'predict: probability maps too',
 }
 _REQUEST = [

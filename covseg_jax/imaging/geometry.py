@@ -17,6 +17,7 @@ from nibabel import orientations
 Shape = tuple[int, int, int]
 SpacingMm = tuple[float, float, float]  # along z, y and x
 _SLAB_VOXELS = 2**22  # that are resampled at a time: 16 MB of float32
+_BAND_TARGETS = 32  # more multiply more zeros, fewer make products that are slow for their size
 _CANONICAL = orientations.axcodes2ornt(('L', 'P', 'S'))
 
 
@@ -322,8 +323,30 @@ def _in_depth(array: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def _in_plane(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     # The axis that shrinks most goes first, which leaves less for the other.
     if len(rows) * array.shape[2] < len(columns) * array.shape[1]:
-        return (rows @ array) @ columns.T
-    return rows @ (array @ columns.T)
+        return _along_columns(_along_rows(array, rows), columns)
+    return _along_rows(_along_columns(array, columns), rows)
+
+
+def _along_rows(array: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    result = np.empty((array.shape[0], len(matrix), array.shape[2]), np.float32)
+    for targets, sources in _bands(matrix):
+        result[:, targets] = matrix[targets, sources] @ array[:, sources]
+    return result
+
+
+def _along_columns(array: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    result = np.empty((*array.shape[:2], len(matrix)), np.float32)
+    for targets, sources in _bands(matrix):
+        result[:, :, targets] = array[:, :, sources] @ matrix[targets, sources].T
+    return result
+
+
+def _bands(matrix: np.ndarray) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a (target, source) matrix outside of which it is 0: a target takes few sources."""
+    for start in range(0, len(matrix), _BAND_TARGETS):
+        targets = slice(start, min(start + _BAND_TARGETS, len(matrix)))
+        used = np.flatnonzero(matrix[targets].any(axis=0))
+        yield targets, slice(used[0], used[-1] + 1) if used.size else slice(0, 0)
 
 
 def _centres_mm(geometry: Geometry, axis: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -23,6 +23,7 @@ from covseg_jax.manifest import fingerprint
 from covseg_jax.predict.journal import Journal
 from covseg_jax.predict.model import Measures, Model, measure, native_probability
 from covseg_jax.predict.preview import write_preview
+from covseg_jax.prepare.lung_report import measure_lungs
 from covseg_jax.prepare.lungs import split_lungs
 from covseg_jax.prepare.prepare_studies import PreparedCase, PrepareSettings, prepare_volume
 from covseg_jax.prepare.study_files import read_image
@@ -46,7 +47,7 @@ class Extras:
 
     probability: bool = False  # `<study_id>_probability.nii.gz`, float32
     preview: bool = False  # `<study_id>_preview.png`, slices with the lesions outlined
-    per_lung: bool = False  # volumes of either lung, in results.csv
+    per_lung: bool = False  # lesions of either lung, in results.csv
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
@@ -91,6 +92,9 @@ def write_prediction(
         for name, lung in zip(('right', 'left'), sides, strict=True):
             of_lung = measure(found.mask, lung, case.geometry.study_voxel_ml)
             row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
+    else:
+        right_ml, left_ml = measure_lungs(found.lungs, case.geometry.spacing_mm)
+        row |= {'right_lung_ml': round(right_ml, 4), 'left_lung_ml': round(left_ml, 4)}
     if case.notes:
         row['notes'] = '; '.join(case.notes)
     return row

@@ -10,17 +10,21 @@ dense, there is no dent, and `pleura` finds it by the ribs.
 import cc3d
 import edt
 import numpy as np
-from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, resampling_matrix, shrink
+from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
 from covseg_jax.prepare.pleura import lung_under_ribs
 from covseg_jax.prepare.slicewise import (
-    IN_PLANE,
     between_lung,
     close_in_plane,
     components_at,
+    dilate_in_plane,
     distance_in_plane,
+    erode_in_plane,
+    fill_cavities,
+    find_box,
     has_lung_below,
+    label_in_plane,
     sweep,
     touches_border,
 )
@@ -28,13 +32,25 @@ from covseg_jax.prepare.slicewise import (
 AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
 WORKING_MM = 2.0
-MINIMUM_ML = 300.0
+CLIP_HU = (-1024, 400)
+ADULT_ML = 300.0
+# Lungs of fewer ml, a child's or those of a few slices, have at least this share of the patient in
+# their slices: 0.08 to 0.5 of it; the bowel gas of an abdomen less.
+LEAST_SHARE = 0.05
 CLOSING_MM = 10.0
 RIB_SIDE_CLOSING_MM = 50.0
 DENSE_HU = -150  # soft tissue and consolidation lie above, ground glass below
 MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
+GAS_SHARE = 0.25  # of the air in a corner of the room lies below GAS_HU
+EMPHYSEMA_SHARE = 0.5  # of a lung lies below it, at most
+# Of a lung that the circle cuts into lies between parts of the body: 0.31 to 1 in three scans and
+# three circles; of the air under the back 0 to 0.25, beside the arms up to 0.5.
+BETWEEN_SHARE = 0.3
+# The same of a lung in the corner of a cropped scan: 0.05 at least; under the back at most 0.02.
+CORNER_SHARE = 0.03
+WALL_VOXELS = 10
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
 EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
 ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
@@ -57,20 +73,25 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
         bool (Z, Y, X).
 
     Raises:
-        ValueError: no lungs found, or less than 300 ml together.
+        ValueError: no lungs found, or less than 300 ml together that are less than 5 % of the
+            patient in their slices.
     """
-    coarse, coarse_mm = _to_working_grid(image_hu, spacing_mm)
+    coarse, coarse_mm, padding = _to_working_grid(image_hu, spacing_mm)
     voxel_ml = float(np.prod(coarse_mm)) / 1000.0
     lungs = np.zeros(coarse.shape, bool)
-    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm), coarse_mm):
+    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm, padding), coarse_mm):
         lungs |= _complete_lung(lung, coarse, coarse_mm)
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
+    lungs &= ~padding
     volume_ml = lungs.sum() * voxel_ml
-    if volume_ml < MINIMUM_ML:
+    slices = lungs.any(axis=(1, 2))
+    tissue_ml = (coarse[slices] >= AIR_HU)[~padding[slices]].sum() * voxel_ml
+    share = volume_ml / max(volume_ml + tissue_ml, voxel_ml)
+    if volume_ml == 0 or (volume_ml < ADULT_ML and share < LEAST_SHARE):
         raise ValueError(
-            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels; at least '
-            f'{MINIMUM_ML:.0f} ml are expected)'
+            f'no lungs found ({volume_ml:.0f} ml of lung-like voxels, {100 * share:.0f} % of their '
+            f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
     return _to_study_grid(lungs, image_hu.shape)
 
@@ -91,19 +112,17 @@ def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, n
     right, left = np.zeros_like(lungs), np.zeros_like(lungs)
     if not lungs.any():
         return right, left
-    box = ndimage.find_objects(lungs.view(np.uint8))[0]
-    # With a margin, because the border of an array is not eroded.
-    around = tuple(slice(max(0, side.start - 8), side.stop + 8) for side in box)
+    around = find_box(lungs, 8)  # with a margin, because the border of an array is not eroded
     part = lungs[around]
-    coarse_shape, coarse_mm = _working_grid(part.shape, spacing_mm)
-    coarse = part[_nearest_voxels(coarse_shape, part.shape)]
+    coarse_shape, coarse_mm = working_grid(part.shape, spacing_mm)
+    coarse = part[nearest_voxels(coarse_shape, part.shape)]
     cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
     if cores is None:
-        (right if _is_right(box, lungs) else left)[around] = part
+        (right if _is_right(find_box(lungs), lungs) else left)[around] = part
         return right, left
     cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
     on_right = _assign_pieces(coarse, *cores, coarse_mm)
-    on_right = on_right[_nearest_voxels(part.shape, coarse_shape)]
+    on_right = on_right[nearest_voxels(part.shape, coarse_shape)]
     right[around], left[around] = part & on_right, part & ~on_right
     return right, left
 
@@ -124,22 +143,35 @@ def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
     return lungs
 
 
-def _to_working_grid(image_hu: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, SpacingMm]:
-    shape, coarse_mm = _working_grid(image_hu.shape, spacing_mm)
+def _to_working_grid(
+    image_hu: np.ndarray, spacing_mm: SpacingMm
+) -> tuple[np.ndarray, SpacingMm, np.ndarray]:
+    """The image, its spacing, and its padding, which has the density of air."""
+    shape, coarse_mm = working_grid(image_hu.shape, spacing_mm)
     matrices = [_axis_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
     # Metal and padding must not pull their neighbours' mean.
-    return shrink(image_hu, matrices, clip=(-1024, 400)), coarse_mm
+    coarse = shrink(image_hu, matrices, clip=CLIP_HU)
+    nearest = image_hu[nearest_voxels(shape, image_hu.shape)]
+    padding = find_padding(nearest)
+    if padding.any():
+        # A mean of lung and padding is neither.
+        rim = dilate_in_plane(padding)
+        coarse[rim] = np.clip(nearest[rim], *CLIP_HU)
+        coarse[padding] = np.where(nearest[padding] < AIR_HU, CLIP_HU[0], 0)
+    return coarse, coarse_mm, padding
 
 
-def _working_grid(shape: Shape, spacing_mm: SpacingMm) -> tuple[Shape, SpacingMm]:
+def working_grid(
+    shape: Shape, spacing_mm: SpacingMm, step_mm: float = WORKING_MM
+) -> tuple[Shape, SpacingMm]:
     """Shape and spacing, never finer than the scan: an axis of 8 mm slices stays as it is."""
     extents = list(zip(shape, spacing_mm, strict=True))
-    coarse = tuple(min(n, max(1, round(n * step / WORKING_MM))) for n, step in extents)
+    coarse = tuple(min(n, max(1, round(n * step / step_mm))) for n, step in extents)
     return coarse, tuple(step * n / m for (n, step), m in zip(extents, coarse, strict=True))
 
 
 def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    box = find_box(mask)
     matrices, target = [], []
     for axis, side in enumerate(box):
         matrix = _axis_matrix(shape[axis], mask.shape[axis])[:, side]
@@ -159,7 +191,7 @@ def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
     return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
-def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
+def nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
     """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
     lengths = zip(targets, sources, strict=True)
     return np.ix_(
@@ -167,74 +199,127 @@ def _nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
     )
 
 
-def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndarray) -> np.ndarray:
     """The one or two largest components of air inside the body that are not free gas."""
     air = coarse < AIR_HU
-    tissue = ndimage.binary_opening(~air, IN_PLANE, iterations=2)  # without the table's shell
-    body = cc3d.largest_k(tissue, k=1, connectivity=6) > 0
+    # What a mixture with dense padding is, is not known.
+    tissue = ~air & ~dilate_in_plane(padding & ~air, EDGE_VOXELS)
+    # Without the table's shell, but with the walls that the edge of view leaves thin, and those of
+    # a single slice, which nothing above or below holds together.
+    body = _largest_component(dilate_in_plane(erode_in_plane(~air, 2), 2)) & tissue
+    body = dilate_in_plane(body, WALL_VOXELS, within=tissue)
+    air &= ~padding
     # A lung sees the body on four sides, in the corner of a cropped scan still on two; the air
     # under the back sees it in front only.
-    enclosed = _count_sides(body) >= 2
-    air &= ~_outside_body(coarse, air, enclosed)
+    right, left, front, back = _look_around(body)
+    enclosed = _sum_masks(right, left, front, back) >= 2
+    # Under a round back it sees the body on two sides, but not on opposite ones.
+    between = (right & left) | (front & back)
+    inside = {0.5: enclosed, CORNER_SHARE: between}
+    air &= ~_outside_body(coarse, air, inside, find_border(air.shape), GAS_SHARE)
+    if padding.any():
+        at_padding = dilate_in_plane(padding, EDGE_VOXELS)
+        inside = {0.5: enclosed, BETWEEN_SHARE: between}
+        air &= ~_outside_body(coarse, air, inside, at_padding, EMPHYSEMA_SHARE)
     air &= ~_trachea(coarse, air, spacing_mm)
     components = cc3d.connected_components(air, connectivity=6)
+    return _choose_lungs(components, coarse, enclosed)
+
+
+def _choose_lungs(components: np.ndarray, coarse: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
     volumes, means = _volumes_and_means(components, coarse)
     chosen = []
     for label in np.argsort(volumes)[::-1][:8]:
         # Bowel gas may compete with the other lung, but most of it is smaller.
         if volumes[label] == 0 or (chosen and volumes[label] < SMALLER_LUNG * volumes[chosen[0]]):
             break
-        # Blankets and foam in the table have the density of lung, but no body around them.
-        if means[label] > GAS_HU and enclosed[components == label].mean() > 0.5:
-            chosen.append(label)
+        part = components == label
+        # Blankets and foam in the table have the density of lung, but no body around them. The rim
+        # of gas is partial volume: the median tells gas where the mean does not.
+        is_gas = min(means[label], np.median(coarse[part])) <= GAS_HU
+        if is_gas or enclosed[part].mean() <= 0.5:
+            continue
+        # Both lungs may be one component; what lies under it is stomach or bowel.
+        if chosen and _is_under(part, components == chosen[0]):
+            continue
+        chosen.append(label)
         if len(chosen) == 2:
             break
-    return np.isin(components, chosen) if chosen else np.zeros_like(air)
+    is_lung = np.zeros(len(volumes), bool)
+    is_lung[chosen] = True
+    return is_lung[components]
 
 
-def _count_sides(mask: np.ndarray) -> np.ndarray:
-    """On how many of its four sides in the slice a voxel sees the mask: uint8, 0 to 4."""
-    sides = np.zeros(mask.shape, np.uint8)
-    for axis in (1, 2):
-        sides += sweep(mask, axis)
-        sides += sweep(mask, axis, backwards=True)
-    return sides
+def _is_under(part: np.ndarray, lungs: np.ndarray) -> bool:
+    """Whether most of a part has lung above it, and next to nothing of it lung below."""
+    above, below = sweep(lungs, 0, backwards=True), sweep(lungs, 0)
+    return above[part].mean() > 0.5 and below[part].mean() < 0.1
 
 
-def _outside_body(coarse: np.ndarray, air: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    components = cc3d.connected_components(mask, connectivity=6)
+    volumes = np.bincount(components.ravel())
+    volumes[0] = 0
+    is_largest = np.zeros(len(volumes), bool)
+    is_largest[volumes.argmax()] = volumes.any()
+    return is_largest[components]
+
+
+def _look_around(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels that see the mask in their slice to the right, to the left, in front and behind."""
+    return (
+        sweep(mask, 2),
+        sweep(mask, 2, backwards=True),
+        sweep(mask, 1),
+        sweep(mask, 1, backwards=True),
+    )
+
+
+def _sum_masks(*masks: np.ndarray) -> np.ndarray:
+    return sum(mask.view(np.uint8) for mask in masks)
+
+
+def _outside_body(
+    coarse: np.ndarray,
+    air: np.ndarray,
+    inside: dict[float, np.ndarray],
+    edge: np.ndarray,
+    gas_share: float,
+) -> np.ndarray:
+    """Parts of the air, in a slice, that reach the edge, and of which more than a share is free gas
+    or no more than another share lies in the mask `inside` that belongs to it."""
     # Slice by slice, because the trachea of a scan that ends in the neck would join both. In a crop
     # a lung may touch the border too, and a corner of the room sees the body on two sides: neither
     # tells alone.
-    components = ndimage.label(air, IN_PLANE)[0]
-    at_border = np.ones(air.shape, bool)
-    at_border[:, 1:-1, 1:-1] = False
-    _, enclosed_part = _volumes_and_means(components, enclosed)
-    _, gas_part = _volumes_and_means(components, coarse < GAS_HU)
-    is_outside = (enclosed_part <= 0.5) | (gas_part > 0.25)
-    return components_at(components, at_border) & is_outside[components]
+    components = label_in_plane(air)
+    is_outside = _volumes_and_means(components, coarse < GAS_HU)[1] > gas_share
+    for share, mask in inside.items():
+        is_outside |= _volumes_and_means(components, mask)[1] <= share
+    return components_at(components, edge) & is_outside[components]
 
 
 def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each label, in voxels and in the values' unit; the background, label 0, has volume 0."""
-    labels = components.ravel()
-    volumes = np.bincount(labels)
-    means = np.bincount(labels, weights=values.ravel()) / np.maximum(volumes, 1)
-    volumes[0] = 0
-    return volumes, means
+    inside = components > 0
+    labels = components[inside]
+    volumes = np.bincount(labels, minlength=1)
+    return volumes, np.bincount(labels, values[inside], len(volumes)) / np.maximum(volumes, 1)
 
 
 def _trachea(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     # Trachea and main bronchi: in a slice, small spots of gas apart from the lungs.
-    components, number = ndimage.label(air, IN_PLANE)
-    labels = np.arange(1, number + 1)
-    areas_cm2 = np.bincount(components.ravel(), minlength=number + 1)[1:]
-    areas_cm2 = areas_cm2 * spacing_mm[1] * spacing_mm[2] / 100.0
-    small = labels[areas_cm2 < TRACHEA_CM2]
-    if not small.size:
-        return np.zeros_like(air)
+    components = label_in_plane(air)
+    areas_cm2 = np.bincount(components.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
+    is_small = areas_cm2 < TRACHEA_CM2
+    is_small[0] = False
+    z, y, x = np.nonzero(is_small[components])
+    # Of two voxels by two: noise alone is less dark.
+    above, left = np.maximum(y - 1, 0), np.maximum(x - 1, 0)
+    hu = (coarse[z, y, x] + coarse[z, above, x] + coarse[z, y, left] + coarse[z, above, left]) / 4
     # The minimum, not the mean: the rim of a small tube is partial volume.
-    darkest = ndimage.minimum(ndimage.uniform_filter(coarse, (1, 2, 2)), components, small)
-    return np.isin(components, small[darkest < TRACHEA_HU])
+    darkest = np.full(len(is_small), np.inf)
+    np.minimum.at(darkest, components[z, y, x], hu)
+    return (darkest < TRACHEA_HU)[components]
 
 
 def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.ndarray]:
@@ -242,11 +327,13 @@ def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.nd
     components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
     if number != 1:
         return [components == label for label in range(1, number + 1)]
-    cores = _find_cores(parenchyma, spacing_mm, EROSIONS_MM)
+    around = find_box(parenchyma, 1)  # with a margin, because the border of an array is not eroded
+    cores = _find_cores(parenchyma[around], spacing_mm, EROSIONS_MM)
     if cores is None:
         return [parenchyma]
-    first = _is_nearer(*cores, spacing_mm)
-    return [parenchyma & first, parenchyma & ~first]
+    first = np.zeros_like(parenchyma)
+    first[around] = parenchyma[around] & _is_nearer(*cores, spacing_mm)
+    return [first, parenchyma & ~first]
 
 
 def _find_cores(
@@ -295,7 +382,7 @@ def _assign_pieces(
 
 def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """One lung with what the threshold lost: vessels, holes, consolidation at the pleura."""
-    box = ndimage.find_objects(lung.astype(np.uint8))[0]
+    box = find_box(lung)
     part, hu = lung[box], coarse[box]
     closed = _fill_holes(close_in_plane(part, CLOSING_MM, spacing_mm), spacing_mm)
     wide = close_in_plane(closed, RIB_SIDE_CLOSING_MM, spacing_mm)
@@ -305,7 +392,7 @@ def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) 
     lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
     # Bone is never lung.
     added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
-    added = ndimage.binary_opening(added, IN_PLANE)
+    added = dilate_in_plane(erode_in_plane(added))
     complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
     rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
     result = np.zeros_like(lung)
@@ -317,10 +404,9 @@ def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.n
     """What the closings took from heart, aorta and hilum: dense, thick, and connected in its slice
     to dense tissue outside the lung, away from the ribs."""
     dense = hu > DENSE_HU
-    thick = ndimage.binary_opening(dense & lung, IN_PLANE, iterations=2)
-    thick = ndimage.binary_dilation(thick, IN_PLANE, iterations=2, mask=dense & lung)
-    labels = ndimage.label(thick, IN_PLANE)[0]
-    return components_at(labels, ndimage.binary_dilation(dense & ~lung & ~rib_side, IN_PLANE))
+    thick = dilate_in_plane(erode_in_plane(dense & lung, 2), 2)
+    thick = dilate_in_plane(thick, 2, within=dense & lung)
+    return components_at(label_in_plane(thick), dilate_in_plane(dense & ~lung & ~rib_side))
 
 
 def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
@@ -351,9 +437,9 @@ def _fill_holes(mask: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     That need not be a closed hole: the rim of lung between a consolidation and the pleura may be
     too thin to see. The liver's dome has no lung below.
     """
-    filled = ndimage.binary_fill_holes(mask)
-    surrounded = ~filled & (_count_sides(filled) == 4) & sweep(filled, 0)
-    holes = ndimage.label(surrounded, IN_PLANE)[0]
+    filled = fill_cavities(mask)
+    surrounded = ~filled & np.logical_and.reduce(_look_around(filled)) & sweep(filled, 0)
+    holes = label_in_plane(surrounded)
     areas_cm2 = np.bincount(holes.ravel()) * spacing_mm[1] * spacing_mm[2] / 100.0
     fill = areas_cm2 < MAXIMUM_HOLE_CM2
     fill[0] = False

@@ -15,8 +15,9 @@ from scipy import ndimage
 
 from covseg_jax.imaging.geometry import SpacingMm
 from covseg_jax.prepare.slicewise import (
-    IN_PLANE,
     between_lung,
+    dilate_in_plane,
+    erode_in_plane,
     has_lung_below,
     open_in_plane,
     touches_border,
@@ -48,7 +49,7 @@ LEAST_RADIUS_MM = 5.0  # a shell thinner than twice this is fat, muscle or fluid
 class _Polar(NamedTuple):
     radius_mm: np.ndarray  # (Y, X) of each pixel
     direction: np.ndarray  # (Y, X) its index
-    x_mm: np.ndarray  # (X,) from the middle
+    x_mm: np.ndarray  # (1, X) from the middle
 
 
 def lung_under_ribs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
@@ -68,18 +69,50 @@ def lung_under_ribs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: Spacing
     slices = np.flatnonzero(lungs.any(axis=(1, 2)))
     shoulder = slices[0] + SHOULDER * (slices[-1] - slices[0])
     seen = ~touches_border(lungs) & (np.arange(lungs.shape[0]) < shoulder)
+    pleura[~seen] = 0.0
+    # Nothing further out is added, and density is judged within half of LOCAL_VOXELS around.
+    reached = polar.radius_mm <= max(reach.max(), pleura.max())
+    box = (
+        slice(slices[0], slices[-1] + 1),
+        *(_span(reached.any(axis), LOCAL_VOXELS) for axis in (1, 0)),
+    )
+    added = np.zeros_like(lungs)
+    _, rows, columns = box
+    around = _Polar(
+        polar.radius_mm[rows, columns], polar.direction[rows, columns], polar.x_mm[:, columns]
+    )
+    added[box] = _lost_lung(
+        lungs[box], image_hu[box], spacing_mm, around, reach[box[0]], pleura[box[0]]
+    )
+    return added
+
+
+def _span(mask: np.ndarray, margin: int) -> slice:
+    inside = np.flatnonzero(mask)
+    return slice(max(0, inside[0] - margin), inside[-1] + 1 + margin)
+
+
+def _lost_lung(
+    lungs: np.ndarray,
+    image_hu: np.ndarray,
+    spacing_mm: SpacingMm,
+    polar: _Polar,
+    reach: np.ndarray,
+    pleura: np.ndarray,
+) -> np.ndarray:
     # Outward of the lung nothing aerated lies further out in the same direction.
-    last = ndimage.maximum_filter1d(reach, 3, axis=1, mode='wrap')[:, polar.direction]
-    outward = (polar.radius_mm > last - spacing_mm[1]) & (last > 0)
+    last = ndimage.maximum_filter1d(reach, 3, axis=1, mode='wrap')
+    least = np.where(last > 0, last - spacing_mm[1], np.inf)[:, polar.direction]
     degrees = np.arange(DIRECTIONS) * 360 / DIRECTIONS
-    outward &= (np.abs(degrees - 270) > FRONT_DEGREES)[polar.direction]
-    outward &= (np.abs(polar.x_mm) > MIDDLE_MM) & ~lungs & (image_hu < TISSUE_HU)
-    inside = outward & (polar.radius_mm < pleura[:, polar.direction]) & seen[:, None, None]
+    is_side = (np.abs(degrees - 270) > FRONT_DEGREES)[polar.direction]
+    is_side &= np.abs(polar.x_mm) > MIDDLE_MM
+    outward = (polar.radius_mm > least) & is_side & ~lungs & (image_hu < TISSUE_HU)
+    inside = outward & (polar.radius_mm < pleura[:, polar.direction])
     inside &= has_lung_below(lungs, spacing_mm) | between_lung(lungs)
     shell = open_in_plane(inside, LEAST_RADIUS_MM, spacing_mm)
     found = lungs | shell
     lung_hu = _local_lung_hu(found, image_hu)
-    beside = ndimage.binary_dilation(found, IN_PLANE) & ~found
+    beside = dilate_in_plane(found) & ~found
     # More than half of the voxel is lung, judged by the density of the lung beside it: a single
     # threshold would put the edge of ground glass too far inside.
     edge = beside & outward & (image_hu < (lung_hu + SOFT_TISSUE_HU) / 2)
@@ -91,11 +124,11 @@ def lung_under_ribs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: Spacing
 def _make_polar(lungs: np.ndarray, spacing_mm: SpacingMm) -> _Polar:
     rows = np.flatnonzero(lungs.any(axis=(0, 2)))
     columns = np.flatnonzero(lungs.any(axis=(0, 1)))
-    y_mm = (np.arange(lungs.shape[1]) - rows.mean()) * spacing_mm[1]
-    x_mm = (np.arange(lungs.shape[2]) - columns.mean()) * spacing_mm[2]
-    turn = np.arctan2(y_mm[:, None], x_mm) / (2 * np.pi)
+    y_mm = (np.arange(lungs.shape[1])[:, None] - rows.mean()) * spacing_mm[1]
+    x_mm = (np.arange(lungs.shape[2])[None, :] - columns.mean()) * spacing_mm[2]
+    turn = np.arctan2(y_mm, x_mm) / (2 * np.pi)
     direction = np.floor((turn % 1) * DIRECTIONS).astype(int) % DIRECTIONS
-    return _Polar(np.hypot(y_mm[:, None], x_mm), direction, x_mm)
+    return _Polar(np.hypot(y_mm, x_mm), direction, x_mm)
 
 
 def _furthest(lungs: np.ndarray, polar: _Polar) -> np.ndarray:
@@ -142,7 +175,7 @@ def _find_pleura(
 
 def _local_lung_hu(lungs: np.ndarray, image_hu: np.ndarray) -> np.ndarray:
     """Mean density of the lung within a few voxels in the slice; -1024 where there is none."""
-    core = ndimage.binary_erosion(lungs, IN_PLANE)
+    core = erode_in_plane(lungs)
 
     def local_mean(values):
         return ndimage.uniform_filter(values.astype(np.float32), (1, LOCAL_VOXELS, LOCAL_VOXELS))

@@ -25,11 +25,12 @@ from covseg_jax.imaging.geometry import Geometry, Shape, fit_geometry, to_model_
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import lung_network, study_files
+from covseg_jax.prepare.lung_report import describe_lungs
 
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings give another result, so that old cases are made anew.
-CASE_VERSION = 3
+CASE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class PreparedCase:
         crc32: of the image's file, as formats.source_crc32.
         voxel_crc32: of its voxels, as study_files.voxel_crc32.
         lung_ml: volume of the lungs on the study's own grid.
-        notes: what a rule decided about the image's files.
+        right_lung_ml, left_lung_ml: of either lung.
+        notes: what a rule decided about the image's files, and what is doubtful about its lungs.
     """
 
     study_id: str
@@ -102,6 +104,8 @@ class PreparedCase:
     crc32: int
     voxel_crc32: int
     lung_ml: float
+    right_lung_ml: float
+    left_lung_ml: float
     notes: tuple[str, ...]
 
 
@@ -148,6 +152,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
     geometry = fit_geometry(
         lungs, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
     )
+    report = describe_lungs(lungs, volume.array, volume.spacing_mm)
     low, high = settings.window_hu
     # The window first, so that bright bone and metal do not outweigh their neighbours.
     resampled = to_model_grid(volume.array, geometry, weights=lungs, clip=(low, high))
@@ -165,8 +170,10 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
         geometry=geometry,
         crc32=volume.crc32,
         voxel_crc32=study_files.voxel_crc32(volume),
-        lung_ml=float(lungs.sum()) * volume.voxel_ml,
-        notes=volume.notes,
+        lung_ml=report.right_ml + report.left_ml,
+        right_lung_ml=report.right_ml,
+        left_lung_ml=report.left_ml,
+        notes=(*volume.notes, *report.notes),
     )
 
 
@@ -235,8 +242,8 @@ def read_geometry_file(case_folder: str | os.PathLike) -> dict:
     """The content of a case's geometry.json: plain JSON values.
 
     Keys: geometry (for Geometry.from_json), study_id, category, data_set, settings,
-    source_crc32, voxel_crc32, lung_ml, image, lesion_mask (paths as given), sources (CRC-32 of
-    every file the case was made from), notes and version.
+    source_crc32, voxel_crc32, lung_ml, right_lung_ml, left_lung_ml, image, lesion_mask (paths as
+    given), sources (CRC-32 of every file the case was made from), notes and version.
 
     Raises:
         InputError: there is none, or it is not JSON.
@@ -351,6 +358,8 @@ def _write_case(
         'source_crc32': case.crc32,
         'voxel_crc32': case.voxel_crc32,
         'lung_ml': case.lung_ml,
+        'right_lung_ml': case.right_lung_ml,
+        'left_lung_ml': case.left_lung_ml,
         'notes': case.notes,
         'image': str(study.image),
         'lesion_mask': None if study.lesion_mask is None else str(study.lesion_mask),

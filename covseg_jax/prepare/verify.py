@@ -12,9 +12,12 @@ from covseg_jax.imaging import formats
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import study_files
+from covseg_jax.prepare.lung_report import describe_lungs
 from covseg_jax.prepare.prepare_studies import PrepareSettings, copy_fault, find_copies
 
-COLUMNS = ('study', 'file', 'status', 'fault', 'what_to_do')
+COLUMNS = (
+    'study', 'file', 'status', 'fault', 'what_to_do', 'right_lung_ml', 'left_lung_ml'
+)  # fmt: skip
 OK, NOTE, UNUSABLE = 'ok', 'note', 'unusable'
 
 
@@ -25,10 +28,12 @@ class Finding:
     Attributes:
         study: its id; '' of a file that is no study's.
         file: path of the file that the line is about.
-        status: 'ok' for a study without fault, in one line; 'note' for what a rule decided;
-            'unusable' for a fault.
+        status: 'ok' for a study without fault, in one line; 'note' for what a rule decided, or
+            what is doubtful about the lungs; 'unusable' for a fault.
         fault: what is wrong, or was decided; empty for 'ok'.
-        what_to_do: empty for 'ok' and where a rule decided.
+        what_to_do: empty for 'ok', and where a rule decided or lungs are doubtful.
+        right_lung_ml, left_lung_ml: of the study, rounded, in each of its lines; None where no
+            lungs were found.
     """
 
     study: str
@@ -36,6 +41,8 @@ class Finding:
     status: str
     fault: str = ''
     what_to_do: str = ''
+    right_lung_ml: float | None = None
+    left_lung_ml: float | None = None
 
 
 def verify_studies(
@@ -59,19 +66,20 @@ def verify_studies(
     """
     check = functools.partial(_verify_study, settings=settings)
     findings: dict[str, list[Finding]] = {}
-    voxels = {}
+    voxels, volumes = {}, {}
     with tqdm.tqdm(total=len(studies), desc='verify', unit='study', disable=None) as bar:
-        for study_id, found, of_image in map_in_processes(check, studies, num_workers, 'verify'):
+        outcomes = map_in_processes(check, studies, num_workers, 'verify')
+        for study_id, found, of_image, of_lungs in outcomes:
             bar.update()
-            findings[study_id] = found
+            findings[study_id], volumes[study_id] = found, of_lungs
             if of_image is not None:
                 voxels[study_id] = of_image
     for first, other in find_copies(studies, voxels):
         findings[other.study_id].append(_unusable(other, copy_fault(first, other)))
     lines = []
     for study in studies:
-        found = findings[study.study_id]
-        lines += found or [Finding(study.study_id, str(study.image), OK)]
+        found = findings[study.study_id] or [Finding(study.study_id, str(study.image), OK)]
+        lines += [dataclasses.replace(each, **volumes[study.study_id]) for each in found]
     return lines
 
 
@@ -81,8 +89,9 @@ def _unusable(study: Study, error: FileFault) -> Finding:
 
 def _verify_study(
     study: Study, settings: PrepareSettings
-) -> tuple[str, list[Finding], tuple | None]:
-    """The study's id, its faults and notes, and what identifies its voxels."""
+) -> tuple[str, list[Finding], tuple | None, dict[str, float]]:
+    """The study's id, its faults and notes, what identifies its voxels, and the volumes of its
+    lungs by column."""
     findings: list[Finding] = []
 
     def attempt(read: Callable):
@@ -98,13 +107,21 @@ def _verify_study(
         for path in (study.lesion_mask, study.lung_mask):
             if path is not None:
                 attempt(functools.partial(formats.read_volume, path, study.index))
-        return study.study_id, findings, None
-    findings += [Finding(study.study_id, str(study.image), NOTE, note) for note in image.notes]
-    attempt(lambda: study_files.find_study_lungs(study, image, settings.lungs_source))
+        return study.study_id, findings, None, {}
+    notes, volumes = image.notes, {}
+    lungs = attempt(lambda: study_files.find_study_lungs(study, image, settings.lungs_source))
+    if lungs is not None:
+        report = describe_lungs(lungs, image.array, image.spacing_mm)
+        notes += report.notes
+        volumes = {
+            'right_lung_ml': round(report.right_ml, 1), 'left_lung_ml': round(report.left_ml, 1)
+        }  # fmt: skip
+    findings += [Finding(study.study_id, str(study.image), NOTE, note) for note in notes]
     if study.lesion_mask is not None:
         attempt(lambda: study_files.read_mask(study, 'lesion_mask', image, settings.lesion_labels))
     if study.lung_mask is not None and not study_files.uses_lung_mask(study, settings.lungs_source):
         attempt(lambda: study_files.read_mask(study, 'lung_mask', image, labels=None))
     # Not the checksum alone: its 32 bits are few.
     mean = float(image.array.mean(dtype=np.float64))
-    return study.study_id, findings, (study_files.voxel_crc32(image), image.array.shape, mean)
+    identity = (study_files.voxel_crc32(image), image.array.shape, mean)
+    return study.study_id, findings, identity, volumes

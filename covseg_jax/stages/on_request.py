@@ -54,6 +54,12 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(dataclasses.asdict(finding) for finding in findings)
+    lungs = {each.study: each for each in findings if each.right_lung_ml is not None}
+    columns = ('study', 'right_lung_ml', 'left_lung_ml')
+    shown = list(lungs.values())[:_MOST_SHOWN]
+    show_table([[getattr(each, name) for name in columns] for each in shown], columns)
+    if len(lungs) > _MOST_SHOWN:
+        print(f'and {len(lungs) - _MOST_SHOWN} more, in {path}')
     for finding in findings:
         name = pathlib.Path(finding.file).name
         if finding.status == UNUSABLE:
@@ -289,11 +295,17 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     except KeyboardInterrupt as stop:
         message = 'predict: stopped; run it again with --resume to go on'
         raise Stopped(message, exit_code=130) from stop
-    columns = ('study_id', 'lesion_ml', 'lung_ml', 'infection_percent', 'severity', 'seconds')
+    columns = (
+        'study_id', 'lesion_ml', 'lung_ml', 'right_lung_ml', 'left_lung_ml', 'infection_percent',
+        'severity', 'seconds',
+    )  # fmt: skip
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)
     if len(done) > _MOST_SHOWN:
         print(f'and {len(done) - _MOST_SHOWN} more, in {given.output / "results.csv"}')
+    for row in done:
+        if row.get('notes'):
+            print(f'predict: {row["study_id"]}: note: {row["notes"]}')
     print(f'predict: {len(done)} studies done, {len(faults)} set aside; {given.output}')
     if len(faults) == 1 and len(rows) == 1:
         raise InputError(faults[0])

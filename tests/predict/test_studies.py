@@ -88,6 +88,18 @@ def test_what_is_wanted_is_written_beside_the_mask(tmp_path):
     assert read_csv(tmp_path)[0]['right_lung_ml'] == str(row['right_lung_ml'])
 
 
+def test_volumes_of_both_lungs_and_doubts_are_always_in_the_results(tmp_path):
+    image, _ = draw_chest('a')
+    write_stored(tmp_path / 'scans' / 'a.nii.gz', image[:, :, 8:], AFFINE)  # begins in the lungs
+    (row,), _ = predict_studies(find_inputs(tmp_path / 'scans'), MODEL, tmp_path)
+    assert 'right_lesion_ml' not in row
+    assert row['right_lung_ml'] == pytest.approx(row['left_lung_ml'], rel=0.03)
+    assert row['right_lung_ml'] + row['left_lung_ml'] == pytest.approx(row['lung_ml'])
+    written_row = read_csv(tmp_path)[0]
+    assert written_row['right_lung_ml'] == str(row['right_lung_ml'])
+    assert written_row['notes'].startswith('the lungs reach the lowest slice; ')
+
+
 def test_dicom_series_in_mask_on_its_grid_out(tmp_path):
     image, _ = draw_chest('a')
     write_series(tmp_path / 'scans' / 'chest', image, AFFINE)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from covseg_jax.imaging import geometry, nifti
+from covseg_jax.imaging import formats, geometry, nifti
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs
 
@@ -108,6 +108,24 @@ def test_lungs_that_touch_in_front_are_told_apart(chest):
     assert _dice(found, truth) >= 0.97
 
 
+@pytest.mark.parametrize('hu', [-985, -930])
+@pytest.mark.parametrize('x', [-40, 35])
+def test_gas_under_the_diaphragm_is_no_lung(chest, hu, x):
+    image, truth = chest
+    # The lungs touch, so that they are one component and 400 ml of gas the next; its rim is mixed.
+    bridge = np.broadcast_to((Y > -58) & (Y < -46) & (abs(X) < 40) & (abs(Z) < 40), SHAPE)
+    middle = (-85, -20, x)
+    dome, rim = _ellipsoid(middle, (52, 68, 68)), _ellipsoid(middle, (36, 58, 58))
+    truth = (truth | bridge) & ~dome
+    image = np.where(bridge, np.int16(-850), image)
+    image = np.where(dome, np.int16(40), image)
+    image = np.where(rim, np.int16(-600), image)
+    image = np.where(_ellipsoid(middle, (32, 52, 52)), np.int16(hu), image)
+    found = lungs.find_lungs(image, SPACING_MM)
+    assert (found & rim).sum() <= 0.02 * rim.sum()
+    assert _dice(found, truth) >= 0.95
+
+
 def test_lungs_cut_off_by_the_border_are_kept(chest):
     image, truth = chest
     crop = (slice(4, 26), slice(17, 75), slice(20, 106))  # through both lungs, left and right
@@ -124,6 +142,40 @@ def test_padding_below_air_changes_nothing(chest):
     np.testing.assert_array_equal(
         lungs.find_lungs(padded, SPACING_MM), lungs.find_lungs(image, SPACING_MM)
     )
+
+
+@pytest.mark.parametrize('value', [-2000, -1024, 3071])
+@pytest.mark.parametrize(
+    ('inside', 'is_cut'),
+    [
+        pytest.param(Y**2 + X**2 < 165**2, False, id='circle round the body'),
+        pytest.param(Y**2 + X**2 < 125**2, True, id='circle through both lungs'),
+        pytest.param((abs(X + 0.15 * Y) < 150) & (abs(Y - 0.15 * X) < 120), False, id='turned'),
+    ],
+)
+def test_padding_of_any_value_is_neither_air_nor_tissue(chest, value, inside, is_cut):
+    image, truth = chest
+    padded = np.where(inside, image.astype(np.float32), value)
+    assert (truth & ~inside).any() == is_cut
+    found = lungs.find_lungs(padded, SPACING_MM)
+    assert _dice(found, truth & inside) >= 0.97
+
+
+def test_lungs_of_an_infant_are_found(chest):
+    image, truth = chest
+    # A wall of 11 mm round lungs of 220 ml.
+    small = truth & np.logical_or(*((Y / 60) ** 2 + ((X - x) / 45) ** 2 < 1 for x in (-72, 72)))
+    image = np.where(truth & ~small, np.int16(40), image)
+    spacing_mm = tuple(0.42 * step for step in SPACING_MM)
+    assert 150 < small.sum() * np.prod(spacing_mm) / 1000 < 280
+    assert _dice(lungs.find_lungs(image, spacing_mm), small) >= 0.95
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_lungs_of_a_few_slices_are_found(chest, count):
+    image, truth = (array[14 : 14 + count] for array in chest)
+    found = lungs.find_lungs(image, (1.0, *SPACING_MM[1:]))
+    assert _dice(found, truth) >= 0.95
 
 
 @pytest.mark.parametrize('value', [-1000, 0, 40])
@@ -171,6 +223,28 @@ def test_real_crop_keeps_lungs_at_its_edge(shared_data):
     air = image[30:90] < -600
     assert (found[30:90] & air).sum() / air.sum() >= 0.97
     assert (found & (image > -100)).sum() / found.sum() <= 0.12  # vessels with contrast
+
+
+def test_air_under_a_real_round_back_is_no_lung(shared_data):
+    image, volume = _read(shared_data / 'mini_real/studies/CT-0/study_0001.nii.gz')
+    whole = lungs.find_lungs(image, volume.spacing_mm)[:40]
+    assert _dice(lungs.find_lungs(image[:40], volume.spacing_mm), whole) >= 0.98
+
+
+def test_real_lungs_under_a_scan_s_padding_and_circles_are_found(shared_data):
+    truth, _ = _read(shared_data / 'chest_ct_64' / 'lung_mask.nii.gz')
+    for case, least in (
+        ('10_circle_cuts_lung/ct.nii.gz', 0.97),
+        ('11_pad_63536/s', 0.97),
+        ('27_pad_0/ct.nii.gz', 0.97),
+        ('27_rot0/ct.nii.gz', None),  # turned, so that the mask does not fit
+        ('70_half_scale/ct.nii.gz', 0.95),
+    ):
+        volume = formats.read_volume(shared_data / 'cases' / case, None)
+        found = lungs.find_lungs(volume.array, volume.spacing_mm)
+        assert 4600 < found.sum() * volume.voxel_ml < 4900, case
+        if least is not None:
+            assert _dice(found, truth > 0) >= least, case
 
 
 BOX_SPACING_MM = (5.0, 2.0, 2.0)

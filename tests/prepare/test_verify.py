@@ -216,6 +216,20 @@ def test_all_faults_of_a_study_are_told_and_a_good_one_is_ok(tmp_path):
     assert {findings[0].file, findings[1].file} == {str(tmp_path / IMAGE), str(tmp_path / MASK)}
 
 
+def test_volumes_of_both_lungs_and_doubts_are_told(tmp_path):
+    write_study(tmp_path, 'a', lesion=False)
+    image, _ = draw_chest('b')
+    write_stored(tmp_path / 'b.nii.gz', image[:, :, 8:], AFFINE)  # begins in the lungs
+    whole, cut = verify.verify_studies(studies.find_studies(tmp_path), SETTINGS, num_workers=0)
+    # Ellipsoids of 4/3 π · 50 · 75 · 95 mm³
+    assert whole.status == verify.OK
+    assert whole.right_lung_ml == pytest.approx(1492, rel=0.03)
+    assert whole.left_lung_ml == pytest.approx(1492, rel=0.03)
+    assert cut.status == verify.NOTE
+    assert cut.fault.startswith('the lungs reach the lowest slice; ')
+    assert cut.right_lung_ml < whole.right_lung_ml
+
+
 @pytest.mark.parametrize(
     ('offset', 'values', 'note'),
     [
