@@ -253,6 +253,12 @@ def to_study_grid(
     return result
 
 
+def stretching_matrix(num_targets: int, num_sources: int) -> np.ndarray:
+    """`resampling_matrix` between two grids over the same length, whatever its unit."""
+    targets = (np.arange(num_targets) + 0.5) * num_sources / num_targets
+    return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
+
+
 def resampling_matrix(
     targets_mm: np.ndarray, sources_mm: np.ndarray, spacing_mm: float
 ) -> np.ndarray:

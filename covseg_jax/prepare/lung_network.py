@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import numpy as np
 import safetensors.numpy
 
-from covseg_jax.imaging.geometry import SpacingMm, enlarge, resampling_matrix, shrink
+from covseg_jax.errors import InputError
+from covseg_jax.imaging.geometry import SpacingMm, enlarge, shrink, stretching_matrix
 
 SIZE = 128  # pixels of a slice's longer side
 PATCH = 2  # in-plane pixels, PATCH × PATCH, that enter as channels of one and leave the same way
@@ -82,15 +83,16 @@ def load_network(path: str | os.PathLike = SHIPPED) -> LungNetwork:
     """The network of a file that `save_network` wrote.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not one.
+        InputError: it cannot be read, or is not one.
     """
     try:
         tensors = safetensors.numpy.load_file(path)
         parts = range(len(tensors) // 2)
         pairs = [(tensors[f'{part}/kernel'], tensors[f'{part}/bias']) for part in parts]
-    except (KeyError, safetensors.SafetensorError) as error:
-        raise ValueError(f'{path}: not the weights of a lung network') from error
+    except (KeyError, OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f'{path}: not the weights of a lung network; --stages=lungs makes them'
+        ) from error
     return LungNetwork(
         tuple((kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in pairs)
     )
@@ -113,7 +115,7 @@ def resize(image_hu: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, int
     depth = min(image_hu.shape[0], max(1, round(depth_mm / SLICE_MM)))
     longer = max(image_hu.shape[1:])
     shape = (depth, *(max(1, round(SIZE * side / longer)) for side in image_hu.shape[1:]))
-    matrices = [_axis_matrix(*sides) for sides in zip(shape, image_hu.shape, strict=True)]
+    matrices = [stretching_matrix(*sides) for sides in zip(shape, image_hu.shape, strict=True)]
     low, high = WINDOW_HU
     small = shrink(image_hu, matrices, clip=(low, high))
     slices = (small.astype(np.float32) - low) / (high - low)
@@ -131,17 +133,11 @@ def with_neighbours(slices: np.ndarray, middle: np.ndarray, distance: int) -> np
 
 def to_grid(probability: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """(z, y, x) over an extent → `shape` over the same, by linear interpolation: float32."""
-    matrices = [_axis_matrix(*sides) for sides in zip(shape, probability.shape, strict=True)]
+    matrices = [stretching_matrix(*sides) for sides in zip(shape, probability.shape, strict=True)]
     result = np.empty(shape, np.float32)
     for slices, values in enlarge(probability, matrices):
         result[slices] = values
     return result
-
-
-def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
-    # Both grids span the same length; the unit does not matter.
-    targets = (np.arange(num_targets) + 0.5) * num_sources / num_targets
-    return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
 # --- layers; (B, H, W, C) float32

@@ -1,19 +1,21 @@
-"""A lung mask without a network: threshold and morphology.
+"""A lung mask by threshold and morphology, and by a network where lungs are dense.
 
 Consolidation is as dense as the chest wall, so a threshold loses it exactly where COVID-19 puts
 it: at the pleura, lateral and posterior. Two closings bring back what leaves a dent: a small one
 everywhere (vessels, fissures), and a wide one on the side of the ribs alone, where a healthy lung's
 outline is convex. Medially, heart, spine and liver dent it. Where all the lung under some ribs is
-dense, there is no dent, and `pleura` finds it by the ribs.
+dense, there is no dent, and `pleura` finds it by the ribs, or `lung_network` by all that a slice
+shows.
 """
 
 import cc3d
 import edt
 import numpy as np
 
-from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, resampling_matrix, shrink
+from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, shrink, stretching_matrix
 from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
-from covseg_jax.prepare.pleura import lung_under_ribs
+from covseg_jax.prepare.lung_network import LungNetwork, to_grid
+from covseg_jax.prepare.pleura import SHOULDER, lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     between_lung,
     close_in_plane,
@@ -25,6 +27,7 @@ from covseg_jax.prepare.slicewise import (
     find_box,
     has_lung_below,
     label_in_plane,
+    open_in_plane,
     sweep,
     touches_border,
 )
@@ -51,6 +54,10 @@ BETWEEN_SHARE = 0.3
 # The same of a lung in the corner of a cropped scan: 0.05 at least; under the back at most 0.02.
 CORNER_SHARE = 0.03
 WALL_VOXELS = 10
+DENSE_LUNG = 0.4  # probability from which the network's lung counts
+LEAST_DENSE_MM = 3.0  # radius of what it may add: thinner is the chest wall's edge
+BONE_HU = 150
+FEW_SLICES_MM = 60.0  # from the lowest to the highest
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
 EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
 ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
@@ -59,7 +66,9 @@ BESIDE_MM = 30.0  # the other lung's centroid lies further to the side, a piece 
 # Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
 
 
-def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+def find_lungs(
+    image_hu: np.ndarray, spacing_mm: SpacingMm, network: LungNetwork | None = None
+) -> np.ndarray:
     """Both lungs with their vessels, ground glass and, at the pleura, consolidation.
 
     Works at about 2 mm and returns the study's own grid. Lungs that touch the border of the image
@@ -68,6 +77,7 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     Args:
         image_hu: (Z, Y, X) canonical, HU; padding may be below -1024.
         spacing_mm: (z, y, x).
+        network: adds lung that is dense, where it sees some beside what was found without it.
 
     Returns:
         bool (Z, Y, X).
@@ -83,6 +93,9 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
         lungs |= _complete_lung(lung, coarse, coarse_mm)
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
+    if lungs.any() and network is not None:
+        seen = to_grid(network.probability(image_hu, spacing_mm), coarse.shape) > DENSE_LUNG
+        lungs |= _dense_lung(seen, lungs, coarse, coarse_mm)
     lungs &= ~padding
     volume_ml = lungs.sum() * voxel_ml
     slices = lungs.any(axis=(1, 2))
@@ -94,6 +107,23 @@ def find_lungs(image_hu: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
             f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
     return _to_study_grid(lungs, image_hu.shape)
+
+
+def _dense_lung(
+    seen: np.ndarray, lungs: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm
+) -> np.ndarray:
+    """What to add to the lungs of what the network has seen: thick, no bone, in slices with lung
+    and beside it; below the shoulders, whose muscles it takes for lung; and with lung below, which
+    liver, spleen and stomach have not. Of a scan of a few slices nobody knows what lies below."""
+    slices = np.flatnonzero(lungs.any(axis=(1, 2)))
+    added = seen & ~lungs & (coarse < BONE_HU)
+    added[: slices[0]] = False
+    if lungs.shape[0] * spacing_mm[0] >= FEW_SLICES_MM:
+        added[round(slices[0] + SHOULDER * (slices[-1] - slices[0])) :] = False
+        added &= has_lung_below(lungs, spacing_mm) | between_lung(lungs)
+    added = open_in_plane(added, LEAST_DENSE_MM, spacing_mm)
+    labels = cc3d.connected_components(added, connectivity=6)
+    return components_at(labels, dilate_in_plane(lungs))
 
 
 def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +178,7 @@ def _to_working_grid(
 ) -> tuple[np.ndarray, SpacingMm, np.ndarray]:
     """The image, its spacing, and its padding, which has the density of air."""
     shape, coarse_mm = working_grid(image_hu.shape, spacing_mm)
-    matrices = [_axis_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
+    matrices = [stretching_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
     # Metal and padding must not pull their neighbours' mean.
     coarse = shrink(image_hu, matrices, clip=CLIP_HU)
     nearest = image_hu[nearest_voxels(shape, image_hu.shape)]
@@ -174,7 +204,7 @@ def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
     box = find_box(mask)
     matrices, target = [], []
     for axis, side in enumerate(box):
-        matrix = _axis_matrix(shape[axis], mask.shape[axis])[:, side]
+        matrix = stretching_matrix(shape[axis], mask.shape[axis])[:, side]
         rows = np.flatnonzero(matrix.any(axis=1))
         target.append(slice(rows[0], rows[-1] + 1))
         matrices.append(matrix[target[-1]])
@@ -183,12 +213,6 @@ def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
     for slices, values in enlarge(mask[box], matrices):
         part[slices] = values >= 0.5
     return result
-
-
-def _axis_matrix(num_targets: int, num_sources: int) -> np.ndarray:
-    # Both grids span the same length; the unit does not matter.
-    targets = (np.arange(num_targets) + 0.5) * num_sources / num_targets
-    return resampling_matrix(targets, np.arange(num_sources) + 0.5, 1.0)
 
 
 def nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:

@@ -148,7 +148,9 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
             mask does not fit its image.
     """
     volume = study_files.read_image(study)
-    lungs = study_files.find_study_lungs(study, volume, settings.lungs_source)
+    lungs = study_files.find_study_lungs(
+        study, volume, settings.lungs_source, settings.lung_network
+    )
     geometry = fit_geometry(
         lungs, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
     )

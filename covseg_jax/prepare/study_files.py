@@ -11,8 +11,9 @@ from covseg_jax.imaging import formats
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare import lungs as lungs_lib
+from covseg_jax.prepare.lung_network import SHIPPED, load_network
 
-LUNGS_SOURCES = ('threshold', 'file', 'lungmask')
+LUNGS_SOURCES = ('threshold', 'network', 'file', 'lungmask')
 SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
 LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
 _VOXELS_AT_A_TIME = 2**22
@@ -105,7 +106,9 @@ def uses_lung_mask(study: Study, source: str) -> bool:
     return source == 'file' or study.index is not None
 
 
-def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
+def find_study_lungs(
+    study: Study, image: Volume, source: str, network_path: str = ''
+) -> np.ndarray:
     """The study's lungs: bool (Z, Y, X) canonical.
 
     Args:
@@ -113,6 +116,7 @@ def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
         image: its image.
         source: one of LUNGS_SOURCES. Published arrays, which are empty outside the lungs, always
             take their file.
+        network_path: of 'network'; '' is the one that comes with the code.
 
     Raises:
         FileFault: no lungs found, or no usable file where one is wanted.
@@ -131,7 +135,8 @@ def find_study_lungs(study: Study, image: Volume, source: str) -> np.ndarray:
     try:
         if source == 'lungmask':
             return lungs_lib.find_lungs_by_lungmask(image.array)
-        return lungs_lib.find_lungs(image.array, image.spacing_mm)
+        network = load_network(network_path or SHIPPED) if source == 'network' else None
+        return lungs_lib.find_lungs(image.array, image.spacing_mm, network)
     except ValueError as error:
         raise FileFault(
             study.image,

@@ -109,7 +109,8 @@ def _verify_study(
                 attempt(functools.partial(formats.read_volume, path, study.index))
         return study.study_id, findings, None, {}
     notes, volumes = image.notes, {}
-    lungs = attempt(lambda: study_files.find_study_lungs(study, image, settings.lungs_source))
+    found_by = (settings.lungs_source, settings.lung_network)
+    lungs = attempt(lambda: study_files.find_study_lungs(study, image, *found_by))
     if lungs is not None:
         report = describe_lungs(lungs, image.array, image.spacing_mm)
         notes += report.notes

@@ -7,6 +7,7 @@ import pytest
 
 from configs import transunet
 from covseg_jax.data.feeds import IMAGE, LUNGS
+from covseg_jax.errors import InputError
 from covseg_jax.lungs import slices, steps, train
 from covseg_jax.prepare import lung_network
 from covseg_jax.prepare.lung_network import SIZE
@@ -53,7 +54,7 @@ def test_network_comes_back_from_its_file(variables, tmp_path):
             np.testing.assert_array_equal(array, other.astype(np.float16).astype(np.float32))
     path.write_bytes(b'no weights')
     lung_network.load_network.cache_clear()
-    with pytest.raises(ValueError, match='not the weights of a lung network'):
+    with pytest.raises(InputError, match='not the weights of a lung network'):
         lung_network.load_network(path)
 
 

@@ -87,6 +87,38 @@ def test_consolidated_phantom_keeps_its_lesions(seed):
     assert _dice(found, made.lungs > 0) >= 0.97
 
 
+class _Seeing:
+    """In the place of the network: it has seen what it is told."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def probability(self, image_hu, spacing_mm):
+        return self.seen.astype(np.float32)
+
+
+def test_dense_lung_that_a_network_sees_is_added_where_lung_can_be(chest):
+    image, truth = chest
+    # All of the right lung's back is consolidated: there is no dent for a closing to fill.
+    consolidation = truth & (Y > 20) & (X < 0) & (abs(Z) < 60)
+    image = np.where(consolidation, np.int16(40), image)
+    without = lungs.find_lungs(image, SPACING_MM)
+    shoulders = (abs(X) > 90) & (Z > 85) & (Y < 20) & (image < 150)
+    liver = _ellipsoid((-112, 0, -60), (8, 40, 40)) & ~truth
+    elsewhere = _ellipsoid((0, 88, 20), (20, 12, 12))  # in the muscles of the back, apart
+    assert shoulders.any()
+    assert liver.any()
+    assert elsewhere.any()
+    seen = truth | shoulders | liver | elsewhere
+    found = lungs.find_lungs(image, SPACING_MM, _Seeing(seen))
+    assert without[consolidation].mean() < 0.9
+    assert found[consolidation].mean() > 0.97
+    assert not (found & ~without)[shoulders | liver | elsewhere].any()
+    np.testing.assert_array_equal(
+        lungs.find_lungs(image, SPACING_MM, _Seeing(np.zeros_like(seen))), without
+    )
+
+
 def test_liver_dome_stays_outside(chest):
     image, truth = chest
     # It rises into the right lung: lung around it in a slice, none below it.
