@@ -18,6 +18,7 @@ from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import export
 from covseg_jax.predict.model import Measures, average_models
+from covseg_jax.prepare import lung_network
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.steps import make_predict
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
@@ -269,6 +270,24 @@ def test_ensemble_averages_probabilities_and_thresholds(config, folder, tmp_path
     wider = dataclasses.replace(members[1], preparation=prepare_settings(grid=(16, 48, 48)))
     with pytest.raises(InputError, match='ensemble'):
         average_models([members[0], wider])
+
+
+def test_export_has_the_lung_network_that_it_was_made_with(config, variables, tmp_path):
+    own = tmp_path / 'own.safetensors'
+    own.write_bytes(lung_network.SHIPPED.read_bytes())
+    preparation = prepare_settings(grid=GRID, lungs_source='network', lung_network=str(own))
+    folders = [tmp_path / name for name in ('first', 'second')]
+    write(config, variables, folders[0], preparation=preparation)
+    shutil.copytree(*folders)
+    own.unlink()
+    model = covseg_jax.load(*folders)  # of one network, though it lies in two places
+    path = folders[0] / lung_network.FILE
+    assert model.preparation.lung_network == str(path)
+    assert path.read_bytes() == lung_network.SHIPPED.read_bytes()
+    assert str(tmp_path) not in (folders[0] / 'model.json').read_text()
+    other = dataclasses.replace(model, preparation=prepare_settings(grid=GRID))
+    with pytest.raises(InputError, match='see studies in different ways'):
+        average_models([model, other])
 
 
 def test_onnx_is_refused_where_it_cannot_be_written(config, variables, tmp_path, monkeypatch):
