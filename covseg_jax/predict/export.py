@@ -203,7 +203,8 @@ def _load_one(folder: pathlib.Path) -> Model:
     call = jax.jit(function.call, compiler_options=options or None)
     # Version 1 knew no other output.
     volumes = VolumeSettings(**{'output': 'sigmoid', **description['volumes']})
-    preparation = PrepareSettings(**description['preparation'])
+    # Versions 1 and 2 knew none.
+    preparation = PrepareSettings(**{'lung_network': '', **description['preparation']})
     if lung_network.FILE in sums:  # its own, whatever comes with this program
         own = str(folder / lung_network.FILE)
         preparation = dataclasses.replace(preparation, lung_network=own)

@@ -56,7 +56,7 @@ class PrepareSettings:
     margin_mm: float
     lungs_source: str
     lesion_labels: tuple[int, ...]
-    lung_network: str = ''
+    lung_network: str
 
     def __post_init__(self):
         # Settings from JSON or a config arrive as lists.
