@@ -191,7 +191,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print('started', flush=True)
     settings = prepare_studies.PrepareSettings(
-        (16, 32, 32), (-1000.0, 400.0), 4.0, 'threshold', (1,)
+        (16, 32, 32), (-1000.0, 400.0), 4.0, 'threshold', (1,), ''
     )
     prepare_studies.prepare_studies(found, sys.argv[2], settings, num_workers=2)
 """
