@@ -94,8 +94,7 @@ def find_lungs(
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
     if lungs.any() and network is not None:
-        seen = to_grid(network.probability(image_hu, spacing_mm), coarse.shape) > DENSE_LUNG
-        lungs |= _dense_lung(seen, lungs, coarse, coarse_mm)
+        lungs |= _dense_lung(network, image_hu, spacing_mm, lungs, coarse, coarse_mm)
     lungs &= ~padding
     volume_ml = lungs.sum() * voxel_ml
     slices = lungs.any(axis=(1, 2))
@@ -110,18 +109,31 @@ def find_lungs(
 
 
 def _dense_lung(
-    seen: np.ndarray, lungs: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm
+    network: LungNetwork,
+    image_hu: np.ndarray,
+    spacing_mm: SpacingMm,
+    lungs: np.ndarray,
+    coarse: np.ndarray,
+    coarse_mm: SpacingMm,
 ) -> np.ndarray:
-    """What to add to the lungs of what the network has seen: thick, no bone, in slices with lung
-    and beside it; below the shoulders, whose muscles it takes for lung; and with lung below, which
+    """What to add to the lungs of what the network sees: thick, no bone, beside them; in slices
+    with lung and below the shoulders, whose muscles it takes for lung; and with lung below, which
     liver, spleen and stomach have not. Of a scan of a few slices nobody knows what lies below."""
-    slices = np.flatnonzero(lungs.any(axis=(1, 2)))
-    added = seen & ~lungs & (coarse < BONE_HU)
-    added[: slices[0]] = False
-    if lungs.shape[0] * spacing_mm[0] >= FEW_SLICES_MM:
-        added[round(slices[0] + SHOULDER * (slices[-1] - slices[0])) :] = False
-        added &= has_lung_below(lungs, spacing_mm) | between_lung(lungs)
-    added = open_in_plane(added, LEAST_DENSE_MM, spacing_mm)
+    first, last = np.flatnonzero(lungs.any(axis=(1, 2)))[[0, -1]]
+    has_few = lungs.shape[0] * coarse_mm[0] < FEW_SLICES_MM
+    end = last + 1 if has_few else first + max(1, round(SHOULDER * (last - first)))
+    # It looks at these slices alone, which is what takes its time.
+    ratio = image_hu.shape[0] / lungs.shape[0]
+    looked_at = image_hu[round(first * ratio) : max(round(end * ratio), round(first * ratio) + 1)]
+    probability = to_grid(
+        network.probability(looked_at, spacing_mm), (end - first, *lungs.shape[1:])
+    )
+    added = np.zeros_like(lungs)
+    added[first:end] = probability > DENSE_LUNG
+    added &= ~lungs & (coarse < BONE_HU)
+    if not has_few:
+        added &= has_lung_below(lungs, coarse_mm) | between_lung(lungs)
+    added = open_in_plane(added, LEAST_DENSE_MM, coarse_mm)
     labels = cc3d.connected_components(added, connectivity=6)
     return components_at(labels, dilate_in_plane(lungs))
 
