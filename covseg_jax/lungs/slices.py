@@ -13,7 +13,7 @@ from covseg_jax.data.feeds import CASE, IMAGE, LUNGS, Feed, repeat_shuffled, sha
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.phantom.lesions import CATEGORIES
 from covseg_jax.phantom.studies import make_phantom
-from covseg_jax.prepare.lung_network import WINDOW_HU
+from covseg_jax.prepare.lung_network import WINDOW_HU, with_neighbours
 
 SIZE = 176  # pixels of a side: more than the network's 128, because slices are zoomed and turned
 PIXEL_MM = (1.9, 2.2, 2.5)  # fields of view of 334 to 440 mm
@@ -43,13 +43,14 @@ class Scans:
     def take(self, scan: int, z: int, distance: int) -> dict[str, np.ndarray]:
         """IMAGE in [0, 1] and LUNGS, (SIZE, SIZE, 3) float32: a slice between its neighbours; one
         beyond the first or last slice is the slice itself."""
-        image, lungs = self.images[scan], self.lungs[scan]
-        places = [p if 0 <= p < len(image) else z for p in (z - distance, z, z + distance)]
+        image, lungs = (
+            with_neighbours(each[scan], np.array([z]), distance)[0].astype(np.float32)
+            for each in (self.images, self.lungs)
+        )
         low, high = WINDOW_HU
-        values = np.clip((image[places].astype(np.float32) - low) / (high - low), 0, 1)
         return {
-            IMAGE: np.moveaxis(values, 0, -1),
-            LUNGS: np.moveaxis(lungs[places], 0, -1).astype(np.float32),
+            IMAGE: np.clip((image - low) / (high - low), 0, 1),
+            LUNGS: lungs,
             CASE: np.int32(scan),
         }
 

@@ -14,7 +14,7 @@ from covseg_jax.data.feeds import IMAGE, LUNGS
 from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
 from covseg_jax.models.unet import UNet
-from covseg_jax.prepare.lung_network import PATCH, SIZE, WINDOW_HU
+from covseg_jax.prepare.lung_network import PATCH, SIZE, WINDOW_HU, to_channels, to_pixels
 from covseg_jax.training.flat import Flat, flatten, unflatten
 from covseg_jax.training.optim import minimise, update_ema
 from covseg_jax.training.parts import Parts
@@ -127,13 +127,11 @@ def make_lung_evaluation(parts: LungParts) -> Callable[[Any, dict, jax.Array], t
 
 def _apply(network: UNet, params: Any, batch_stats: Any, image: jax.Array, train: bool = True):
     """(B, SIZE, SIZE, 3) → logits (B, SIZE, SIZE), and what changed in training."""
-    batch, side = image.shape[0], SIZE // PATCH
-    x = image.reshape(batch, side, PATCH, side, PATCH, -1).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, side, side, -1)
     variables = {'params': params, 'batch_stats': batch_stats}
-    output, updated = network.apply(variables, x, train=train, mutable=['batch_stats'])
-    y = output.logits.reshape(batch, side, side, PATCH, PATCH).transpose(0, 1, 3, 2, 4)
-    return y.reshape(batch, SIZE, SIZE), updated
+    output, updated = network.apply(
+        variables, to_channels(image), train=train, mutable=['batch_stats']
+    )
+    return to_pixels(output.logits), updated
 
 
 def _dice(found: jax.Array, truth: jax.Array) -> jax.Array:

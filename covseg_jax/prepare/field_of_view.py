@@ -47,12 +47,6 @@ def find_padding(image_hu: np.ndarray) -> np.ndarray:
     return padding
 
 
-def find_edge(padding: np.ndarray) -> np.ndarray:
-    """Voxels at the edge of the field of view, padding included: bool (Z, Y, X)."""
-    edge = dilate_in_plane(padding, EDGE_VOXELS) if padding.any() else padding.copy()
-    return edge | find_border(padding.shape)
-
-
 def find_border(shape: tuple[int, int, int]) -> np.ndarray:
     """The outermost voxels of each slice: bool (Z, Y, X)."""
     border = np.ones(shape, bool)

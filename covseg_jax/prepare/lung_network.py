@@ -63,7 +63,7 @@ class LungNetwork:
 
     def _apply(self, x: np.ndarray) -> np.ndarray:
         """(B, SIZE, SIZE, 3) in [0, 1] → (B, SIZE, SIZE) probabilities."""
-        x, layers, skips = _to_channels(x), iter(self.convolutions), []
+        x, layers, skips = to_channels(x), iter(self.convolutions), []
         num_levels = (len(self.convolutions) - 3) // 4
         for _ in range(num_levels):
             x = _relu(_convolve(_relu(_convolve(x, *next(layers))), *next(layers)))
@@ -74,7 +74,7 @@ class LungNetwork:
             x = np.concatenate([skip, _upsample(x)], axis=3)
             x = _relu(_convolve(_relu(_convolve(x, *next(layers))), *next(layers)))
         kernel, bias = next(layers)
-        logits = _to_pixels(x @ kernel[0, 0] + bias)
+        logits = to_pixels(x @ kernel[0, 0] + bias)
         return 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
 
 
@@ -143,14 +143,19 @@ def to_grid(probability: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 # --- layers; (B, H, W, C) float32
 
 
-def _to_channels(x: np.ndarray) -> np.ndarray:
+# The first two are the training's, too, and take arrays of JAX as well.
+
+
+def to_channels(x: np.ndarray) -> np.ndarray:
+    """(B, H, W, C) → (B, H / PATCH, W / PATCH, PATCH² · C)."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
-    return np.ascontiguousarray(x).reshape(batch, height // PATCH, width // PATCH, -1)
+    return x.reshape(batch, height // PATCH, width // PATCH, PATCH**2 * channels)
 
 
-def _to_pixels(x: np.ndarray) -> np.ndarray:
+def to_pixels(x: np.ndarray) -> np.ndarray:
+    """(B, h, w, PATCH²) → (B, PATCH · h, PATCH · w): the way back, of one channel."""
     batch, height, width, _ = x.shape
     x = x.reshape(batch, height, width, PATCH, PATCH).transpose(0, 1, 3, 2, 4)
     return x.reshape(batch, height * PATCH, width * PATCH)

@@ -7,11 +7,10 @@ from scipy import ndimage
 
 from covseg_jax.imaging.geometry import SpacingMm
 from covseg_jax.prepare.field_of_view import find_border, find_padding
-from covseg_jax.prepare.lungs import nearest_voxels, split_lungs, working_grid
+from covseg_jax.prepare.lungs import ADULT_ML, nearest_voxels, split_lungs, working_grid
 from covseg_jax.prepare.slicewise import dilate_in_plane, erode_in_plane
 
 REPORT_MM = 4.0  # voxels that tell all of this, in a tenth of the time of 2 mm
-LEAST_ML = 300.0  # together: fewer are a child's, or a part of the lungs
 MOST_ML = 9000.0  # together: the largest adults hold about as much
 SMALLER_SHARE = 0.2  # of the larger lung
 SLICE_CM2 = 1.0  # of lung on the first or last slice; less is noise
@@ -78,9 +77,9 @@ def _note_volumes(right_ml: float, left_ml: float) -> list[str]:
             f'the {small} lung has {small_ml:.0f} ml, the {large} one {large_ml:.0f} ml; {_MASK}'
         )
     total_ml = right_ml + left_ml
-    if total_ml < LEAST_ML:
+    if total_ml < ADULT_ML:
         notes.append(
-            f'the lungs have {total_ml:.0f} ml, fewer than {LEAST_ML:.0f} ml; good for a child or '
+            f'the lungs have {total_ml:.0f} ml, fewer than {ADULT_ML:.0f} ml; good for a child or '
             f'a few slices alone: else {_MASK}'
         )
     if total_ml > MOST_ML:

@@ -15,7 +15,7 @@ import numpy as np
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, shrink, stretching_matrix
 from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
 from covseg_jax.prepare.lung_network import LungNetwork, to_grid
-from covseg_jax.prepare.pleura import SHOULDER, lung_under_ribs
+from covseg_jax.prepare.pleura import SHOULDER, TISSUE_HU, lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     between_lung,
     close_in_plane,
@@ -36,7 +36,7 @@ AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lu
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
 WORKING_MM = 2.0
 CLIP_HU = (-1024, 400)
-ADULT_ML = 300.0
+ADULT_ML = 300.0  # of both lungs: fewer are a child's, or a part of the lungs
 # Lungs of fewer ml, a child's or those of a few slices, have at least this share of the patient in
 # their slices: 0.08 to 0.5 of it; the bowel gas of an abdomen less.
 LEAST_SHARE = 0.05
@@ -56,7 +56,6 @@ CORNER_SHARE = 0.03
 WALL_VOXELS = 10
 DENSE_LUNG = 0.4  # probability from which the network's lung counts
 LEAST_DENSE_MM = 3.0  # radius of what it may add: thinner is the chest wall's edge
-BONE_HU = 150
 FEW_SLICES_MM = 60.0  # from the lowest to the highest
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
 EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
@@ -123,14 +122,12 @@ def _dense_lung(
     has_few = lungs.shape[0] * coarse_mm[0] < FEW_SLICES_MM
     end = last + 1 if has_few else first + max(1, round(SHOULDER * (last - first)))
     # It looks at these slices alone, which is what takes its time.
-    ratio = image_hu.shape[0] / lungs.shape[0]
-    looked_at = image_hu[round(first * ratio) : max(round(end * ratio), round(first * ratio) + 1)]
-    probability = to_grid(
-        network.probability(looked_at, spacing_mm), (end - first, *lungs.shape[1:])
-    )
+    ratio = image_hu.shape[0] / lungs.shape[0]  # at least 1
+    looked_at = image_hu[round(first * ratio) : round(end * ratio)]
+    probability = network.probability(looked_at, spacing_mm)
     added = np.zeros_like(lungs)
-    added[first:end] = probability > DENSE_LUNG
-    added &= ~lungs & (coarse < BONE_HU)
+    added[first:end] = to_grid(probability, (end - first, *lungs.shape[1:])) > DENSE_LUNG
+    added &= ~lungs & (coarse < TISSUE_HU)
     if not has_few:
         added &= has_lung_below(lungs, coarse_mm) | between_lung(lungs)
     added = open_in_plane(added, LEAST_DENSE_MM, coarse_mm)
@@ -427,7 +424,7 @@ def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) 
     lost = (wide & has_lung_below(closed, spacing_mm)) | between_lung(closed)
     lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
     # Bone is never lung.
-    added = lost & ~closed & (hu < 150) & ~touches_border(lung)[box[0], None, None]
+    added = lost & ~closed & (hu < TISSUE_HU) & ~touches_border(lung)[box[0], None, None]
     added = dilate_in_plane(erode_in_plane(added))
     complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
     rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
