@@ -17,7 +17,7 @@ from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
 from covseg_jax.models.gan3d import Discriminator, Generator, PatchDiscriminator
 from covseg_jax.training import losses
-from covseg_jax.training.flat import Flat, flatten, unflatten
+from covseg_jax.training.flat import Flat, unflatten
 from covseg_jax.training.optim import minimise, update_ema
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.step import compile_step
@@ -28,12 +28,12 @@ class GANState:
     """State of the GAN's training. `ema` averages the generator's parameters."""
 
     step: jax.Array
-    generator: Flat
-    discriminator: Flat
+    generator: Flat | Any
+    discriminator: Flat | Any
     discriminator_stats: Any
     generator_opt: Any
     discriminator_opt: Any
-    ema: Flat
+    ema: Flat | Any
     key: jax.Array
 
 
@@ -56,9 +56,9 @@ class GANParts(Parts):
         g_key, d_key, steps_key = jax.random.split(stream_key(self.seed, 'gan'), 3)
         volume = jnp.zeros((1, *self.volume_size, 1))
         noise = jnp.zeros(self.generator.noise_shape(volume.shape))
-        params = flatten(self.generator.init(g_key, volume, noise)['params'])
+        params = self.to_hold(self.generator.init(g_key, volume, noise)['params'])
         stats = dict(self.discriminator.init(d_key, volume))
-        d_params = flatten(stats.pop('params'))
+        d_params = self.to_hold(stats.pop('params'))
         return GANState(
             step=jnp.zeros((), jnp.int32),
             generator=params,

@@ -15,7 +15,7 @@ from covseg_jax.data.opacities import OpacityModel, add_opacities
 from covseg_jax.data.streams import stream_key
 from covseg_jax.models.unet import UNet
 from covseg_jax.prepare.lung_network import PATCH, SIZE, WINDOW_HU, to_channels, to_pixels
-from covseg_jax.training.flat import Flat, flatten, unflatten
+from covseg_jax.training.flat import Flat, flatten_as, unflatten
 from covseg_jax.training.optim import minimise, update_ema
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.step import compile_step
@@ -29,10 +29,10 @@ class LungState:
     """State of the training; `ema` averages 'params' and 'batch_stats'."""
 
     step: jax.Array
-    params: Flat
-    batch_stats: Flat
+    params: Flat | Any
+    batch_stats: Flat | Any
     opt_state: Any
-    ema: dict[str, Flat]
+    ema: dict[str, Flat | Any]
     key: jax.Array
 
 
@@ -49,7 +49,7 @@ class LungParts(Parts):
         side = SIZE // PATCH
         image = jnp.zeros((1, side, side, PATCH**2 * NUM_SLICES))
         variables = self.network.init(network_key, image)
-        averaged = {name: flatten(variables[name]) for name in ('params', 'batch_stats')}
+        averaged = {name: self.to_hold(variables[name]) for name in ('params', 'batch_stats')}
         return LungState(
             step=jnp.zeros((), jnp.int32),
             params=averaged['params'],
@@ -71,7 +71,7 @@ def make_lung_step(
         cross_entropy = optax.sigmoid_binary_cross_entropy(logits, lungs).mean()
         overlap = 1 - _dice(jax.nn.sigmoid(logits), lungs)
         values = {'cross_entropy': cross_entropy, 'overlap': overlap}
-        return cross_entropy + _DICE_WEIGHT * overlap, (values, flatten(updated['batch_stats']))
+        return cross_entropy + _DICE_WEIGHT * overlap, (values, updated['batch_stats'])
 
     def step(state: LungState, batch: dict, key: jax.Array) -> tuple[LungState, dict]:
         paint_key, change_key = jax.random.split(key)
@@ -82,6 +82,7 @@ def make_lung_step(
             loss, parts.optimizer, state.params, state.opt_state, *arguments
         )
         total, (values, batch_stats) = found
+        batch_stats = flatten_as(batch_stats, state.batch_stats)
         averaged = {'params': params, 'batch_stats': batch_stats}
         state = state.replace(
             params=params,

@@ -21,7 +21,7 @@ from covseg_jax.models.transunet import GRID_STEP, interpolate_positions
 from covseg_jax.segmentation.train import build_segmentation
 from covseg_jax.training import sharding
 from covseg_jax.training.checkpoint import Checkpoints
-from covseg_jax.training.flat import flatten, unflatten
+from covseg_jax.training.flat import unflatten
 
 _MOST_BYTES = 16 * 2**30  # of all tensors; the published TransUNet has 0.1 GB
 
@@ -147,7 +147,7 @@ def import_transunet(
     variables['params'] = interpolate_positions(params, (side, tokens // side), (height, width))
     state = parts.make_state()
     _check_sizes(variables, jax.eval_shape(unflatten, state.ema))
-    network = {name: flatten(tree) for name, tree in variables.items()}
+    network = {name: parts.to_hold(tree) for name, tree in variables.items()}
     network = jax.device_put(network, sharding.replicated(parts.mesh))
     with contextlib.closing(Checkpoints(folder / 'checkpoints')) as checkpoints:
         if checkpoints.latest_step() is not None:

@@ -14,7 +14,7 @@ from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
 from covseg_jax.training import losses
-from covseg_jax.training.flat import Flat, flatten, unflatten
+from covseg_jax.training.flat import Flat, flatten_as, unflatten
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.step import compile_step
@@ -103,10 +103,10 @@ class SegmentationState:
     """
 
     step: jax.Array
-    params: dict[str, Flat]
-    batch_stats: Flat
+    params: dict[str, Flat | Any]
+    batch_stats: Flat | Any
     opt_state: Any
-    ema: dict[str, Flat]
+    ema: dict[str, Flat | Any]
     plateau: Any
     key: jax.Array
 
@@ -126,10 +126,12 @@ class SegmentationParts(Parts):
         network_key, projection_key, steps_key = jax.random.split(key, 3)
         image = jnp.zeros((1, *self.image_size, 1))
         output, variables = self.network.init_with_output(network_key, image)
-        network = {name: flatten(variables[name]) for name in ('params', 'batch_stats')}
+        network = {name: self.to_hold(variables[name]) for name in ('params', 'batch_stats')}
         params = {
             'network': network['params'],
-            'projection': flatten(self.projection.init(projection_key, output.features)['params']),
+            'projection': self.to_hold(
+                self.projection.init(projection_key, output.features)['params']
+            ),
         }
         return SegmentationState(
             step=jnp.zeros((), jnp.int32),
@@ -198,8 +200,8 @@ def make_segmentation_step(
 def _make_gradient(
     parts: SegmentationParts, settings: SegmentationLosses, terms: tuple[str, ...]
 ) -> Callable:
-    """(params, batch statistics, batch, key) -> (gradients, values of the losses), statistics, of
-    which params, gradients and statistics are Flats."""
+    """(params, batch statistics, batch, key) -> (gradients, values of the losses), statistics.
+    Gradients are in the form of the params, Flats or trees."""
 
     def loss(params: Any, batch_stats: Any, batch: dict, key: jax.Array):
         output, updated = parts.network.apply(
@@ -235,12 +237,12 @@ def _make_gradient(
         total = sum(getattr(settings, name) * value for name, value in values.items())
         return total, (values, updated['batch_stats'])
 
-    def differentiate(params: dict[str, Flat], batch_stats: Flat, batch: dict, key: jax.Array):
+    def differentiate(params: dict[str, Any], batch_stats: Any, batch: dict, key: jax.Array):
         (total, (values, stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
             unflatten(params), unflatten(batch_stats), batch, key
         )
-        flat = {name: flatten(part) for name, part in gradients.items()}
-        return (flat, values | {'total': total}), flatten(stats)
+        gradients = {name: flatten_as(part, params[name]) for name, part in gradients.items()}
+        return (gradients, values | {'total': total}), flatten_as(stats, batch_stats)
 
     return differentiate
 

@@ -1,9 +1,15 @@
-"""Orbax checkpoints: a run's state with what its log needs, the two newest kept."""
+"""Orbax checkpoints: a run's state with what its log needs, the two newest kept.
+
+A state is saved as one vector of each type, so that a checkpoint made on a TPU, whose states hold
+trees, is read on a CPU, whose states hold vectors, and has few files.
+"""
 
 import contextlib
+import functools
 import pathlib
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +21,9 @@ from orbax.checkpoint import checkpoint_managers
 
 from covseg_jax import hosts
 from covseg_jax.errors import InputError
+from covseg_jax.training.flat import from_vectors, layout, to_vectors
 
-_CHECKSUM = 'checksum'
+_CHECKSUM, _LAYOUT = 'checksum', 'layout'  # beside a run's progress
 
 
 class Restored(NamedTuple):
@@ -68,9 +75,11 @@ class Checkpoints:
         it."""
         if self.latest_step() == step:
             return
+        vectors = jax.jit(to_vectors, out_shardings=_sharding_of(state))(state)
+        signs = {_CHECKSUM: int(_checksum(vectors)), _LAYOUT: _digest_layout(state)}
         items = {
-            'state': ocp.args.StandardSave(state),
-            'progress': ocp.args.JsonSave(progress | {_CHECKSUM: int(_checksum(state))}),
+            'state': ocp.args.StandardSave(vectors),
+            'progress': ocp.args.JsonSave(progress | signs),
         }
         with self._explained():  # an error may be of the save before this one
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -172,16 +181,31 @@ def _restore_newest(
 def _read(
     manager: ocp.CheckpointManager, path: pathlib.Path, step: int, abstract_state: Any
 ) -> Restored:
-    items = {'state': ocp.args.StandardRestore(abstract_state)}
-    # Imported weights have no run yet.
-    if (path / 'progress').exists():
-        items['progress'] = ocp.args.JsonRestore()
+    place = _sharding_of(abstract_state)
+    vectors = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(to_vectors, abstract_state),
+    )
+    items = {'state': ocp.args.StandardRestore(vectors), 'progress': ocp.args.JsonRestore()}
     found = manager.restore(step, args=ocp.args.Composite(**items))
-    progress = dict(found.get('progress') or {})
-    expected = progress.pop(_CHECKSUM, None)
-    if expected is not None and int(_checksum(found['state'])) != expected:
+    progress = dict(found['progress'])
+    if progress.pop(_LAYOUT) != _digest_layout(abstract_state):
+        raise ValueError('its arrays have other shapes')
+    if progress.pop(_CHECKSUM) != int(_checksum(found['state'])):
         raise ValueError('its numbers are not those that were saved')
-    return Restored(step, found['state'], progress)
+    restore = functools.partial(from_vectors, like=abstract_state)
+    return Restored(step, jax.jit(restore, out_shardings=place)(found['state']), progress)
+
+
+def _sharding_of(state: Any) -> jax.sharding.Sharding | None:
+    """Where a state lies, all of it in one way; None: wherever JAX puts it."""
+    return jax.tree.leaves(state)[0].sharding
+
+
+def _digest_layout(state: Any) -> int:
+    """A number of the shapes and types of a state's arrays: other networks may have as many
+    weights."""
+    return zlib.crc32(repr(layout(state)).encode())
 
 
 @jax.jit

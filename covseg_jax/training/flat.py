@@ -1,4 +1,4 @@
-"""Trees of weights, stored as one vector each."""
+"""Trees of weights as one vector each: how a CPU trains them, and how checkpoints hold them."""
 
 import math
 from typing import Any
@@ -13,7 +13,9 @@ class Flat:
     """A tree of float32 arrays as one vector, in the order of `jax.tree.leaves`.
 
     Adam, averaging and the choice to skip a step are then one loop over memory, not one for each of
-    some hundred leaves: XLA has a third of the kernels to compile, and a checkpoint few files.
+    some hundred leaves, and XLA for CPUs has a third of the kernels to compile. On a TPU, whose
+    memory is laid out in tiles, cutting kernels out of a vector costs more than it saves: there
+    states hold trees, see `Parts.to_hold`.
     """
 
     vector: jax.Array  # (size,) float32
@@ -35,6 +37,11 @@ def flatten(tree: Any) -> Flat:
     return Flat(jnp.concatenate(parts), structure, tuple(leaf.shape for leaf in leaves))
 
 
+def flatten_as(tree: Any, like: Any) -> Any:
+    """The tree, flattened if `like` is a Flat."""
+    return flatten(tree) if isinstance(like, Flat) else tree
+
+
 def unflatten(tree: Any) -> Any:
     """The tree with each Flat in it as the tree that it was made of; of NumPy vectors, views."""
 
@@ -49,3 +56,33 @@ def unflatten(tree: Any) -> Any:
         return jax.tree.unflatten(part.structure, leaves)
 
     return jax.tree.map(restore, tree, is_leaf=lambda part: isinstance(part, Flat))
+
+
+def layout(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Type and shape of each leaf, in order; the same whether parts of the tree are Flats."""
+    found = []
+    for part in jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, Flat)):
+        is_flat = isinstance(part, Flat)
+        dtype, shapes = (part.vector.dtype, part.shapes) if is_flat else (part.dtype, [part.shape])
+        found += [(str(dtype), tuple(shape)) for shape in shapes]
+    return found
+
+
+def to_vectors(tree: Any) -> dict[str, jax.Array]:
+    """The leaves of each type, one after another; the same whether parts of the tree are Flats."""
+    parts: dict[str, list] = {}
+    for leaf in jax.tree.leaves(tree):
+        parts.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+    return {dtype: jnp.concatenate(leaves) for dtype, leaves in parts.items()}
+
+
+def from_vectors(vectors: dict[str, jax.Array], like: Any) -> Any:
+    """The way back of `to_vectors`, for a tree of the shapes and types of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    starts, found = dict.fromkeys(vectors, 0), []
+    for leaf in leaves:
+        dtype = str(leaf.dtype)
+        start = starts[dtype]
+        starts[dtype] = end = start + leaf.size
+        found.append(vectors[dtype][start:end].reshape(leaf.shape))
+    return jax.tree.unflatten(structure, found)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from covseg_jax.training.flat import Flat, flatten, unflatten
+from covseg_jax.training.flat import Flat, flatten_as, unflatten
 
 SCHEDULES = ('cosine', 'plateau', 'constant')
 
@@ -82,18 +82,19 @@ def make_adam(
 def minimise(
     loss: Callable[..., tuple[jax.Array, Any]],
     optimizer: optax.GradientTransformation,
-    params: Flat,
+    params: Flat | Any,
     opt_state: Any,
     *arguments: Any,
-) -> tuple[tuple[jax.Array, Any], Flat, Any, jax.Array]:
-    """One update of the params against loss(their tree, *arguments) -> (value, more).
+) -> tuple[tuple[jax.Array, Any], Flat | Any, Any, jax.Array]:
+    """One update of the params, a tree or a Flat, against loss(their tree, *arguments) -> (value,
+    more).
 
     Returns:
       What the loss gave, the new params, the new state of the optimizer, and the global norm of the
       gradient.
     """
     found, gradients = jax.value_and_grad(loss, has_aux=True)(unflatten(params), *arguments)
-    gradients = flatten(gradients)
+    gradients = flatten_as(gradients, params)
     updates, opt_state = optimizer.update(gradients, opt_state)
     return found, optax.apply_updates(params, updates), opt_state, optax.global_norm(gradients)
 

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from covseg_jax.errors import InputError
+from covseg_jax.training.flat import Flat, flatten
 from covseg_jax.training.optim import restarting_schedule
 from covseg_jax.training.sharding import place_state
 
@@ -26,6 +27,12 @@ class Parts(abc.ABC):
     @abc.abstractmethod
     def init_state(self) -> Any:
         """The training's first state."""
+
+    def to_hold(self, tree: Any) -> Flat | Any:
+        """A tree of weights as the state holds it: as one vector on CPUs, else as it is. Of the
+        default TransUNet's step on a TPU v5e the compiler says 29 ms with trees, 62 with
+        vectors."""
+        return flatten(tree) if self.mesh.devices.flat[0].platform == 'cpu' else tree
 
     @functools.cached_property
     def _placed(self) -> tuple[Callable[[], Any], Any]:

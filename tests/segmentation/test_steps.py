@@ -14,7 +14,8 @@ from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation.train import build_segmentation, choose_segmentation_step
 from covseg_jax.training import losses, sharding
-from covseg_jax.training.flat import unflatten
+from covseg_jax.training.flat import Flat, unflatten
+from covseg_jax.training.parts import Parts
 from tests.settings import segmentation_losses
 
 
@@ -103,6 +104,20 @@ def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, me
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moments[0]))
     for a, b in zip(*map(jax.tree.leaves, moments), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=5e-6 * largest)
+
+
+def test_a_state_of_trees_is_stepped_as_one_of_vectors(config, monkeypatch):
+    vectors, expected = train(config, steps.SEGMENTATION, 2)
+    monkeypatch.setattr(Parts, 'to_hold', lambda self, tree: tree)
+    trees, found = train(config, steps.SEGMENTATION, 2)
+    assert isinstance(vectors.batch_stats, Flat)
+    assert isinstance(trees.batch_stats, dict)
+    assert found[1]['loss/total'] == pytest.approx(expected[1]['loss/total'], rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        unflatten(vectors.ema),
+        trees.ema,
+    )
 
 
 def test_sharpen_targets_gives_doubtful_pixels_no_weight():

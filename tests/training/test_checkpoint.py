@@ -8,6 +8,7 @@ import pytest
 from covseg_jax.errors import InputError
 from covseg_jax.training import sharding
 from covseg_jax.training.checkpoint import Checkpoints, _checksum, restore_for_inference
+from covseg_jax.training.flat import flatten
 
 
 def tree():
@@ -59,7 +60,27 @@ def test_a_checkpoint_of_other_sizes_is_refused_and_stays(tmp_path):
     checkpoints = Checkpoints(tmp_path / 'checkpoints')
     checkpoints.save(3, tree(), {})
     checkpoints.close()
-    other = jax.eval_shape(lambda: tree() | {'weights': jnp.zeros((4, 4))})
-    with pytest.raises(InputError, match='does not fit the config'):
-        restore_for_inference(tmp_path / 'checkpoints', other)
+    for shape in ((4, 4), (16, 32)):  # the latter has as many numbers
+        other = jax.eval_shape(lambda shape=shape: tree() | {'weights': jnp.zeros(shape)})
+        with pytest.raises(InputError, match='does not fit the config'):
+            restore_for_inference(tmp_path / 'checkpoints', other)
     assert (tmp_path / 'checkpoints' / '3').is_dir()
+
+
+def test_a_state_of_trees_is_read_as_one_of_vectors_and_back(tmp_path):
+    def trees():
+        return {'params': {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.ones(2)}, 'step': 3}
+
+    def vectors():
+        return trees() | {'params': flatten(trees()['params'])}
+
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    for number, (saved, read) in enumerate([(trees, vectors), (vectors, trees)]):
+        folder = tmp_path / str(number)
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(3, sharding.place_state(saved, mesh)[0](), {})
+        checkpoints.close()
+        make, abstract = sharding.place_state(read, mesh)
+        found, _ = restore_for_inference(folder, abstract)
+        assert jax.tree.structure(found) == jax.tree.structure(make())
+        jax.tree.map(np.testing.assert_array_equal, found, make())
