@@ -20,6 +20,7 @@ os.environ['XLA_FLAGS'] = (
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
     os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'covseg_jax_tests'
 )
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'  # they are many small ones
 
 import hypothesis
 import numpy as np
