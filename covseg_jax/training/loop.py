@@ -30,6 +30,7 @@ from covseg_jax.training.step import SKIPPED
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 # state -> (state, values, pictures); may change the state (plateau)
 Evaluate = Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]]
+_PICTURE_EVERY = 60  # seconds; drawing takes one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class _Records:
         self._metrics: list[Metrics] = unlogged.get('metrics', [])
         self._skipped: list[tuple[int, list[str]]] = unlogged.get('skipped', [])
         self._studies: list[tuple[int, list[str]]] = []  # of the steps not looked at yet
-        self._picture_due = -math.inf
+        self._picture_due = time.monotonic() + _PICTURE_EVERY
 
     def close(self) -> None:
         self._log.close()
@@ -222,11 +223,11 @@ class _Records:
         return means['loss/total']
 
     def _draw_progress(self, *, always: bool) -> None:
-        """Draws the picture, on host 0; unless `always`, only where the last is a minute old."""
+        """Draws the picture, on host 0; unless `always`, at most once a minute."""
         if hosts.is_first() and (always or time.monotonic() >= self._picture_due):
             with contextlib.suppress(OSError):  # log and checkpoints tell of a full disk
                 draw_progress(self._folder.parent)
-            self._picture_due = time.monotonic() + 60
+            self._picture_due = time.monotonic() + _PICTURE_EVERY
 
 
 def run(

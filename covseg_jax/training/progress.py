@@ -59,7 +59,8 @@ def learning_curves(workdir: pathlib.Path) -> Figure | None:
         return None
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 4.4 * len(logs)), layout='constrained')
+    # Places are fixed: a layout engine draws everything once more to find them.
+    figure = Figure(figsize=(16, 4.4 * len(logs)))
     parts = figure.subfigures(len(logs), 1, squeeze=False)[:, 0]
     for part, (title, rows) in zip(parts, logs.items(), strict=True):
         _draw_model(part, title, rows)
@@ -81,7 +82,9 @@ def _take_series(rows: list[dict], group: str) -> Series:
 def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
     last = max(row['step'] for row in rows)
     part.suptitle(f'{title}, step {last:,}', fontsize=13, fontweight='bold')
-    grid = part.add_gridspec(1, 3, width_ratios=(1.25, 1, 0.8))
+    grid = part.add_gridspec(
+        1, 3, width_ratios=(1.25, 1, 0.8), left=0.04, right=0.99, bottom=0.12, top=0.8, wspace=0.14
+    )
     losses, validation, optimizer, discriminator = (
         _take_series(rows, group) for group in ('loss', 'validation', 'optimizer', 'discriminator')
     )
@@ -113,7 +116,7 @@ def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
 
 def _add_column(part: SubFigure, place: SubplotSpec, num_panels: int, last: int) -> list[Axes]:
     """One panel, or two of which the lower is less high, over steps from 0 to `last`."""
-    grid = place.subgridspec(num_panels, 1, height_ratios=(3, 2)[:num_panels])
+    grid = place.subgridspec(num_panels, 1, height_ratios=(3, 2)[:num_panels], hspace=0.4)
     column = [part.add_subplot(grid[i]) for i in range(num_panels)]
     for axes in column:
         axes.set_xlim(0, last)

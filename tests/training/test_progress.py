@@ -116,8 +116,9 @@ def test_loop_draws_seldom_but_always_where_it_stops_and_at_its_end(tmp_path, mo
 
     with pytest.raises(Stopped):
         test_loop.run(tmp_path / 'gan', num_steps=20, on_step=stop_at_eight)
-    # After 4: lines of steps 2 and 4, and 4's evaluation. After 9: six, two of them evaluations.
-    assert rows == [3, 6]
+    # After 9: lines of steps 2, 4, 6 and 8, and evaluations of 4 and 8.
+    assert rows == [6]
+    monkeypatch.setattr('covseg_jax.training.loop._PICTURE_EVERY', 0)
     test_loop.run(tmp_path / 'gan', num_steps=20)
-    # After 12, another process's first: nine, and after 20; but not after 16.
-    assert rows == [3, 6, 9, 15]
+    # After the evaluations of 12, 16 and 20, which is the end.
+    assert rows == [6, 9, 12, 15]
