@@ -33,6 +33,8 @@ NUM_PHANTOMS = 60
 # Of the phantoms with lesions, those in CT-2, CT-3 and CT-4: about MosMedData's shares, but with a
 # study of CT-4 among 60.
 SEVERE_SHARES = (0.15, 0.05, 0.02)
+TABLE, SCORES = 'table.md', 'scores.csv'
+_RUN_CONFIG = 'transunet/config.json'
 
 
 def make_phantoms(folder: pathlib.Path, num: int, **grid: Any) -> dict[str, tuple[Study, ...]]:
@@ -87,7 +89,7 @@ def load_model(path: pathlib.Path) -> Model:
     from covseg_jax.predict import export
     from covseg_jax.stages import inputs, settings
 
-    made_with = path / 'transunet' / 'config.json'
+    made_with = path / _RUN_CONFIG
     if not made_with.is_file():
         return export.load(path)
     # What an older run's config lacks is as it is today.
@@ -110,15 +112,19 @@ def name_models(arguments: Sequence[str]) -> dict[str, dict[str, pathlib.Path]]:
     """Row of the table → run → its folder. Names are paths without what all have in common.
 
     Raises:
-      InputError: a model is named twice, or is not there.
+      InputError: a model is named twice, or is neither a run nor an export.
     """
     recipes = [[os.path.abspath(each) for each in text.split(',')] for text in arguments]
     paths = [path for recipe in recipes for path in recipe]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f'{path}: is named twice; name each model once')
-        if not os.path.isdir(path):
-            raise InputError(f'{path}: no such folder; name a work directory or an export')
+        folder = pathlib.Path(path)
+        if not any((folder / name).is_file() for name in (_RUN_CONFIG, 'SHA256SUMS')):
+            raise InputError(
+                f'{path}: neither a work directory with a trained network (no {_RUN_CONFIG} in it) '
+                'nor an export; --stages=export makes one'
+            )
     common = os.path.commonpath([os.path.dirname(path) for path in paths])
     rows = {}
     for recipe in recipes:
@@ -142,19 +148,19 @@ def measure(
     """
     from covseg_jax.stages import inputs
 
-    table, scores = folder / 'table.md', folder / 'scores.csv'
-    written.refuse_foreign([table, scores])
     recipes = []
     for name, runs in models.items():
         rows_of = {}
         for run, path in runs.items():
             model, rows_of[run] = load_model(path), {}
             for set_name, studies in sets.items():
-                workers = num_workers or inputs.num_workers(None, studies)
+                workers = num_workers
+                if workers is None:
+                    workers = inputs.num_workers(None, studies)
                 rows_of[run][set_name] = _score(model, studies, folder, workers, run, set_name)
         recipes.append(Recipe(name, rows_of))
-    written.write_text(table, model_table.make_table(recipes))
-    written.write_text(scores, model_table.write_rows(recipes))
+    written.write_text(folder / TABLE, model_table.make_table(recipes))
+    written.write_text(folder / SCORES, model_table.write_rows(recipes))
     return recipes
 
 
@@ -195,10 +201,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         models = name_models(given.models)
         sets = find_real(given.real_slices, given.healthy)
+        if not sets and given.phantoms < 1:
+            raise InputError('--phantoms: without any, give --real_slices or --healthy')
+        written.refuse_foreign([given.folder / TABLE, given.folder / SCORES])
         given.folder.mkdir(parents=True, exist_ok=True)
         atomic.remove_leftovers(given.folder)
         grid = {'shape': tuple(phantom.shape), 'spacing_mm': tuple(phantom.spacing_mm)}
-        sets = make_phantoms(given.folder, given.phantoms, **grid) | sets
+        if given.phantoms > 0:
+            sets = make_phantoms(given.folder, given.phantoms, **grid) | sets
         measure(given.folder, models, sets, given.num_workers)
     except (InputError, OSError) as error:
         print(f'error: {one_line(error)}', file=sys.stderr)
@@ -206,7 +216,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f'stopped; {GO_ON}', file=sys.stderr)
         return 130
-    print((given.folder / 'table.md').read_text(encoding='utf-8'))
+    print((given.folder / TABLE).read_text(encoding='utf-8'))
     return 0
 
 

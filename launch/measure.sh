@@ -7,8 +7,8 @@
 # one to add models.
 #   --real_slices=DIR   a data set with lesion masks, such as labelled slices, scored too
 #   --healthy=DIR       healthy scans, of which is said how much each model marks in them
-#   --phantoms=N        how many phantoms there are, with lesions and as many without (60)
-#   --num_workers=N     processes beside the network's (one a core, as memory allows)
+#   --phantoms=N        how many phantoms there are, with lesions and as many without (60; 0 makes none)
+#   --num_workers=N     processes beside the network's (one a core, as memory allows; 0 is none)
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"

@@ -24,14 +24,14 @@ HEAD = (
 )  # fmt: skip
 NOTES = f"""\
 Dice is the mean over whole studies: "as cut" of the masks that the model gives, "best single cut"
-of the probabilities at the one of {len(CUTS)} cuts, {CUTS[0]:.2f} to {CUTS[-1]:.2f}, that is best over
-all studies, "mean over cuts" of all these. Average precision counts every voxel of a study. A true
-lesion is found where at least {LEAST_SHARE:.0%} of its voxels are marked; a marked one that touches no
-true one is false. The expected calibration error (ECE) is inside the lungs that the model found.
-"Healthy ml" is what is marked in a healthy scan. In brackets are 95 % bootstrap intervals over
-studies, each taken for a subject, and where a model has several runs over these too. Differences
-are to the first model, paired by study. Where a score is undefined in some studies, the number of
-the others stands beside it.
+of the probabilities at the one of {len(CUTS)} cuts, {CUTS[0]:.2f} to {CUTS[-1]:.2f}, that is best
+over all studies, "mean over cuts" of all these. Average precision counts every voxel of a study. A
+true lesion is found where at least {LEAST_SHARE:.0%} of its voxels are marked; a marked one that
+touches no true one is false. The expected calibration error (ECE) is inside the lungs that the
+model found. "Healthy ml" is what is marked in a healthy scan. In brackets are 95 % bootstrap
+intervals over studies, each taken for a subject, and where a model has several runs over these too.
+Differences are to the first model, paired by study. Where a score is undefined in some studies, the
+number of the others stands beside it.
 """
 _MOST_LISTED = 12  # healthy scans that are listed one by one
 
