@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -22,17 +23,19 @@ HEAD = (
     'average precision', 'lesion-wise F1', f'found under {NODULE_ML:g} ml', 'ECE', 'healthy ml',
     'Dice as cut, difference', 'best single cut, difference', 'healthy ml, difference',
 )  # fmt: skip
-NOTES = f"""\
-Dice is the mean over whole studies: "as cut" of the masks that the model gives, "best single cut"
-of the probabilities at the one of {len(CUTS)} cuts, {CUTS[0]:.2f} to {CUTS[-1]:.2f}, that is best
-over all studies, "mean over cuts" of all these. Average precision counts every voxel of a study. A
-true lesion is found where at least {LEAST_SHARE:.0%} of its voxels are marked; a marked one that
-touches no true one is false. The expected calibration error (ECE) is inside the lungs that the
-model found. "Healthy ml" is what is marked in a healthy scan. In brackets are 95 % bootstrap
-intervals over studies, each taken for a subject, and where a model has several runs over these too.
-Differences are to the first model, paired by study. Where a score is undefined in some studies, the
-number of the others stands beside it.
-"""
+NOTES = textwrap.fill(
+    'Dice is the mean over whole studies: "as cut" of the masks that the model gives, "best single '
+    f'cut" of the probabilities at the one of {len(CUTS)} cuts, {CUTS[0]:.2f} to {CUTS[-1]:.2f}, '
+    'that is best over all studies, "mean over cuts" of all these. Average precision counts every '
+    f'voxel of a study. A true lesion is found where at least {100 * LEAST_SHARE:g} % of its '
+    'voxels are marked; a marked one that touches no true one is false. The expected calibration '
+    'error (ECE) is inside the lungs that the model found. "Healthy ml" is what is marked in a '
+    'healthy scan. In brackets are 95 % bootstrap intervals over studies, each taken for a '
+    'subject, and where a model has several runs over these too. Differences are to the first '
+    'model, paired by study. Where a score is undefined in some studies, the number of the others '
+    'stands beside it.',
+    width=100,
+)
 _MOST_LISTED = 12  # healthy scans that are listed one by one
 
 
@@ -64,7 +67,7 @@ def make_table(recipes: Sequence[Recipe]) -> str:
     for kind, (lesion_set, healthy_set) in KINDS.items():
         if any(lesion_set in run or healthy_set in run for run in recipes[0].runs.values()):
             rows += [_cells(kind, each, recipes[0]) for each in recipes]
-    return tabulate(rows, HEAD, tablefmt='github', disable_numparse=True) + '\n\n' + NOTES
+    return tabulate(rows, HEAD, tablefmt='github', disable_numparse=True) + '\n\n' + NOTES + '\n'
 
 
 def write_rows(recipes: Sequence[Recipe]) -> str:
