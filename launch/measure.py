@@ -18,7 +18,7 @@ if __name__ == '__main__':
 from absl import logging
 
 from configs import transunet
-from covseg_jax import atomic, written
+from covseg_jax import atomic, manifest, written
 from covseg_jax.errors import GO_ON, InputError, one_line
 from covseg_jax.evaluation import model_table
 from covseg_jax.evaluation.model_scores import Row, score_studies
@@ -92,6 +92,7 @@ def load_model(path: pathlib.Path) -> Model:
     made_with = path / _RUN_CONFIG
     if not made_with.is_file():
         return export.load(path)
+    manifest.refuse_other_settings(path, 'train', {}, '')  # by its names alone, for now
     # What an older run's config lacks is as it is today.
     config = transunet.get_config().unlock()
     with config.ignore_type():
