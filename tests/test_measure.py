@@ -1,39 +1,48 @@
 """Models side by side, as a person asks for it: phantoms, real scans, the table, and its faults."""
 
 import csv
-import shutil
+import dataclasses
 
 import pytest
 
-from configs import transunet
-from covseg_jax.imaging.masks import MaskSettings
 from launch import measure
+from tests.evaluation.test_model_scores import MODEL, mark_opacity
 from tests.imaging.chest import write_study
-from tests.predict.test_export import make_variables, write
 
 TINY = {'shape': (64, 64, 20), 'spacing_mm': (5.25, 5.25, 16.0)}
 
 
-@pytest.fixture(scope='module')
-def exports(tmp_path_factory):
-    """Two networks that were never trained: the cuts divide their answers."""
-    config, folder = transunet.get_config('tiny').unlock(), tmp_path_factory.mktemp('exports')
-    for name, seed in (('a', 1), ('b', 2)):
-        write(config, make_variables(config, seed), folder / name, masks=MaskSettings(0.4, 0.4, 0))
-    return folder
+@pytest.fixture
+def models(tmp_path):
+    """Folders that pass for exports, though none can be loaded."""
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'SHA256SUMS').touch()
+    return [str(tmp_path / name) for name in 'ab']
 
 
 @pytest.fixture
-def phantoms(monkeypatch):
-    """Phantoms that are quick to make."""
-    make = measure.make_phantoms
-    monkeypatch.setattr(
-        measure, 'make_phantoms', lambda folder, num, **_: make(folder, num, **TINY)
-    )
+def asked(monkeypatch):
+    """The model of each study that is predicted; models are stand-ins, and phantoms small."""
+    asked, make = [], measure.make_phantoms
+
+    def load(path):
+        def mark(image, lungs):
+            asked.append(path.name)
+            return mark_opacity(image, lungs)
+
+        return dataclasses.replace(MODEL, probabilities=(mark,), identity=path.name)
+
+    def make_tiny(folder, num, **grid):
+        assert grid == {'shape': (192, 192, 40), 'spacing_mm': (1.75, 1.75, 8.0)}
+        return make(folder, num, **TINY)
+
+    monkeypatch.setattr(measure, 'load_model', load)
+    monkeypatch.setattr(measure, 'make_phantoms', make_tiny)
+    return asked
 
 
-@pytest.mark.usefixtures('phantoms')
-def test_exports_are_measured_on_phantoms_and_real_scans_once(exports, tmp_path, capsys):
+def test_models_are_measured_on_phantoms_and_real_scans_once(models, asked, tmp_path, capsys):
     write_study(tmp_path / 'slices', 'p1')
     write_study(tmp_path / 'healthy', 'h1', lesion=False)
     flags = [
@@ -41,7 +50,7 @@ def test_exports_are_measured_on_phantoms_and_real_scans_once(exports, tmp_path,
         '--phantoms=1', '--num_workers=0',
     ]  # fmt: skip
     folder = tmp_path / 'measured'
-    assert measure.main([str(folder), str(exports / 'a'), *flags]) == 0
+    assert measure.main([str(folder), models[0], *flags]) == 0
     before = (folder / 'scores.csv').read_text()
     with (folder / 'scores.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
@@ -51,11 +60,9 @@ def test_exports_are_measured_on_phantoms_and_real_scans_once(exports, tmp_path,
     ]  # fmt: skip
     assert float(rows[0]['true_ml']) > 0
     # Another model beside it: the first is not asked again.
-    shutil.copytree(exports, tmp_path / 'moved')
-    (tmp_path / 'moved' / 'a' / 'function_tpu.bin').touch()
-    models = [str(tmp_path / 'moved' / name) for name in 'ab']
     capsys.readouterr()
     assert measure.main([str(folder), *models, *flags]) == 0
+    assert asked == ['a'] * 4 + ['b'] * 4
     assert (folder / 'scores.csv').read_text().startswith(before)
     printed = capsys.readouterr().out
     assert (folder / 'table.md').read_text() in printed
@@ -65,8 +72,7 @@ def test_exports_are_measured_on_phantoms_and_real_scans_once(exports, tmp_path,
     ]  # fmt: skip
 
 
-@pytest.mark.usefixtures('phantoms')
-def test_what_cannot_be_measured_is_said_in_one_line(exports, tmp_path, capsys):
+def test_what_cannot_be_measured_is_said_in_one_line(models, tmp_path, capsys):
     def fault(*arguments):
         assert measure.main([str(tmp_path / 'out'), *map(str, arguments), '--phantoms=0']) == 1
         line = capsys.readouterr().err
@@ -74,15 +80,16 @@ def test_what_cannot_be_measured_is_said_in_one_line(exports, tmp_path, capsys):
         assert line.count('\n') == 1
         return line
 
-    good = exports / 'a'
+    good = models[0]
     assert 'named twice' in fault(good, good)
-    assert 'nor an export' in fault(exports)
+    assert 'nor an export' in fault(tmp_path)
     assert 'give --real_slices or --healthy' in fault(good)
     write_study(tmp_path / 'healthy', 'h1', lesion=False)
     assert 'has a lesion mask' in fault(good, f'--real_slices={tmp_path / "healthy"}')
-    (tmp_path / 'out').mkdir(exist_ok=True)
+    healthy = f'--healthy={tmp_path / "healthy"}'
+    assert 'SHA256SUMS: says nothing of model.json' in fault(good, healthy)
     (tmp_path / 'out' / 'table.md').write_text('mine')
-    assert 'table.md: is in the way' in fault(good, f'--healthy={tmp_path / "healthy"}')
+    assert 'table.md: is in the way' in fault(good, healthy)
 
 
 def test_runs_of_one_recipe_are_a_row(tmp_path):
