@@ -22,8 +22,11 @@ from tensorboard.backend.event_processing import event_accumulator
 from configs import transunet
 from covseg_jax import main
 from covseg_jax.errors import InputError
+from covseg_jax.evaluation import scores
+from covseg_jax.imaging.studies import find_studies
 from covseg_jax.stages import settings
 from covseg_jax.stages.inputs import Request
+from launch import measure
 from tests.program import ROOT, assert_one_line_error, command, environment, run
 from tests.segmentation.test_import_weights import make_variables, to_pytorch
 
@@ -164,6 +167,16 @@ def test_main_exports_a_model_that_predicts_without_a_config(finished, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     wrong = run(*flags, '--stages=predict,evaluate')
     assert_one_line_error(wrong, '--model', 'predict')
+
+
+def test_run_is_measured_beside_others_as_it_was_evaluated(finished, tmp_path):
+    workdir, _ = finished
+    studies = {study.study_id: study for study in find_studies(workdir / 'studies')}
+    case_rows, _ = scores.read_tables(workdir / 'evaluation')
+    sets = {'phantoms': [studies[row['study_id']] for row in case_rows]}
+    (recipe,) = measure.measure(tmp_path, {'run': {'run': workdir}}, sets, num_workers=0)
+    expected = [row['dice'] for row in case_rows]
+    np.testing.assert_allclose(recipe.column('phantoms', 'dice'), [expected])
 
 
 def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, tmp_path):

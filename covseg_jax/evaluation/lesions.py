@@ -30,9 +30,18 @@ class LesionMatch:
         """2 TP / (2 TP + FP + FN), where TP are true lesions of which a voxel is predicted, FN the
         others, and FP predicted lesions that touch no true one (Hernandez Petzsche et al. 2022,
         ISLES). NaN where there is no lesion on either side."""
-        found = int(np.count_nonzero(self.covered))
+        return self.f1_at(0)
+
+    def f1_at(self, least_share: float) -> float:
+        """As `f1`, where TP are true lesions of which at least this share is predicted, in [0, 1],
+        and at least a voxel."""
+        found = int(np.count_nonzero(self.found(least_share)))
         whole = 2 * found + (len(self.covered) - found) + self.num_false
         return 2 * found / whole if whole else math.nan
+
+    def found(self, least_share: float) -> np.ndarray:
+        """(T,) whether at least this share of a true lesion is predicted, and at least a voxel."""
+        return (self.covered > 0) & (self.covered >= least_share)
 
 
 def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:

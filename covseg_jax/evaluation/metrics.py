@@ -207,3 +207,53 @@ def bootstrap_interval(
     means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_runs(
+    runs: np.ndarray,
+    against: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    num: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over runs of one recipe and subjects, both drawn with
+    replacement, independently of each other (the pigeonhole bootstrap, Owen 2007,
+    doi:10.1214/07-AOAS122). Of one run it is an interval over subjects alone.
+
+    Args:
+      runs: (R, N) one figure a run and subject; undefined (NaN) ones are left out.
+      against: (Q, N) of other runs and the same subjects: the interval is of the mean of `runs`
+        minus theirs. A subject is drawn for both, so that they are paired.
+      seed, num, level: as of `bootstrap_interval`.
+
+    Returns:
+      (low, high); (NaN, NaN) with fewer than two subjects.
+
+    Raises:
+      ValueError: the two are not of as many subjects.
+    """
+    groups = [np.asarray(runs, np.float64)]
+    if against is not None:
+        groups.append(np.asarray(against, np.float64))
+    if groups[0].shape[1] != groups[-1].shape[1]:
+        raise ValueError(f'runs of {groups[0].shape[1]} and of {groups[-1].shape[1]} subjects')
+    known = np.logical_and.reduce([~np.isnan(group).all(axis=0) for group in groups])
+    rng, num_subjects = np.random.default_rng(seed), int(known.sum())
+    if num_subjects < 2:
+        return math.nan, math.nan
+    of_subjects = _draw_counts(rng, num, num_subjects)
+    means = []
+    for group in groups:
+        values, of_runs = group[:, known], _draw_counts(rng, num, len(group))
+        defined = ~np.isnan(values)
+        sums = ((of_runs @ np.where(defined, values, 0)) * of_subjects).sum(axis=1)
+        means.append(sums / ((of_runs @ defined) * of_subjects).sum(axis=1))
+    drawn = means[0] - means[1] if len(means) > 1 else means[0]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _draw_counts(rng: np.random.Generator, num: int, size: int) -> np.ndarray:
+    """(num, size): how often each of `size` is drawn when as many are, with replacement."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=num)

@@ -177,10 +177,10 @@ def _list_orders(
     counts = {c: round(num_covid * share) for c, share in zip(severe, severe_shares, strict=True)}
     counts['CT-1'] = num_covid - sum(counts.values())
     counts['CT-0'] = num_healthy
-    if not 0 <= num_masked <= counts['CT-1'] or min(num_healthy, num_covid) < 0:
+    if not 0 <= num_masked <= num_covid or min(num_healthy, num_covid) < 0:
         raise ValueError(
-            f'{num_healthy} healthy and {num_covid} COVID studies have {counts["CT-1"]} in CT-1: '
-            f'cannot give {num_masked} of them masks'
+            f'{num_healthy} healthy and {num_covid} COVID studies: cannot give {num_masked} of '
+            'them masks'
         )
     categories = [c for c in lesions.CATEGORIES for _ in range(counts[c])]
     orders = []
@@ -241,14 +241,14 @@ def write_phantom_data_set(
 ) -> list[str]:
     """Writes a data set in MosMed's layout; studies that are there already are kept.
 
-    Studies are numbered as in MosMed: CT-0 first, then CT-1, whose first num_masked have masks,
-    then the others. Every file appears whole, and the registry last: a folder with a registry is
-    complete.
+    Studies are numbered as in MosMed: CT-0 first, then CT-1 to CT-4; the first num_masked COVID
+    studies have masks. Every file appears whole, and the registry last: a folder with a registry is
+    complete. A study's chest depends on the seed and its number alone, whatever its category.
 
     Args:
         folder: new, empty, or left by an earlier call with the same settings.
         num_healthy, num_covid: studies in CT-0, and in CT-1 to CT-4 together.
-        num_masked: CT-1 studies that get a mask file.
+        num_masked: COVID studies that get a mask file.
         severe_shares: of the COVID studies, those in CT-2, CT-3 and CT-4; the rest is CT-1.
         shape, spacing_mm: (X, Y, Z) of every study's file.
         num_workers: processes; 0 or 1 is this one.
@@ -257,7 +257,7 @@ def write_phantom_data_set(
         The ids of the studies written by this call.
 
     Raises:
-        ValueError: more masks than CT-1 studies, or as make_phantom does.
+        ValueError: more masks than COVID studies, or as make_phantom does.
         InputError: the folder holds something else, or a process was killed.
     """
     folder = pathlib.Path(folder)

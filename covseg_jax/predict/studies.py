@@ -153,7 +153,7 @@ def predict_studies(
     journal.begin()
     finish = functools.partial(_finish, journal, model.masks, wanted)
     with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
-        for row in _predict_each(to_do, model, finish, num_workers):
+        for row in predict_each(to_do, model, finish, num_workers):
             rows[str(row['study_id'])] = row
             bar.update()
     all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
@@ -165,10 +165,15 @@ def predict_studies(
     return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
 
 
-def _predict_each(
+def predict_each(
     to_do: Sequence[Study], model: Model, finish: Callable[..., Row], num_workers: int
 ) -> Iterator[Row]:
-    """The studies' rows, in the order in which they are done. `finish` writes what was found."""
+    """The studies' rows, in the order in which they are done.
+
+    `finish` takes a study, its case, its (D, H, W) probability and the seconds so far, and gives
+    the row. It runs in other processes: it can be pickled. Of a study that cannot be used the row
+    is its id and, as `status`, the fault.
+    """
     devices = model.probabilities[: max(1, len(to_do))]
     with process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool, ExitStack() as stack:
         # Each thread does one thing after the other.

@@ -40,3 +40,12 @@ def test_lesions_of_empty_masks():
     assert math.isnan(lesions.match_lesions(place(), place()).f1)
     assert lesions.match_lesions(one, place()).f1 == 0
     assert lesions.match_lesions(place(), one).f1 == 0
+
+
+def test_a_lesion_can_be_asked_to_be_covered_more():
+    truth = place(np.s_[0, 0, 0:8], np.s_[2, 0:5, 0:4])  # of 8 and 20 voxels
+    match = lesions.match_lesions(truth, place(np.s_[0, 0, 0], np.s_[2, 0, 0]))
+    assert match.f1_at(0) == match.f1 == 1
+    # 1 of 8 is more than a tenth and 1 of 20 less: missed, and what touches it is not false.
+    assert match.f1_at(0.1) == pytest.approx(2 / (2 + 1))
+    assert match.f1_at(0.2) == 0

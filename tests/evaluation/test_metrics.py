@@ -198,3 +198,21 @@ def test_bootstrap_draws_whole_subjects():
 def test_bootstrap_of_one_subject_is_undefined():
     assert all(map(math.isnan, metrics.bootstrap_interval([0.5, 0.7], subjects=['a', 'a'])))
     assert all(map(math.isnan, metrics.bootstrap_interval([])))
+
+
+def test_bootstrap_of_runs_is_over_subjects_of_one_run_and_over_both_of_several():
+    rng = np.random.default_rng(2)
+    one = rng.normal(size=(1, 50))
+    assert metrics.bootstrap_runs(np.append(one, [[math.nan]], axis=1)) == pytest.approx(
+        metrics.bootstrap_interval(one[0]), abs=0.03
+    )
+    # Runs 0 and 1 apart, subjects all alike: of two draws both are the first in every fourth.
+    apart = np.repeat([[0.0], [1.0]], 50, axis=1)
+    assert metrics.bootstrap_runs(apart) == (0, 1)
+    # What all share is no difference, however far subjects lie from each other.
+    assert metrics.bootstrap_runs(one + 0.25, one) == pytest.approx((0.25, 0.25))
+    low, high = metrics.bootstrap_runs(rng.normal(size=(1, 50)) + 0.25, one)
+    assert low < 0.25 - 0.2 < 0.25 + 0.2 < high
+    assert all(map(math.isnan, metrics.bootstrap_runs(one[:, :1])))
+    with pytest.raises(ValueError, match='50 and of 49 subjects'):
+        metrics.bootstrap_runs(one, one[:, 1:])

@@ -236,6 +236,25 @@ def test_classes_follow_mosmed_proportions():
     assert (masked[0], masked[-1], len(masked)) == ('study_0255', 'study_0304', 50)
 
 
+def test_all_covid_studies_can_have_masks_and_healthy_ones_of_the_seed_are_their_chests(tmp_path):
+    covid = {'num_healthy': 0, 'num_covid': 2, 'num_masked': 2, 'severe_shares': (0.5, 0, 0)}
+    write_small_set(tmp_path / 'covid', **covid)
+    write_small_set(tmp_path / 'healthy', num_healthy=2, num_covid=0, num_masked=0)
+    for category, name in (('CT-1', 'study_0001'), ('CT-2', 'study_0002')):
+        image, mask, healthy = (
+            nifti.read_volume(tmp_path / file).array
+            for file in (
+                f'covid/studies/{category}/{name}.nii.gz',
+                f'covid/masks/{name}_mask.nii.gz',
+                f'healthy/studies/CT-0/{name}.nii.gz',
+            )
+        )
+        assert mask.any()
+        assert (image != healthy)[mask > 0].any()
+        far = scipy.ndimage.distance_transform_edt(mask == 0, (40, 10, 10)) > 100
+        np.testing.assert_array_equal(image[far], healthy[far])
+
+
 def test_interrupted_data_set_is_finished_by_the_next_call(tmp_path, monkeypatch):
     made, write = [], phantom._write_study
 
