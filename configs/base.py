@@ -191,7 +191,7 @@ def _prepare() -> ml_collections.ConfigDict:
     prepare.grid = (32, 128, 128)  # D, H, W of the prepared arrays, multiples of 16
     prepare.window_hu = (-1000.0, 400.0)  # HU of image values 0 and 1
     prepare.margin_mm = 4.0  # around the lungs' bounding box
-    prepare.lungs_source = 'threshold'  # or 'network', 'file' or 'lungmask'
+    prepare.lungs_source = 'network'  # or 'threshold', 'file' or 'lungmask'
     prepare.lung_network = (
         ''  # a file of --stages=lungs in place of the one that comes with the code
     )

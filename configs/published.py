@@ -3,7 +3,7 @@
     python -m covseg_jax.main --config=configs/transunet.py:published
 
 On an accelerator; not run on MosMedData yet. What it does otherwise than the public code, such as
-lungs by threshold and masks on the study's own grid, stands in its section 6.
+lungs without lungmask and masks on the study's own grid, stands in its section 6.
 """
 
 import ml_collections

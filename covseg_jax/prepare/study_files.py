@@ -126,7 +126,7 @@ def find_study_lungs(
             raise FileFault(
                 study.image,
                 'has no lung mask file',
-                f'add {study.study_id}_lungs.nii.gz or set prepare.lungs_source=threshold',
+                f'add {study.study_id}_lungs.nii.gz or set prepare.lungs_source=network',
             )
         lungs = read_mask(study, 'lung_mask', image, labels=None)
         if not lungs.any():
@@ -147,7 +147,7 @@ def find_study_lungs(
         raise FileFault(
             study.image,
             'prepare.lungs_source=lungmask, but that package is not installed',
-            'pip install lungmask, or use prepare.lungs_source=threshold',
+            'pip install lungmask, or use prepare.lungs_source=network',
         ) from error
 
 
