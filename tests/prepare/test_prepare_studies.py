@@ -181,7 +181,7 @@ def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_se
     assert _prepare(data_set).kept == ['a', 'b']
 
 
-PROGRAM = """
+PROGRAM = f"""
 import signal, sys
 from covseg_jax.prepare import prepare_studies
 from covseg_jax.imaging import studies
@@ -190,9 +190,7 @@ if __name__ == '__main__':
     # A shell that puts the tests in the background has them ignore Ctrl-C, and so would this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print('started', flush=True)
-    settings = prepare_studies.PrepareSettings(
-        (16, 32, 32), (-1000.0, 400.0), 4.0, 'threshold', (1,), ''
-    )
+    settings = prepare_studies.{SETTINGS}
     prepare_studies.prepare_studies(found, sys.argv[2], settings, num_workers=2)
 """
 
