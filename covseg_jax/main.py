@@ -27,7 +27,9 @@ from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
-_STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
+_STAGES = flags.DEFINE_string(
+    'stages', None, "comma list; default: the config's; without a config predict"
+)
 # The fields of Request.
 _PATHS = {
     'input': 'predict, verify: scans; evaluate: masks, or with --model a data set; compare: '
@@ -216,6 +218,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         # A misspelt field, a value of the wrong type, a variant that is not there.
         text = _one_line(error)
         what = 'the config has no field ' if text.startswith("'") else ''  # its bare name
+        if isinstance(error, ImportError):
+            what, text = '--config: ', f'{text}; run it in the folder above configs/'
         print(f'error: {what}{text}', file=sys.stderr)
         sys.exit(2)
 

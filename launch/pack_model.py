@@ -1,6 +1,5 @@
-"""An export, in the form in which a model comes with the code.
-
-    python -m launch.pack_model EXPORT covseg_jax/default_model
+"""An export, in the form in which a model comes with the code:
+`python -m launch.pack_model EXPORT covseg_jax/default_model`.
 """
 
 import pathlib
@@ -19,12 +18,15 @@ def main(source: pathlib.Path, folder: pathlib.Path) -> None:
     for name, size in sizes.items():
         print(f'{size:>9} {folder / name}')
     if sum(sizes.values()) > MOST_BYTES:
-        raise InputError(f'{folder}: has {sum(sizes.values())} bytes, more than {MOST_BYTES}')
+        raise InputError(
+            f'{folder}: has {sum(sizes.values())} bytes, and at most {MOST_BYTES} should come with '
+            'the code; put the old model back, and train a smaller network'
+        )
 
 
 if __name__ == '__main__':
     if len(sys.argv) != 3:
-        sys.exit(f'usage: python -m launch.pack_model EXPORT FOLDER\n\n{__doc__}')
+        sys.exit('usage: python -m launch.pack_model EXPORT FOLDER')
     try:
         main(*map(pathlib.Path, sys.argv[1:]))
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Where the model that comes with the program lies. `export.load` reads it; nothing here needs JAX."""
+"""Where the model that comes with the program lies; `export.load` reads it. No import of JAX."""
 
 import pathlib
 

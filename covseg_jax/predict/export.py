@@ -16,12 +16,12 @@
                             reads it
       SHA256SUMS            of the files above; `sha256sum -c` reads it
 
-Nothing in it is a pickle or code: the functions are StableHLO. JAX reads a function for about half a
-year after the version that wrote it. Where it refuses one, or there is none for this platform, the
-network is built from its fields and weights, as the training code builds it.
+Nothing in it is a pickle or code: the functions are StableHLO. JAX reads a function for about half
+a year after the version that wrote it. Where it refuses one, or there is none for this platform,
+the network is built from its fields and weights, as the training code builds it.
 
-The model that comes with the program (`write_compact`) has no functions, its kernels in float16, and
-a MODEL_CARD.md.
+The model that comes with the program (`write_compact`) has no functions, its kernels in float16,
+and a MODEL_CARD.md.
 """
 
 import contextlib
@@ -206,8 +206,8 @@ def _write_onnx(
 
 
 def refuse_other_contents(folder: pathlib.Path, but: Collection[str] = ()) -> None:
-    """To be called before the folder is replaced: it must be empty or new, or an export whose files,
-    `but` those of some names, all have their checksums.
+    """To be called before the folder is replaced: it must be empty or new, or an export whose files
+    all have their checksums, `but` those of some names.
 
     Raises:
       InputError: it holds a file that was not exported, or that was changed since.
@@ -237,8 +237,8 @@ def load(path: str | os.PathLike = DEFAULT, *others: str | os.PathLike) -> Model
       InputError: a folder is no export, is damaged, was written by a newer version, can neither be
         read by this JAX nor built again, or the exports see studies in different ways.
     """
-    folders = [DEFAULT_FOLDER if each == DEFAULT else pathlib.Path(each) for each in (path, *others)]
-    return average_models([_load_one(folder) for folder in folders])
+    named = (DEFAULT_FOLDER if each == DEFAULT else pathlib.Path(each) for each in (path, *others))
+    return average_models([_load_one(folder) for folder in named])
 
 
 def _load_one(folder: pathlib.Path) -> Model:
@@ -253,9 +253,7 @@ def _load_one(folder: pathlib.Path) -> Model:
         own = str(folder / lung_network.FILE)
         preparation = dataclasses.replace(preparation, lung_network=own)
     variables = traverse_util.unflatten_dict(_read_tensors(folder), sep='/')
-    slices = jax.ShapeDtypeStruct(
-        (volumes.batch_size, *preparation.grid[1:], 1), jnp.float32
-    )
+    slices = jax.ShapeDtypeStruct((volumes.batch_size, *preparation.grid[1:], 1), jnp.float32)
     call = _make_call(folder, sums, description, variables, slices)
     return Model(
         probabilities=tuple(
@@ -282,8 +280,8 @@ def _make_call(
     variables: Any,
     slices: jax.ShapeDtypeStruct,
 ) -> Callable[[Any, jax.Array], jax.Array]:
-    """A jitted (variables, slices) -> what the network says of each pixel: the export's function, or
-    the network built again."""
+    """A jitted (variables, slices) -> what the network says of each pixel: the export's function,
+    or the network built again."""
     platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
     # On a CPU computed as the program computes, whatever the caller's process has set.
     options = (cpu.compiler_options() if platform == 'cpu' else {}) or None

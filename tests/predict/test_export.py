@@ -200,9 +200,7 @@ def corrupted(content):
     return content[::-1]
 
 
-def test_network_is_built_again_where_the_function_is_not_read(
-    config, variables, copied, capfd
-):
+def test_network_is_built_again_where_the_function_is_not_read(config, variables, copied, capfd):
     path = copied / 'function_cpu.bin'
     content, volume = path.read_bytes(), make_volume()
     network = segmentation.make_network(config)
