@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
+from flax.errors import FlaxError
 from jax import export
 
 from covseg_jax import atomic, cpu, hosts
@@ -284,20 +285,16 @@ def _make_call(
     or the network built again."""
     platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
     # On a CPU computed as the program computes, whatever the caller's process has set.
-    options = (cpu.compiler_options() if platform == 'cpu' else {}) or None
+    options = cpu.compiler_options() if platform == 'cpu' else {}
+    jit = functools.partial(jax.jit, compiler_options=options or None)
     name, refusal = _FUNCTION.format(platform), f'it has no function for {platform}'
     if name in sums:
         try:
-            function = _read_function(folder / name)
-            (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
-            call = jax.jit(function.call, compiler_options=options)
-            if _shapes(wanted) == _shapes(variables):
-                call.lower(variables, slices)  # JAX reads the program itself only here
+            return _read_function(folder, name, jit, variables, slices)
+        except FileFault:
+            raise
         except Exception as error:  # nothing checks the content: JAX and MLIR raise whatever it is
             refusal = f'JAX {jax.__version__} does not read its {name} ({one_line(error)})'
-        else:
-            _check_fit(folder, wanted, variables, 'the function')
-            return call
     try:
         network = _rebuild(folder, description)
     except InputError as error:
@@ -307,27 +304,35 @@ def _make_call(
             f'note: {folder}: {refusal}; the network is built from its weights instead',
             file=sys.stderr,
         )
-    wanted = jax.eval_shape(network.init, jax.random.key(0), slices)
-    _check_fit(folder, wanted, variables, 'the network of model.json')
-    predict = make_predict(network, description['volumes'].get('output', 'sigmoid'))
-    return jax.jit(predict, compiler_options=options)
+    call = jit(make_predict(network, description['volumes'].get('output', 'sigmoid')))
+    try:
+        call.lower(variables, slices)  # the first prediction does not do it again
+    except (FlaxError, TypeError, ValueError) as error:
+        raise _misfit(folder, 'the network of model.json') from error
+    return call
 
 
-def _read_function(path: pathlib.Path) -> export.Exported:
-    function = export.deserialize(bytearray(path.read_bytes()))
+def _read_function(
+    folder: pathlib.Path, name: str, jit: Callable, variables: Any, slices: jax.ShapeDtypeStruct
+) -> Callable[[Any, jax.Array], jax.Array]:
+    function = export.deserialize(bytearray((folder / name).read_bytes()))
     version = function.calling_convention_version
     if version not in _CALLING_CONVENTIONS:  # JAX would try
         raise ValueError(f'calling convention {version}')
-    return function
+    (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
+    if _shapes(wanted) != _shapes(variables):
+        raise _misfit(folder, 'the function')
+    call = jit(function.call)
+    call.lower(variables, slices)  # only here does JAX read the program itself
+    return call
+
+
+def _misfit(folder: pathlib.Path, what: str) -> FileFault:
+    return FileFault(folder / 'weights.safetensors', f'does not fit {what}', _EXPORT_AGAIN)
 
 
 def _shapes(variables: Any) -> Any:
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
-
-
-def _check_fit(folder: pathlib.Path, wanted: Any, variables: Any, what: str) -> None:
-    if _shapes(wanted) != _shapes(variables):
-        raise FileFault(folder / 'weights.safetensors', f'does not fit {what}', _EXPORT_AGAIN)
 
 
 def _rebuild(folder: pathlib.Path, description: Mapping[str, Any]) -> nn.Module:
