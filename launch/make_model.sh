@@ -3,8 +3,8 @@
 # puts it into covseg_jax/default_model/.
 #   launch/make_model.sh [FOLDER] [flags]     default: runs/default_model
 # The seeds are fixed: the same flags give the same model. A run that was stopped goes on with the same
-# command. Flags, such as --config.train.num_steps=9000, change the recipe; the last one of a name counts.
-# MODEL_CARD.md stays as it is: write there what was measured.
+# command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
+# stays as it is: write there what was measured.
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -15,15 +15,20 @@ if [ $# != 0 ] && [[ "$1" != --* ]]; then
 fi
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
-flags=(
+recipe=(
   --config=configs/transunet.py:phantom
   --config.seed=0
   --config.phantom.seed=0
   --config.prepare.lungs_source=network # loses less of dense lungs, see the README
   "--config.export.licence=as this repository's; no patient's data went into it"
-  "$@"
-  --workdir="$folder"
 )
+flags=()
+for flag in "${recipe[@]}"; do
+  if [[ " $* " != *" ${flag%%=*}="* ]]; then # a flag that is given twice is an error
+    flags+=("$flag")
+  fi
+done
+flags+=("$@" --workdir="$folder")
 
 cd "$here/.."
 "$here/local.sh" run "${flags[@]}"

@@ -136,6 +136,8 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
     run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', '--config.seed=7')
     assert run[0] == export[0] == 'run'
     assert run[-2:] == ['--config.seed=7', f'--workdir={tmp_path}/made']
+    assert '--config.phantom.seed=0' in run
+    assert '--config.seed=0' not in run
     assert export == [*run, '--stages=export', f'--output={tmp_path}/made/export']
     assert pack == ['-m', 'launch.pack_model', f'{tmp_path}/made/export',
                     'covseg_jax/default_model']  # fmt: skip
