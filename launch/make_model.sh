@@ -22,13 +22,22 @@ recipe=(
   --config.prepare.lungs_source=network # loses less of dense lungs, see the README
   "--config.export.licence=as this repository's; no patient's data went into it"
 )
+# Each flag once, and --config first: the program takes them in no other way.
 flags=()
 for flag in "${recipe[@]}"; do
-  if [[ " $* " != *" ${flag%%=*}="* ]]; then # a flag that is given twice is an error
-    flags+=("$flag")
+  for argument in "$@"; do
+    if [[ "$argument" == "${flag%%=*}="* ]]; then
+      flag="$argument"
+    fi
+  done
+  flags+=("$flag")
+done
+for argument in "$@"; do
+  if [[ " ${flags[*]} " != *" $argument "* ]]; then
+    flags+=("$argument")
   fi
 done
-flags+=("$@" --workdir="$folder")
+flags+=(--workdir="$folder")
 
 cd "$here/.."
 "$here/local.sh" run "${flags[@]}"

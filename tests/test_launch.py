@@ -133,11 +133,13 @@ def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp
 
 
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
-    run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', '--config.seed=7')
-    assert run[0] == export[0] == 'run'
-    assert run[-2:] == ['--config.seed=7', f'--workdir={tmp_path}/made']
-    assert '--config.phantom.seed=0' in run
-    assert '--config.seed=0' not in run
+    flags = '--config.train.num_steps=9', '--config.seed=7', '--config=configs/transunet.py:tiny'
+    run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
+    # Each once, --config before its fields.
+    assert run[:4] == ['run', flags[2], flags[1], '--config.phantom.seed=0']
+    assert run[-2:] == [flags[0], f'--workdir={tmp_path}/made']
+    names = [flag.split('=')[0] for flag in run]
+    assert len(set(names)) == len(names)
     assert export == [*run, '--stages=export', f'--output={tmp_path}/made/export']
     assert pack == ['-m', 'launch.pack_model', f'{tmp_path}/made/export',
                     'covseg_jax/default_model']  # fmt: skip
