@@ -197,7 +197,7 @@ def main(arguments: list[str]) -> int:
             raise
         print(
             f'error: {error.name} is not installed, which training and evaluation need; '
-            "pip install 'covseg_jax[train]'",
+            "pip install '.[train]' in the checkout",
             file=sys.stderr,
         )
         return 1

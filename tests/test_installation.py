@@ -62,7 +62,7 @@ def test_prediction_needs_none_of_the_packages_that_are_for_training():
 
 def test_training_without_its_packages_names_what_brings_them(tmp_path):
     flags = ['--config=configs/transunet.py:tiny', f'--workdir={tmp_path}', '--stages=lungs']
-    assert_one_line_error(run_without(TRAINING, MAIN, *flags), 'covseg_jax[train]')
+    assert_one_line_error(run_without(TRAINING, MAIN, *flags), "'.[train]'")
 
 
 @pytest.mark.slow
@@ -99,4 +99,4 @@ def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
         [programs / 'covseg', f'--config={ROOT}/configs/transunet.py:tiny', '--stages=lungs'],
         cwd=ROOT, env=clean, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert_one_line_error(trained, 'covseg_jax[train]')
+    assert_one_line_error(trained, "'.[train]'")
