@@ -1,6 +1,7 @@
 """Flags to stages: `python -m covseg_jax.main --config=configs/transunet.py`."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -20,12 +21,15 @@ from ml_collections import config_flags
 from covseg_jax import atomic, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
+from covseg_jax.predict.default import DEFAULT
 from covseg_jax.stages import on_request, outcome, pipeline, settings
 from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
-_STAGES = flags.DEFINE_string('stages', None, "comma list; default: the config's")
+_STAGES = flags.DEFINE_string(
+    'stages', None, "comma list; default: the config's; without a config predict"
+)
 # The fields of Request.
 _PATHS = {
     'input': 'predict, verify: scans; evaluate: masks, or with --model a data set; compare: '
@@ -43,7 +47,12 @@ _SWITCHES = {
 _REQUEST = [
     *(flags.DEFINE_string(name, None, text) for name, text in _PATHS.items()),
     *(flags.DEFINE_bool(name, False, text) for name, text in _SWITCHES.items()),
-    flags.DEFINE_string('model', None, 'predict, evaluate: EXPORT[,EXPORT], in place of a config'),
+    flags.DEFINE_string(
+        'model',
+        None,
+        'predict, evaluate: EXPORT[,EXPORT], in place of a config; predict without both: '
+        f"'{DEFAULT}', the model that comes with the program",
+    ),
     flags.DEFINE_integer(
         'num_workers',
         None,
@@ -130,15 +139,21 @@ def _check_stages(text: str) -> list[str]:
 def _read_request() -> Request:
     given = {flag.name: flag.value for flag in _REQUEST}
     paths = {name: pathlib.Path(given[name]) if given[name] else None for name in _PATHS}
-    return Request(**given | paths)
+    request = Request(**given | paths)
+    if _CONFIG.value is not None or request.model:
+        return request
+    if not request.input or _STAGES.value not in (None, 'predict'):
+        raise InputError(
+            '--input=SCANS --output=FOLDER segments scans; for all else --config is missing, for '
+            'example --config=configs/transunet.py:phantom'
+        )
+    return dataclasses.replace(request, model=DEFAULT)
 
 
 def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise InputError(f'{arguments[1]}: not a flag; flags begin with --')
     config, given = _CONFIG.value, _read_request()
-    if config is None and not given.model:
-        raise InputError('--config is missing; for example --config=configs/transunet.py:phantom')
     try:
         names = _check_stages(_STAGES.value or ('predict' if given.model else config.stages))
     except OSError as error:  # config_flags misses a file only when the config is first used
@@ -177,6 +192,15 @@ def main(arguments: list[str]) -> int:
     except (InputError, OSError) as error:  # a full or read-only disk, no file that can be read
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(__package__):
+            raise
+        print(
+            f'error: {error.name} is not installed, which training and evaluation need; '
+            "pip install '.[train]' in the checkout",
+            file=sys.stderr,
+        )
+        return 1
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
@@ -188,10 +212,14 @@ def main(arguments: list[str]) -> int:
 def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        flags.Error, AttributeError, ImportError, KeyError, TypeError, ValueError, OSError
+    ) as error:  # fmt: skip
         # A misspelt field, a value of the wrong type, a variant that is not there.
         text = _one_line(error)
         what = 'the config has no field ' if text.startswith("'") else ''  # its bare name
+        if isinstance(error, ImportError):
+            what, text = '--config: ', f'{text}; run it in the folder above configs/'
         print(f'error: {what}{text}', file=sys.stderr)
         sys.exit(2)
 

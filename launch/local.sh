@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # Sets up this checkout on a machine with nothing but Python >= 3.11, and runs it.
+#   launch/local.sh predict SCAN [OUTPUT] [flags]
+#                                  segments a scan, or a folder of them, with the model that comes with
+#                                  the code; OUTPUT is covseg_output in this checkout, if not named
 #   launch/local.sh run  [flags]   the main job, by default on phantom studies
 #   launch/local.sh test [flags]   lint, import contracts, tests
 #   launch/local.sh setup          the environment alone
@@ -7,6 +10,7 @@
 # interpreter.
 set -euo pipefail
 
+caller="$PWD"
 cd "$(dirname "$0")/.."
 venv="${VENV:-.venv}"
 
@@ -37,8 +41,30 @@ make_environment() {
   cp requirements.txt "$stamp"
 }
 
+as_absolute() { # PATH, as the caller names it
+  case "$1" in
+    /*) echo "$1" ;;
+    *) echo "$caller/$1" ;;
+  esac
+}
+
 command="${1:-}"
 case "$command" in
+  predict)
+    shift
+    if [ $# = 0 ] || [[ "$1" == --* ]]; then
+      echo "usage: $0 predict SCAN [OUTPUT] [flags]" >&2
+      exit 2
+    fi
+    scan="$(as_absolute "$1")" output="$PWD/covseg_output"
+    shift
+    if [ $# != 0 ] && [[ "$1" != --* ]]; then
+      output="$(as_absolute "$1")"
+      shift
+    fi
+    make_environment
+    exec "$venv/bin/python" -m covseg_jax.main --input="$scan" --output="$output" --preview "$@"
+    ;;
   run)
     shift
     make_environment
@@ -64,7 +90,7 @@ case "$command" in
     make_environment
     ;;
   *)
-    echo "usage: $0 run|test|setup [flags]" >&2
+    echo "usage: $0 predict SCAN [OUTPUT] | run | test | setup [flags]" >&2
     exit 2
     ;;
 esac

@@ -102,25 +102,47 @@ def test_retry_gives_up_on_a_run_that_fails_on_a_vm_that_is_there(cloud):
     assert 'create' not in verbs(cloud)
 
 
-def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp_path):
-    launch_folder = tmp_path / 'launch'
+def run_with_fakes(folder, script, *arguments):
+    """The words of each call that a script makes of local.sh and of Python."""
+    launch_folder = folder / 'launch'
     launch_folder.mkdir()
-    (launch_folder / 'ablation.sh').write_bytes((LAUNCH / 'ablation.sh').read_bytes())
-    (launch_folder / 'local.sh').write_text(f'echo "$@" >> {tmp_path}/rows\n')
-    for program in (launch_folder / 'local.sh', tmp_path / 'bin' / 'python'):
+    (launch_folder / script).write_bytes((LAUNCH / script).read_bytes())
+    for program in (launch_folder / 'local.sh', folder / 'bin' / 'python'):
         program.parent.mkdir(exist_ok=True)
-        program.touch()
+        program.write_text(
+            f'#!/usr/bin/env bash\nprintf "%q " "$@" >> {folder}/calls\necho >> {folder}/calls\n'
+        )
         program.chmod(0o755)
     done = subprocess.run(
-        ['bash', launch_folder / 'ablation.sh', tmp_path / 'runs'],
-        env=os.environ | {'VENV': str(tmp_path)}, capture_output=True, text=True, timeout=300,
+        ['bash', launch_folder / script, *arguments], cwd=folder,
+        env=os.environ | {'VENV': str(folder)}, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in (tmp_path / 'rows').read_text().splitlines()]
+    return [shlex.split(line) for line in (folder / 'calls').read_text().splitlines()]
+
+
+def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp_path):
+    (tmp_path / 'runs').mkdir()
+    (tmp_path / 'runs' / 'table.md').touch()
+    calls = run_with_fakes(tmp_path, 'ablation.sh', tmp_path / 'runs')
+    rows = [call for call in calls if call[0] == 'run']
     assert len(rows) > 10
     for row in rows:
         assert [flag for flag in row if 'phantom.seed' in flag] == ['--config.phantom.seed=2026']
+
+
+def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
+    flags = '--config.train.num_steps=9', '--config.seed=7', '--config=configs/transunet.py:tiny'
+    run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
+    # Each once, --config before its fields.
+    assert run[:4] == ['run', flags[2], flags[1], '--config.phantom.seed=0']
+    assert run[-2:] == [flags[0], f'--workdir={tmp_path}/made']
+    names = [flag.split('=')[0] for flag in run]
+    assert len(set(names)) == len(names)
+    assert export == [*run, '--stages=export', f'--output={tmp_path}/made/export']
+    assert pack == ['-m', 'launch.pack_model', f'{tmp_path}/made/export',
+                    'covseg_jax/default_model']  # fmt: skip
 
 
 SCRIPTS = (

@@ -446,6 +446,7 @@ def place(finished, tmp_path_factory):
     for name in ('data/MosMedData', 'mydata'):
         (place / name).symlink_to(workdir / 'studies')
     (place / 'scans').mkdir()
+    (place / 'scan.nii.gz').symlink_to(next((workdir / 'studies' / 'studies' / 'CT-1').iterdir()))
     shutil.copytree(workdir / 'studies' / 'masks', place / 'true_masks')
     for mask in (place / 'true_masks').iterdir():
         (scan,) = (workdir / 'studies' / 'studies').rglob(mask.name.replace('_mask', ''))
@@ -483,19 +484,25 @@ def test_python_of_the_readme_runs(place):
     assert 'CT-' in done.stdout
 
 
-def test_first_command_of_the_readme_runs_in_an_environment_that_is_there(place):
-    assert LINES[0].startswith('launch/local.sh run')
+def test_first_commands_of_the_readme_run_in_an_environment_that_is_there(place):
+    assert LINES[0] == 'launch/local.sh predict scan.nii.gz'
+    assert LINES[1] == 'launch/local.sh run'
     venv = pathlib.Path(sys.prefix)
     if not (venv / 'requirements.installed').exists():
         pytest.skip('not an environment of launch/local.sh')
     workdir = f'--workdir={place / "runs" / "transunet-tiny"}'
-    done = subprocess.run(
-        [ROOT / 'launch' / 'local.sh', 'run', '--config=configs/transunet.py:tiny', workdir],
-        env=environment() | {'VENV': str(venv)}, capture_output=True, text=True, timeout=600,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert 'evaluate: done before' in done.stdout
+    for arguments, result in (
+        (['predict', 'scan.nii.gz', 'marked'], '1 studies done'),  # paths as the caller has them
+        (['run', '--config=configs/transunet.py:tiny', workdir], 'evaluate: done before'),
+    ):
+        done = subprocess.run(
+            [ROOT / 'launch' / 'local.sh', *arguments], cwd=place,
+            env=environment() | {'VENV': str(venv)}, capture_output=True, text=True, timeout=600,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert result in done.stdout
+    assert len(list((place / 'marked').glob('*_preview.png'))) == 1
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

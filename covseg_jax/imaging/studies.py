@@ -29,8 +29,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import openpyxl
-
 from covseg_jax import written
 from covseg_jax.archives import check_unpacked_size
 from covseg_jax.errors import FileFault, InputError
@@ -245,6 +243,8 @@ def _read_registry(registry: pathlib.Path) -> list[dict[str, str]]:
         except (UnicodeError, csv.Error, OSError) as error:
             raise InputError(f'{registry}: not a CSV file in UTF-8; save it as one') from error
     else:
+        import openpyxl  # here: it takes a while, and other layouts have no workbook
+
         try:
             check_unpacked_size(registry, _MOST_REGISTRY_BYTES)
             book = openpyxl.load_workbook(registry, read_only=True, data_only=True)

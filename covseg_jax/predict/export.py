@@ -1,7 +1,8 @@
 """A trained network as one folder that predicts anywhere, without the config it was trained with.
 
     export/
-      model.json            what it is, how studies become volumes and probabilities masks
+      model.json            what it is, the network's fields, how studies become volumes and
+                            probabilities masks
       weights.safetensors   its variables by name
       function_cpu.bin      (variables, (B, H, W, 1) slices) -> probabilities, by jax.export, any B,
                             or what model.json's volumes.output says;
@@ -15,7 +16,12 @@
                             reads it
       SHA256SUMS            of the files above; `sha256sum -c` reads it
 
-Nothing in it is a pickle or code: the functions are StableHLO.
+Nothing in it is a pickle or code: the functions are StableHLO. JAX reads a function for about half
+a year after the version that wrote it. Where it refuses one, or there is none for this platform,
+the network is built from its fields and weights, as the training code builds it.
+
+The model that comes with the program (`write_compact`) has no functions, its kernels in float16,
+and a MODEL_CARD.md.
 """
 
 import contextlib
@@ -24,7 +30,8 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -33,22 +40,26 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
+from flax.errors import FlaxError
 from jax import export
 
-from covseg_jax import atomic, cpu
+from covseg_jax import atomic, cpu, hosts
 from covseg_jax.checksums import sha256
-from covseg_jax.errors import FileFault, InputError
+from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
 from covseg_jax.models.convolution import tracing_for
+from covseg_jax.predict.default import CARD, DEFAULT
+from covseg_jax.predict.default import FOLDER as DEFAULT_FOLDER
 from covseg_jax.predict.model import Model, average_models
 from covseg_jax.prepare import lung_network
 from covseg_jax.prepare.prepare_studies import PrepareSettings
-from covseg_jax.segmentation.steps import make_predict
+from covseg_jax.segmentation.network import build_network, describe_network, make_predict
 from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
 
-# 2: volumes.output, masks.share_of_max; 3: preparation.lung_network
-FORMAT, VERSION = 'covseg_jax export', 3
+# 2: volumes.output, masks.share_of_max; 3: preparation.lung_network; 4: network.dtype, functions
+# may be left out, and weights may be float16
+FORMAT, VERSION = 'covseg_jax export', 4
 INTENDED_USE = (
     'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
 )
@@ -58,6 +69,11 @@ _SUMS, _FUNCTION = 'SHA256SUMS', 'function_{}.bin'
 _NAMES = {_SUMS, 'model.json', 'weights.safetensors', 'network.onnx', lung_network.FILE}
 _NAMES |= {_FUNCTION.format(platform) for platform in PLATFORMS}
 _EXPORT_AGAIN = 'copy or export it again'
+_CALLING_CONVENTIONS = range(
+    export.minimum_supported_calling_convention_version,
+    export.maximum_supported_calling_convention_version + 1,
+)
+_LUNG_NETWORK_SUM = 'lung_network_sha256'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +111,7 @@ def write_export(
         'preparation': dataclasses.asdict(contents.preparation) | {'lung_network': ''},
         'volumes': dataclasses.asdict(contents.volumes),
         'masks': dataclasses.asdict(contents.masks),
+        'network': describe_network(network),
         **contents.facts,
     }
     with atomic.new_folder(folder) as temporary:
@@ -108,16 +125,58 @@ def write_export(
             _write_onnx(to_onnx, network, variables, contents, temporary / 'network.onnx')
         flat = traverse_util.flatten_dict(variables, sep='/')
         tensors = {name: np.ascontiguousarray(value) for name, value in flat.items()}
-        # Not save_file, whose file nobody but its owner may read.
-        (temporary / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
+        _write_weights(temporary, tensors)
         if contents.preparation.lungs_source == 'network':
             weights = pathlib.Path(contents.preparation.lung_network or lung_network.SHIPPED)
             (temporary / lung_network.FILE).write_bytes(weights.read_bytes())
-        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
-        (temporary / 'model.json').write_text(text + '\n', encoding='utf-8')
-        sums = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+        _write_description_and_sums(temporary, description)
         refuse_other_contents(folder)  # it took a while
+
+
+def _write_weights(folder: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    # Not save_file, whose file nobody but its owner may read.
+    (folder / 'weights.safetensors').write_bytes(safetensors.numpy.save(tensors))
+
+
+def _write_description_and_sums(folder: pathlib.Path, description: Mapping[str, Any]) -> None:
+    text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / 'model.json').write_text(text + '\n', encoding='utf-8')
+    sums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    (folder / _SUMS).write_text(''.join(f'{each}  {name}\n' for name, each in sums.items()))
+
+
+def write_compact(folder: pathlib.Path, source: pathlib.Path) -> None:
+    """Writes an export in the form in which a model comes with the program: without functions,
+    kernels in float16, and without the lung network where it is the program's own. A model card
+    that lies in the folder stays; it has no checksum, for people write in it.
+
+    Raises:
+      InputError: the source is no export or does not say of what network, or the folder holds
+        something else.
+    """
+    refuse_other_contents(folder, but=(CARD,))
+    sums, description = _check_sums(source), _read_description(source / 'model.json')
+    tensors = {name: _shrink(each) for name, each in _read_tensors(source).items()}
+    # Version 4's; an earlier one does not say its dtype.
+    description |= {'version': VERSION, 'network': describe_network(_rebuild(source, description))}
+    own = lung_network.FILE if lung_network.FILE in sums else ''
+    if own and sums[own] == sha256(lung_network.SHIPPED):
+        description[_LUNG_NETWORK_SUM], own = sums[own], ''
+    with atomic.new_folder(folder) as temporary:
+        _write_weights(temporary, tensors)
+        if own:
+            (temporary / own).write_bytes((source / own).read_bytes())
+        _write_description_and_sums(temporary, description)
+        if (folder / CARD).exists():
+            (temporary / CARD).write_bytes((folder / CARD).read_bytes())
+
+
+def _shrink(tensor: np.ndarray) -> np.ndarray:
+    """Kernels and embeddings, nearly all of the bytes, as float16: each is rounded by itself, and
+    hundreds are summed. Vectors stay float32: a variance may lie outside float16's range, and a
+    rounded mean or bias shifts a whole channel."""
+    is_small = tensor.ndim > 1 and np.abs(tensor).max(initial=0) <= np.finfo(np.float16).max
+    return tensor.astype(np.float16 if is_small else np.float32)
 
 
 def _import_to_onnx() -> Callable:
@@ -147,9 +206,9 @@ def _write_onnx(
         )
 
 
-def refuse_other_contents(folder: pathlib.Path) -> None:
+def refuse_other_contents(folder: pathlib.Path, but: Collection[str] = ()) -> None:
     """To be called before the folder is replaced: it must be empty or new, or an export whose files
-    all have their checksums.
+    all have their checksums, `but` those of some names.
 
     Raises:
       InputError: it holds a file that was not exported, or that was changed since.
@@ -157,6 +216,7 @@ def refuse_other_contents(folder: pathlib.Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f'{folder}: is not a folder; name one that is new')
     files = sorted(folder.iterdir()) if folder.exists() else []
+    files = [path for path in files if path.name not in but]
     sums = {}
     with contextlib.suppress(FileFault, OSError):
         _read_description(folder / 'model.json')  # folders of other programs have checksums too
@@ -170,37 +230,22 @@ def refuse_other_contents(folder: pathlib.Path) -> None:
             )
 
 
-def load(path: str | os.PathLike, *others: str | os.PathLike) -> Model:
-    """Loads an export, or several whose probabilities are averaged.
+def load(path: str | os.PathLike = DEFAULT, *others: str | os.PathLike) -> Model:
+    """Loads an export, or several whose probabilities are averaged. 'default' is the one that comes
+    with the program.
 
     Raises:
-      InputError: a folder is no export, is damaged, was written by a newer version, has no function
-        for this machine's platform, or the exports see studies in different ways.
+      InputError: a folder is no export, is damaged, was written by a newer version, can neither be
+        read by this JAX nor built again, or the exports see studies in different ways.
     """
-    return average_models([_load_one(pathlib.Path(each)) for each in (path, *others)])
+    named = (DEFAULT_FOLDER if each == DEFAULT else pathlib.Path(each) for each in (path, *others))
+    return average_models([_load_one(folder) for folder in named])
 
 
 def _load_one(folder: pathlib.Path) -> Model:
     atomic.recover(folder)
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
-    platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
-    path = folder / _FUNCTION.format(platform)
-    if path.name not in sums:
-        raise InputError(
-            f'{folder}: has no function for {platform}; export it again, or run it on '
-            f'{", ".join(PLATFORMS)} (JAX_PLATFORMS=cpu)'
-        )
-    function = export.deserialize(bytearray(path.read_bytes()))
-    tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
-    variables = traverse_util.unflatten_dict(tensors, sep='/')
-    (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
-    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (variables, wanted)]
-    if kinds[0] != kinds[1]:
-        raise FileFault(folder / 'weights.safetensors', 'does not fit the function', _EXPORT_AGAIN)
-    # On a CPU computed as the program computes, whatever the caller's process has set.
-    options = cpu.compiler_options() if platform == 'cpu' else {}
-    call = jax.jit(function.call, compiler_options=options or None)
     # Version 1 knew no other output.
     volumes = VolumeSettings(**{'output': 'sigmoid', **description['volumes']})
     # Versions 1 and 2 knew none.
@@ -208,6 +253,9 @@ def _load_one(folder: pathlib.Path) -> Model:
     if lung_network.FILE in sums:  # its own, whatever comes with this program
         own = str(folder / lung_network.FILE)
         preparation = dataclasses.replace(preparation, lung_network=own)
+    variables = traverse_util.unflatten_dict(_read_tensors(folder), sep='/')
+    slices = jax.ShapeDtypeStruct((volumes.batch_size, *preparation.grid[1:], 1), jnp.float32)
+    call = _make_call(folder, sums, description, variables, slices)
     return Model(
         probabilities=tuple(
             predict_volumes(functools.partial(call, jax.device_put(variables, device)), volumes)
@@ -218,6 +266,85 @@ def _load_one(folder: pathlib.Path) -> Model:
         identity=fingerprint(sums),
         description=description,
     )
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The variables by name, float32."""
+    tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
+    return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+
+
+def _make_call(
+    folder: pathlib.Path,
+    sums: Mapping[str, str],
+    description: Mapping[str, Any],
+    variables: Any,
+    slices: jax.ShapeDtypeStruct,
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """A jitted (variables, slices) -> what the network says of each pixel: the export's function,
+    or the network built again."""
+    platform = _JAX_NAMES.get(jax.default_backend(), jax.default_backend())
+    # On a CPU computed as the program computes, whatever the caller's process has set.
+    options = cpu.compiler_options() if platform == 'cpu' else {}
+    jit = functools.partial(jax.jit, compiler_options=options or None)
+    name, refusal = _FUNCTION.format(platform), f'it has no function for {platform}'
+    if name in sums:
+        try:
+            return _read_function(folder, name, jit, variables, slices)
+        except FileFault:
+            raise
+        except Exception as error:  # nothing checks the content: JAX and MLIR raise whatever it is
+            refusal = f'JAX {jax.__version__} does not read its {name} ({one_line(error)})'
+    try:
+        network = _rebuild(folder, description)
+    except InputError as error:
+        raise InputError(f'{folder}: {refusal}, and {error}') from error
+    if name in sums and hosts.is_first():
+        print(
+            f'note: {folder}: {refusal}; the network is built from its weights instead',
+            file=sys.stderr,
+        )
+    call = jit(make_predict(network, description['volumes'].get('output', 'sigmoid')))
+    try:
+        call.lower(variables, slices)  # the first prediction does not do it again
+    except (FlaxError, TypeError, ValueError) as error:
+        raise _misfit(folder, 'the network of model.json') from error
+    return call
+
+
+def _read_function(
+    folder: pathlib.Path, name: str, jit: Callable, variables: Any, slices: jax.ShapeDtypeStruct
+) -> Callable[[Any, jax.Array], jax.Array]:
+    function = export.deserialize(bytearray((folder / name).read_bytes()))
+    version = function.calling_convention_version
+    if version not in _CALLING_CONVENTIONS:  # JAX would try
+        raise ValueError(f'calling convention {version}')
+    (wanted, _), _ = jax.tree.unflatten(function.in_tree, function.in_avals)
+    if _shapes(wanted) != _shapes(variables):
+        raise _misfit(folder, 'the function')
+    call = jit(function.call)
+    call.lower(variables, slices)  # only here does JAX read the program itself
+    return call
+
+
+def _misfit(folder: pathlib.Path, what: str) -> FileFault:
+    return FileFault(folder / 'weights.safetensors', f'does not fit {what}', _EXPORT_AGAIN)
+
+
+def _shapes(variables: Any) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables)
+
+
+def _rebuild(folder: pathlib.Path, description: Mapping[str, Any]) -> nn.Module:
+    """The network that model.json describes."""
+    try:
+        # Versions before 4 do not say the dtype; float32 is at least as exact as the others.
+        return build_network({'dtype': 'float32', **description['network']})
+    except (InputError, KeyError, TypeError) as error:
+        raise FileFault(
+            folder / 'model.json', 'does not say what network it is of, or of another version',
+            'export it again',
+        ) from error  # fmt: skip
 
 
 def _check_sums(folder: pathlib.Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from flax import struct
 from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
+from covseg_jax.segmentation.network import make_predict
 from covseg_jax.training import losses
 from covseg_jax.training.flat import Flat, flatten_as, unflatten
 from covseg_jax.training.optim import update_ema
@@ -270,21 +271,6 @@ def _over_parts(
         return jax.tree.map(lambda each: each / num_parts, sums), batch_stats
 
     return accumulate
-
-
-def make_predict(
-    network: nn.Module, output: str = 'sigmoid'
-) -> Callable[[Any, jax.Array], jax.Array]:
-    """A jitted (variables, (B, H, W, 1) images) -> (B, H, W, classes) of what the network says of
-    each pixel: with output 'sigmoid' its probability, with 'linear' the logit itself, as
-    published. The variables are a tree, or Flats as a state has them."""
-
-    @jax.jit
-    def predict(variables: Any, image: jax.Array) -> jax.Array:
-        logits = network.apply(unflatten(variables), image).logits
-        return logits if output == 'linear' else jax.nn.sigmoid(logits)
-
-    return predict
 
 
 def make_evaluation_step(

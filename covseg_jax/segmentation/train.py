@@ -17,10 +17,10 @@ from covseg_jax.data.augment import Augmentation, add_dependent_density, augment
 from covseg_jax.data.opacities import opacity_model, paint_slices
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
-from covseg_jax.models.transunet import ProjectionHead, TransUNet
-from covseg_jax.models.unet import UNet
+from covseg_jax.models.transunet import ProjectionHead
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.segmentation import steps
+from covseg_jax.segmentation.network import build_network, make_predict
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
 from covseg_jax.segmentation.targets import (
     ReadTarget,
@@ -44,16 +44,10 @@ def make_network(config: ml_collections.ConfigDict) -> nn.Module:
     Raises:
       InputError: another name.
     """
-    dtype, fields = jnp.dtype(config.train.compute_dtype), config.network.to_dict()
-    name = fields.pop('name')
-    if name == 'transunet':
-        return TransUNet(**fields, dtype=dtype)
-    if name == 'unet':
-        return UNet(**config.unet, dtype=dtype)
-    raise InputError(
-        f"network.name={name!r} is not one of 'transunet', 'unet'; with 'none' leave train out of "
-        '--stages'
-    )
+    fields = config.network.to_dict()
+    if fields['name'] == 'unet':
+        fields = {'name': 'unet', **config.unet}
+    return build_network(fields | {'dtype': config.train.compute_dtype})
 
 
 def build_segmentation(
@@ -249,7 +243,7 @@ def _make_evaluation(
         share_of_max=config.masks.share_of_max,
         target_share_of_max=config.synthesize.share_of_max,
     )
-    predict = steps.make_predict(parts.network, config.predict.output)
+    predict = make_predict(parts.network, config.predict.output)
 
     @jax.jit
     def step_plateau(state: SegmentationState, value: jax.Array) -> SegmentationState:
@@ -303,5 +297,5 @@ def make_probability(
 ) -> Probability:
     """A network as a function of volumes, where its variables are."""
     settings = volume_settings(config)
-    predict = steps.make_predict(network, settings.output)
+    predict = make_predict(network, settings.output)
     return predict_volumes(lambda slices: predict(variables, slices), settings)

@@ -170,7 +170,7 @@ def list_programs(
 
     from covseg_jax.gan.steps import make_heal
     from covseg_jax.gan.train import build_gan, check_gan_batch, choose_gan_step, gan_batch_shapes
-    from covseg_jax.segmentation.steps import make_predict
+    from covseg_jax.segmentation.network import make_predict
     from covseg_jax.segmentation.train import (
         build_segmentation,
         check_train_batch,

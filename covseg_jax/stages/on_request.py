@@ -243,15 +243,15 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
             metrics = {name: summary.get(name) for name in names}
-    network = config.network.to_dict()
-    if network['name'] == 'unet':
-        network = {'name': 'unet', **config.unet}
+    training_data = calibration.get('training_data')  # none is known of imported weights
+    if config.phantom.make:  # they lie in MosMedData's layout, and are called by it
+        for described in filter(None, (metrics, training_data)):
+            described['data_sets'] = ['phantoms']
     return {
         'config': f'{config.name}:{config.variant}',
-        'network': network,
         'checkpoint_step': step,
         'metrics': metrics,
-        'training_data': calibration.get('training_data'),  # none is known of imported weights
+        'training_data': training_data,
         'licence': config.export.licence,
     }
 
@@ -273,13 +273,17 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
-    from covseg_jax.predict.export import load
+    from covseg_jax.predict.default import CARD, DEFAULT, FOLDER
+    from covseg_jax.predict.export import INTENDED_USE, load
     from covseg_jax.predict.studies import Extras, predict_studies
 
     layout = (config or inputs.NO_CONFIG).data.layout
     studies = find_inputs(given.input, layout, inputs.tell_stray('predict'))
     if given.model:
         model = load(*given.model.split(','))
+        if DEFAULT in given.model.split(','):
+            print(f'predict: the model that comes with covseg_jax, {FOLDER / CARD}')
+            print(f'predict: {INTENDED_USE}')
     else:
         model, _ = inputs.load_model(config, workdir)
     try:

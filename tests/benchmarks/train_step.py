@@ -36,7 +36,7 @@ from configs import gan3d, transunet  # noqa: E402
 from covseg_jax.data.feeds import COVID, COVID_LUNGS, IMAGE, LABEL, LUNGS, TARGET  # noqa: E402
 from covseg_jax.gan.steps import make_heal  # noqa: E402
 from covseg_jax.gan.train import build_gan, choose_gan_step  # noqa: E402
-from covseg_jax.segmentation.steps import make_predict  # noqa: E402
+from covseg_jax.segmentation.network import make_predict  # noqa: E402
 from covseg_jax.segmentation.train import (  # noqa: E402
     build_segmentation,
     choose_segmentation_step,

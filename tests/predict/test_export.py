@@ -1,6 +1,7 @@
 """One folder that predicts what the training code predicts, or says what is wrong with it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import covseg_jax
 from configs import transunet
@@ -17,10 +19,11 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import export
+from covseg_jax.predict.default import FOLDER
 from covseg_jax.predict.model import Measures, average_models
 from covseg_jax.prepare import lung_network
 from covseg_jax.segmentation import train as segmentation
-from covseg_jax.segmentation.steps import make_predict
+from covseg_jax.segmentation.network import make_predict
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_study
 from tests.settings import prepare_settings
 
@@ -174,6 +177,125 @@ def test_export_has_a_function_for_each_platform_and_says_what_it_is(folder):
     assert description['preparation']['window_hu'] == [-1000, 400]
     assert description['masks']['threshold'] == 0.5
     assert covseg_jax.load(folder).description == description
+
+
+def sum_again(folder):
+    names = sorted(path.name for path in folder.iterdir() if path.name != 'SHA256SUMS')
+    sums = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    lines = [f'{each}  {name}\n' for name, each in sums.items()]
+    (folder / 'SHA256SUMS').write_text(''.join(lines))
+
+
+def of_a_newer_calling_convention(content):
+    function = jax.export.deserialize(bytearray(content))
+    return dataclasses.replace(function, calling_convention_version=1000).serialize()
+
+
+def of_another_dialect(content):
+    assert content.count(b'vhlo') == 1  # the versioned form of StableHLO
+    return content.replace(b'vhlo', b'vhl9')
+
+
+def corrupted(content):
+    return content[::-1]
+
+
+def test_network_is_built_again_where_the_function_is_not_read(config, variables, copied, capfd):
+    path = copied / 'function_cpu.bin'
+    content, volume = path.read_bytes(), make_volume()
+    network = segmentation.make_network(config)
+    expected = segmentation.make_probability(config, network, variables)(*volume)
+    for change in (of_a_newer_calling_convention, of_another_dialect, corrupted):
+        path.write_bytes(change(content))
+        sum_again(copied)
+        model = covseg_jax.load(copied)
+        np.testing.assert_array_equal(model.probabilities[0](*volume), expected)
+        notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith('note: ')]
+        assert len(notes) == 1
+        assert 'function_cpu.bin' in notes[0]
+    path.unlink()
+    sum_again(copied)
+    found = covseg_jax.load(copied).probabilities[0](*volume)
+    np.testing.assert_array_equal(found, expected)
+    assert capfd.readouterr().err == ''
+
+
+def describe_otherwise(folder, **changes):
+    path = folder / 'model.json'
+    description = json.loads(path.read_text())
+    description['network'] |= changes
+    path.write_text(json.dumps(description))
+    (folder / 'function_cpu.bin').unlink(missing_ok=True)
+    sum_again(folder)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'parts'),
+    [
+        ({'name': 'mamba'}, ['no function for cpu', r'model\.json']),
+        ({'field_of_a_newer_version': 1}, ['no function for cpu', r'model\.json']),
+        ({'mlp_dim': 17}, [r'weights\.safetensors', 'does not fit']),
+    ],
+)
+def test_network_that_cannot_be_built_again_is_refused_in_one_line(copied, changes, parts):
+    describe_otherwise(copied, **changes)
+    with pytest.raises(InputError, match='.*'.join(parts)):
+        covseg_jax.load(copied)
+
+
+def test_export_before_version_4_is_built_again_in_float32(config, variables, copied):
+    expected = covseg_jax.load(copied).probabilities[0](*make_volume())
+    describe_otherwise(copied)
+    description = json.loads((copied / 'model.json').read_text()) | {'version': 3}
+    del description['network']['dtype'], description['network']['num_classes']
+    (copied / 'model.json').write_text(json.dumps(description))
+    sum_again(copied)
+    found = covseg_jax.load(copied).probabilities[0](*make_volume())
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_compact_export_is_small_and_predicts_the_same_but_for_rounding(
+    config, variables, tmp_path
+):
+    source, folder = tmp_path / 'export', tmp_path / 'compact'
+    preparation = prepare_settings(grid=GRID, lungs_source='network')
+    write(config, variables, source, preparation=preparation)
+    folder.mkdir()
+    (folder / 'MODEL_CARD.md').write_text('# Mine')
+    for _ in range(2):  # its own files are replaced
+        export.write_compact(folder, source)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {'model.json', 'weights.safetensors', 'SHA256SUMS', 'MODEL_CARD.md'}
+    assert (folder / 'MODEL_CARD.md').read_text() == '# Mine'
+    tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')
+    assert {(each.ndim > 1, str(each.dtype)) for each in tensors.values()} == {
+        (True, 'float16'), (False, 'float32'),
+    }  # fmt: skip
+    whole, compact = (covseg_jax.load(each) for each in (source, folder))
+    assert compact.preparation == dataclasses.replace(whole.preparation, lung_network='')
+    first, second = (model.probabilities[0](*make_volume()) for model in (whole, compact))
+    # Each weight is rounded by at most 2^-11 of itself.
+    assert 0 < np.abs(first - second).max() < 2e-3
+
+    (source / lung_network.FILE).write_bytes(b'another')  # not the program's own
+    sum_again(source)
+    export.write_compact(folder, source)
+    assert (folder / lung_network.FILE).read_bytes() == b'another'
+    (folder / 'thesis.txt').write_text('three years')
+    with pytest.raises(InputError, match=r'thesis\.txt'):
+        export.write_compact(folder, source)
+
+
+def test_model_of_the_program_is_whole_and_small():
+    model = covseg_jax.load()
+    assert model.identity == covseg_jax.load('default').identity
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
+    names = {path.name for path in FOLDER.iterdir()}
+    assert names == {'model.json', 'weights.safetensors', 'SHA256SUMS', 'MODEL_CARD.md'}
+    # It finds lungs with the network beside the code: make the model again where that is another.
+    shipped = hashlib.sha256(lung_network.SHIPPED.read_bytes()).hexdigest()
+    assert model.description['lung_network_sha256'] == shipped
+    assert 'Not a medical device' in (FOLDER / 'MODEL_CARD.md').read_text()
 
 
 def flip_bit(path):

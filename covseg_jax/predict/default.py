@@ -1,0 +1,7 @@
+"""Where the model that comes with the program lies; `export.load` reads it. No import of JAX."""
+
+import pathlib
+
+DEFAULT = 'default'  # its name, in place of an export's folder
+FOLDER = pathlib.Path(__file__).parents[1] / 'default_model'
+CARD = 'MODEL_CARD.md'

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes the model that comes with the code, from phantoms alone: trains it in FOLDER, exports it, and
+# puts it into covseg_jax/default_model/.
+#   launch/make_model.sh [FOLDER] [flags]     default: runs/default_model
+# The seeds are fixed: the same flags give the same model. A run that was stopped goes on with the same
+# command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
+# stays as it is: write there what was measured.
+set -euo pipefail
+
+here="$(cd "$(dirname "$0")" && pwd)"
+folder=runs/default_model
+if [ $# != 0 ] && [[ "$1" != --* ]]; then
+  folder="$1"
+  shift
+fi
+mkdir -p "$folder"
+folder="$(cd "$folder" && pwd)"
+recipe=(
+  --config=configs/transunet.py:phantom
+  --config.seed=0
+  --config.phantom.seed=0
+  --config.prepare.lungs_source=network # loses less of dense lungs, see the README
+  "--config.export.licence=as this repository's; no patient's data went into it"
+)
+# Each flag once, and --config first: the program takes them in no other way.
+flags=()
+for flag in "${recipe[@]}"; do
+  for argument in "$@"; do
+    if [[ "$argument" == "${flag%%=*}="* ]]; then
+      flag="$argument"
+    fi
+  done
+  flags+=("$flag")
+done
+for argument in "$@"; do
+  if [[ " ${flags[*]} " != *" $argument "* ]]; then
+    flags+=("$argument")
+  fi
+done
+flags+=(--workdir="$folder")
+
+cd "$here/.."
+"$here/local.sh" run "${flags[@]}"
+"$here/local.sh" run "${flags[@]}" --stages=export --output="$folder/export"
+"${VENV:-.venv}/bin/python" -m launch.pack_model "$folder/export" covseg_jax/default_model

@@ -1,0 +1,102 @@
+"""Prediction with nothing but what it needs: the packages of pyproject.toml, without those of its
+extras."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+
+import pytest
+
+import covseg_jax
+from covseg_jax.phantom.studies import write_phantom_data_set
+from tests.program import ROOT, assert_one_line_error
+
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+TRAINING = ('grain', 'jinja2', 'matplotlib', 'optax', 'orbax', 'tensorboard', 'tensorboardX')
+LOAD = 'import covseg_jax.main, covseg_jax.predict.studies; covseg_jax.load()'
+MAIN = 'from covseg_jax.__main__ import run; run()'
+
+
+@pytest.fixture(scope='module')
+def scan(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('phantom')
+    write_phantom_data_set(
+        folder, num_healthy=0, num_covid=1, num_masked=0, shape=(64, 64, 20),
+        spacing_mm=(5.25, 5.25, 16.0), seed=3, num_workers=1,
+    )  # fmt: skip
+    (path,) = folder.rglob('study_*.nii.gz')
+    return path
+
+
+def name_packages(requirements):
+    return {re.match(r'[\w-]+', each)[0].lower() for each in requirements}
+
+
+def test_requirements_have_every_package_that_the_project_names():
+    lines = (ROOT / 'requirements.txt').read_text().splitlines()
+    pinned = name_packages(line for line in lines if line and not line.startswith('#'))
+    extras = PROJECT['optional-dependencies']
+    needed = name_packages([*PROJECT['dependencies'], *extras['train']])
+    # The only one that others bring.
+    assert needed - pinned == {'absl-py'}
+
+
+def run_without(packages, code, *flags):
+    # As if they were not installed.
+    code = f'import sys; sys.modules |= dict.fromkeys({packages})\n{code}'
+    return subprocess.run(
+        [sys.executable, '-c', code, *flags], cwd=ROOT,
+        env=os.environ | {'GLIBC_TUNABLES': '', 'PYTHONPATH': str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+
+
+def test_prediction_needs_none_of_the_packages_that_are_for_training():
+    done = run_without(TRAINING, LOAD)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_without_its_packages_names_what_brings_them(tmp_path):
+    flags = ['--config=configs/transunet.py:tiny', f'--workdir={tmp_path}', '--stages=lungs']
+    assert_one_line_error(run_without(TRAINING, MAIN, *flags), "'.[train]'")
+
+
+@pytest.mark.slow
+def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
+    source, environment = tmp_path / 'source', tmp_path / 'environment'
+    names = subprocess.run(
+        ['git', 'ls-files', '-z', 'covseg_jax', 'pyproject.toml', 'README.md'],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split('\0')  # fmt: skip
+    for name in filter(None, names):  # setuptools leaves files where it builds
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    venv.create(environment, with_pip=True)
+    programs = environment / 'bin'
+    subprocess.run(
+        [programs / 'python', '-m', 'pip', 'install', '--quiet', source],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    listed = subprocess.run(
+        [programs / 'python', '-m', 'pip', 'list'], check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert 'grain' not in listed
+    assert listed[listed.index('covseg_jax') + 1] == covseg_jax.__version__
+    clean = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
+    command = [programs / 'covseg', f'--input={scan}', f'--output={tmp_path / "lesions"}']
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'lesions' / 'results.csv').read_text().count('\n') == 2
+    helped = subprocess.run([*command, '--help'], env=clean, capture_output=True, text=True)
+    assert '--model' in helped.stdout
+    trained = subprocess.run(
+        [programs / 'covseg', f'--config={ROOT}/configs/transunet.py:tiny', '--stages=lungs'],
+        cwd=ROOT, env=clean, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert_one_line_error(trained, "'.[train]'")
