@@ -136,11 +136,14 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
     flags = '--config.train.num_steps=9', '--config.seed=7', '--config=configs/transunet.py:tiny'
     run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
     # Each once, --config before its fields.
-    assert run[:4] == ['run', flags[2], flags[1], '--config.phantom.seed=0']
-    assert run[-2:] == [flags[0], f'--workdir={tmp_path}/made']
-    names = [flag.split('=')[0] for flag in run]
+    *given, stages = run
+    assert stages == '--stages=prepare,synthesize,train,evaluate'
+    assert given[:4] == ['run', flags[2], flags[1], '--config.phantom.seed=0']
+    assert flags[0] in given
+    assert given[-1] == f'--workdir={tmp_path}/made'
+    names = [flag.split('=')[0] for flag in given]
     assert len(set(names)) == len(names)
-    assert export == [*run, '--stages=export', f'--output={tmp_path}/made/export']
+    assert export == [*given, '--stages=export', f'--output={tmp_path}/made/export']
     assert pack == ['-m', 'launch.pack_model', f'{tmp_path}/made/export',
                     'covseg_jax/default_model']  # fmt: skip
 
