@@ -41,6 +41,20 @@ def pytest_configure() -> None:
                 file.unlink(missing_ok=True)
 
 
+# They take minutes, and begin first: all would wait for one that begins last.
+LONG = (
+    'test_main.py',
+    'test_configs.py',
+    'test_export.py',
+    'test_lanes.py',
+    'test_import_weights.py',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> pathlib.Path:
     """The folder with real CT scans; tests that want it are skipped where it is not there."""
