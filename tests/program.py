@@ -41,7 +41,9 @@ def run(*flags, cwd=ROOT, timeout=900):
         process = _SERVER.Process(target=_run_main, args=(list(map(str, flags)), cwd, files))
         process.start()
         process.join(timeout)
-        assert process.exitcode is not None, f'{flags} took more than {timeout} s'
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(flags, timeout)
         out, err = (file.read_text() for file in files)
     return subprocess.CompletedProcess(flags, process.exitcode, out, err)
 

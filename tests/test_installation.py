@@ -69,7 +69,7 @@ def test_training_without_its_packages_names_what_brings_them(tmp_path):
 def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
     source, environment = tmp_path / 'source', tmp_path / 'environment'
     names = subprocess.run(
-        ['git', 'ls-files', '-z', 'covseg_jax', 'pyproject.toml', 'README.md'],
+        ['git', 'ls-files', '-z', 'covseg_jax', 'pyproject.toml', 'README.md', 'LICENSE'],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split('\0')  # fmt: skip
     for name in filter(None, names):  # setuptools leaves files where it builds

@@ -291,6 +291,7 @@ def test_stages_take_settings_that_change_nothing_of_what_they_use(finished, sta
     workdir, _ = finished
     config = transunet.get_config('tiny').unlock()
     config.update_from_flattened_dict(fields)
+    assert config.to_dict() != transunet.get_config('tiny').to_dict()
     settings.refuse_other_settings(config, workdir, stage)
 
 

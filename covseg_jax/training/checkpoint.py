@@ -158,7 +158,7 @@ def _restore_newest(
     faults: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            found = _read(manager, folder / str(step), step, abstract_state)
+            found = _read(manager, step, abstract_state)
         except Exception as error:  # each of Orbax's parts raises its own
             faults[step] = _first_line(error)
             continue
@@ -178,9 +178,7 @@ def _restore_newest(
     return None, []
 
 
-def _read(
-    manager: ocp.CheckpointManager, path: pathlib.Path, step: int, abstract_state: Any
-) -> Restored:
+def _read(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> Restored:
     place = _sharding_of(abstract_state)
     vectors = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
