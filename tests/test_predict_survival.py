@@ -27,7 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 NUM_STUDIES, BROKEN = 100, (7, 50, 93)
 ENVIRONMENT = os.environ | {'XLA_FLAGS': ''}  # one device
 # A process that is killed may leave half a program in the tests' cache: they have one of their own.
-ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_killed_')
+_CACHE = tempfile.TemporaryDirectory(prefix='covseg_jax_killed_')  # removed at the end
+ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 
 
 def write_studies(folder):

@@ -39,7 +39,8 @@ SETTINGS = {
 }
 ENVIRONMENT = os.environ | {'XLA_FLAGS': COMPILED_QUICKLY}  # one device
 # A process that is killed may leave half a program in the tests' cache: they have one of their own.
-ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='covseg_jax_killed_')
+_CACHE = tempfile.TemporaryDirectory(prefix='covseg_jax_killed_')  # removed at the end
+ENVIRONMENT['JAX_COMPILATION_CACHE_DIR'] = _CACHE.name
 FOLDERS = {'gan': 'gan', 'train': 'transunet'}
 
 
