@@ -235,15 +235,30 @@ def _lungs() -> ml_collections.ConfigDict:
     _add_run(lungs)
     # What is painted here and not as in `opacities`: consolidation up to whole lobes.
     lungs.opacities = opacities = ml_collections.ConfigDict()
-    opacities.target_hu = (-600.0, 60.0)
+    opacities.target_hu = (-600.0, 80.0)
+    opacities.opacity = (0.7, 1.0)
     opacities.coverage_threshold = (-1.2, 2.0)
     opacities.grain_voxels = (8.0, 50.0)
     opacities.grain_slices = (1.5, 3.0)
     opacities.periphery = (0.0, 2.5)
-    opacities.dependence = (0.0, 2.5)
-    opacities.core_share = 0.6
-    opacities.core_hu = (-100.0, 80.0)
+    opacities.dependence = (0.0, 3.5)
+    opacities.core_share = 0.75
+    opacities.core_hu = (-80.0, 80.0)
     opacities.clean_fraction = 0.25
+    # Of a share of the samples: lobes without air but in their airways, mostly the lower ones.
+    lungs.lobe_share = 0.25
+    lungs.lobes = lobes = ml_collections.ConfigDict()
+    lobes.target_hu = (0.0, 80.0)
+    lobes.opacity = (0.9, 1.0)
+    lobes.coverage_threshold = (-0.5, 1.6)
+    lobes.grain_voxels = (25.0, 60.0)
+    lobes.grain_slices = (1.5, 3.0)
+    lobes.edge = (0.02, 0.15)
+    lobes.texture = 0.05
+    lobes.periphery = (0.0, 1.5)
+    lobes.dependence = (0.5, 4.0)
+    lobes.core_share = 0.0
+    lobes.clean_fraction = 0.1
     return lungs
 
 

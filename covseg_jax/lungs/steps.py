@@ -42,7 +42,10 @@ class LungParts(Parts):
 
     network: UNet  # maps patches of pixels as channels to logits of the same patches
     optimizer: optax.GradientTransformation
-    opacities: OpacityModel  # of the window of the lung network
+    # Of the window of the lung network: what is painted into most samples, and into `lobe_share`.
+    opacities: OpacityModel
+    lobes: OpacityModel
+    lobe_share: float
 
     def init_state(self) -> LungState:
         network_key, steps_key = jax.random.split(stream_key(self.seed, 'lungs'))
@@ -74,8 +77,9 @@ def make_lung_step(
         return cross_entropy + _DICE_WEIGHT * overlap, (values, updated['batch_stats'])
 
     def step(state: LungState, batch: dict, key: jax.Array) -> tuple[LungState, dict]:
-        paint_key, change_key = jax.random.split(key)
-        image = paint_consolidation(paint_key, batch[IMAGE], batch[LUNGS], parts.opacities)
+        paint_key, tissue_key, change_key = jax.random.split(key, 3)
+        image = vary_tissue(tissue_key, batch[IMAGE], batch[LUNGS])
+        image = paint_consolidation(paint_key, image, batch[LUNGS], parts)
         image, lungs = change_slices(change_key, image, batch[LUNGS][..., NUM_SLICES // 2])
         arguments = (unflatten(state.batch_stats), image, lungs)
         found, params, opt_state, norm = minimise(
@@ -109,7 +113,7 @@ def make_lung_evaluation(parts: LungParts) -> Callable[[Any, dict, jax.Array], t
     @jax.jit
     def evaluate(ema: Any, batch: dict, key: jax.Array):
         paint_key, change_key = jax.random.split(key)
-        image = paint_consolidation(paint_key, batch[IMAGE], batch[LUNGS], parts.opacities)
+        image = paint_consolidation(paint_key, batch[IMAGE], batch[LUNGS], parts)
         image, lungs = change_slices(change_key, image, batch[LUNGS][..., NUM_SLICES // 2])
         averaged = unflatten(ema)
         logits, _ = _apply(
@@ -140,12 +144,17 @@ def _dice(found: jax.Array, truth: jax.Array) -> jax.Array:
 
 
 def paint_consolidation(
-    key: jax.Array, image: jax.Array, lungs: jax.Array, model: OpacityModel
+    key: jax.Array, image: jax.Array, lungs: jax.Array, parts: LungParts
 ) -> jax.Array:
-    """Opacities in the lungs of neighbouring slices, (B, S, S, 3) each, as one volume."""
+    """Opacities in the lungs of neighbouring slices, (B, S, S, 3) each, as one volume: patches in
+    most samples, in the last `lobe_share` of them whole lobes, whose airways stay open."""
     volume, inside = (jnp.moveaxis(each, -1, 1)[..., None] for each in (image, lungs))
-    painted, _ = add_opacities(key, volume, inside, model)
-    return jnp.moveaxis(painted[..., 0], 1, -1)
+    patches_key, lobes_key = jax.random.split(key)
+    first = image.shape[0] - round(parts.lobe_share * image.shape[0])
+    patches, _ = add_opacities(patches_key, volume[:first], inside[:first], parts.opacities)
+    lobes, _ = add_opacities(lobes_key, volume[first:], inside[first:], parts.lobes)
+    lobes = jnp.where(volume[first:] < _AIRWAY, volume[first:], lobes)
+    return jnp.moveaxis(jnp.concatenate([patches, lobes])[..., 0], 1, -1)
 
 
 # --- what any slice may go through on its way to the network. Scans come in fields of view of all
@@ -157,7 +166,14 @@ _ZOOM = (-0.3, 0.35)  # logarithm of the others' field of view, over that of the
 _TURN = 0.1  # radians, standard deviation
 _STRETCH, _SHIFT = 0.06, 0.05  # standard deviations; of the source's side
 _CIRCLE = 0.25  # are seen in a circle alone
-_GAIN, _BIAS, _NOISE = 0.04, 0.02, 0.05  # image values; the last at most
+_BEND = 5.0  # pixels of the source, standard deviation at most, of a smooth field
+_BEND_NODES = 7  # of that field, a side
+_CROP, _CROP_MARGIN = 0.2, (-0.02, 0.15)  # are cut to the lungs' box, and these shares of it around
+_GAIN, _BIAS, _NOISE = 0.06, 0.03, 0.07  # image values; the last at most
+_CLIP, _CLIP_AT = 0.25, (0.76, 1.0)  # come from pictures whose window ends at soft tissue
+_TISSUE, _TISSUE_NODES = (0.05, 0.08), 12  # image values at most of `vary_tissue`'s two fields
+_AERATED = (-320 - WINDOW_HU[0]) / (WINDOW_HU[1] - WINDOW_HU[0])
+_AIRWAY = (-950 - WINDOW_HU[0]) / (WINDOW_HU[1] - WINDOW_HU[0])
 _SOFT_TISSUE = (40 - WINDOW_HU[0]) / (WINDOW_HU[1] - WINDOW_HU[0])
 _FILLS = (0.0, _SOFT_TISSUE, 1.0)  # beyond the field of view
 _FILL_SHARES = (0.65, 0.28, 0.07)
@@ -178,7 +194,7 @@ def change_slices(
       view.
     """
     num = image.shape[0]
-    keys = iter(jax.random.split(key, 20))
+    keys = iter(jax.random.split(key, 26))
 
     def uniform(low: float = 0.0, high: float = 1.0) -> jax.Array:
         return jax.random.uniform(next(keys), (num,), minval=low, maxval=high)
@@ -200,6 +216,8 @@ def change_slices(
     turn, stretch = normal(_TURN), jnp.exp(normal(_STRETCH))
     mirror = jnp.where(uniform() < 0.5, -1.0, 1.0)
     rows, columns = _source_pixels(middle, extent, turn, stretch, mirror)
+    bend = each(uniform(0, _BEND)) * _smooth_fields(next(keys), num, _BEND_NODES)
+    rows, columns = rows + bend[..., 0], columns + bend[..., 1]
     layers = jnp.concatenate([image, lungs[..., None]], axis=-1)
     moved = jax.vmap(_sample)(layers, rows, columns)
     image, lungs = moved[..., :NUM_SLICES], moved[..., NUM_SLICES]
@@ -208,11 +226,52 @@ def change_slices(
     at = jnp.arange(SIZE) - (SIZE - 1) / 2
     radius = jnp.where(uniform() < _CIRCLE, uniform(0.44, 0.5), 1.0) * SIZE
     beyond |= jnp.hypot(at[:, None], at) > radius[:, None, None]
+    margins = jax.random.uniform(
+        next(keys), (num, 4), minval=_CROP_MARGIN[0], maxval=_CROP_MARGIN[1]
+    )
+    beyond |= (uniform() < _CROP)[:, None, None] & _outside_box(lungs, margins)
+    top = jnp.where(uniform() < _CLIP, uniform(*_CLIP_AT), 1.0)
+    image = jnp.minimum(image, each(top))
     noise = jax.random.normal(next(keys), (image.size,)).reshape(image.shape)
     image = image * each(1 + normal(_GAIN)) + each(normal(_BIAS)) + noise * each(uniform(0, _NOISE))
     fill = jax.random.choice(next(keys), jnp.array(_FILLS), (num,), p=jnp.array(_FILL_SHARES))
     image = jnp.where(beyond[..., None], each(fill), jnp.clip(image, 0, 1))
     return image, jnp.where(beyond, 0.0, (lungs > 0.5).astype(jnp.float32))
+
+
+def vary_tissue(key: jax.Array, image: jax.Array, lungs: jax.Array) -> jax.Array:
+    """Soft tissue beside the lungs, (B, S, S, 3) each, with smooth differences of density: real
+    muscle, fat and organs are less even than a phantom's."""
+    num = image.shape[0]
+    field_key, strength_key = jax.random.split(key)
+    field = _smooth_fields(field_key, num, _TISSUE_NODES, side=image.shape[1])
+    strength = jax.random.uniform(strength_key, (num, 1, 1, 2), maxval=jnp.array(_TISSUE))
+    # The first field is a slight change everywhere, the second one's heights are fat.
+    change = strength * jnp.stack([field[..., 0], -jnp.maximum(field[..., 1] - 1, 0)], axis=-1)
+    is_tissue = jnp.clip((image - _AERATED) / 0.1, 0, 1) * (1 - lungs)
+    return image + is_tissue * change.sum(-1, keepdims=True)
+
+
+def _smooth_fields(key: jax.Array, num: int, nodes: int, side: int = SIZE) -> jax.Array:
+    """Two random fields a sample, (num, side, side, 2), of variance near 1."""
+    coarse = jax.random.normal(key, (num * nodes * nodes * 2,)).reshape(num, nodes, nodes, 2)
+    return jax.image.resize(coarse, (num, side, side, 2), 'cubic')
+
+
+def _outside_box(lungs: jax.Array, margins: jax.Array) -> jax.Array:
+    """(B, S, S): beyond the box of the lungs, (B, S, S), and `margins` (B, 4) of its sides around
+    it; nothing where there is no lung."""
+    at = jnp.arange(lungs.shape[1])
+    outside = jnp.zeros(lungs.shape, bool)
+    for axis, (before, after) in ((2, margins[:, :2].T), (1, margins[:, 2:].T)):
+        seen = lungs.max(axis) > 0.5
+        first = jnp.where(seen, at, len(at)).min(1)
+        last = jnp.where(seen, at, -1).max(1)
+        length = last - first
+        is_out = (at < (first - before * length)[:, None]) | (at > (last + after * length)[:, None])
+        is_out &= seen.any(1)[:, None]
+        outside |= jnp.expand_dims(is_out, axis)
+    return outside
 
 
 def _frame(lungs: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,6 +41,8 @@ def build_lungs(
         network=UNet(widths=tuple(lungs.widths), num_classes=PATCH**2),
         optimizer=make_adam(learning_rate, clip_norm=lungs.clip_norm),
         opacities=OpacityModel(window_hu=WINDOW_HU, **{**config.opacities, **lungs.opacities}),
+        lobes=OpacityModel(window_hu=WINDOW_HU, **{**config.opacities, **lungs.lobes}),
+        lobe_share=lungs.lobe_share,
     )
 
 

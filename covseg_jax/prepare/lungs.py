@@ -55,6 +55,7 @@ BETWEEN_SHARE = 0.3
 CORNER_SHARE = 0.03
 WALL_VOXELS = 10
 DENSE_LUNG = 0.4  # probability from which the network's lung counts
+ALONE, ALONE_ML = 0.85, 5.0  # mean probability and volume of lung apart from all that has air
 LEAST_DENSE_MM = 3.0  # radius of what it may add: thinner is the chest wall's edge
 FEW_SLICES_MM = 60.0  # from the lowest to the highest
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
@@ -126,13 +127,19 @@ def _dense_lung(
     looked_at = image_hu[round(first * ratio) : round(end * ratio)]
     probability = network.probability(looked_at, spacing_mm)
     added = np.zeros_like(lungs)
-    added[first:end] = to_grid(probability, (end - first, *lungs.shape[1:])) > DENSE_LUNG
+    found = to_grid(probability, (end - first, *lungs.shape[1:]))
+    added[first:end] = found > DENSE_LUNG
     added &= ~lungs & (coarse < TISSUE_HU)
     if not has_few:
         added &= has_lung_below(lungs, coarse_mm) | between_lung(lungs)
     added = open_in_plane(added, LEAST_DENSE_MM, coarse_mm)
     labels = cc3d.connected_components(added, connectivity=6)
-    return components_at(labels, dilate_in_plane(lungs))
+    # A lobe without air need not touch any lung with air.
+    likely = np.zeros(lungs.shape, np.float32)
+    likely[first:end] = found
+    volumes, means = _volumes_and_means(labels, likely)
+    alone = (means > ALONE) & (volumes * np.prod(coarse_mm) / 1000 > ALONE_ML)
+    return components_at(labels, dilate_in_plane(lungs)) | alone[labels]
 
 
 def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from covseg_jax.data.feeds import IMAGE, LUNGS
 from covseg_jax.errors import InputError
 from covseg_jax.lungs import slices, steps, train
 from covseg_jax.prepare import lung_network
-from covseg_jax.prepare.lung_network import SIZE
+from covseg_jax.prepare.lung_network import SIZE, WINDOW_HU
 
 
 @pytest.fixture(scope='module')
@@ -99,11 +99,40 @@ def test_consolidation_is_painted_into_lungs_alone(parts):
     lungs = np.zeros((4, 48, 48, 3), np.float32)
     lungs[:, 8:40, 8:40] = 1
     image = np.where(lungs > 0, 0.1, 0.8).astype(np.float32) + 0.02 * rng.random(lungs.shape)
-    found = jax.jit(steps.paint_consolidation, static_argnums=3)(
-        jax.random.key(3), jnp.asarray(image, jnp.float32), lungs, parts.opacities
+    image[:, 20:28, 20:28] = 0.01  # an airway
+    found = jax.jit(lambda *arrays: steps.paint_consolidation(*arrays, parts))(
+        jax.random.key(3), jnp.asarray(image, jnp.float32), lungs
     )
+    found = np.asarray(found)
     np.testing.assert_allclose(found[lungs == 0], image[lungs == 0], atol=1e-6)
-    assert (np.asarray(found)[lungs > 0] > 0.5).mean() > 0.05
+    assert (found[lungs > 0] > 0.5).mean() > 0.05
+    # The last of them has lobes without air, but for the airways, which patches fill.
+    lobe = found[3][(lungs[3] > 0) & (image[3] > 0.05)]
+    assert (lobe > (0 - WINDOW_HU[0]) / np.ptp(WINDOW_HU) - 0.1).mean() > 0.05
+    np.testing.assert_allclose(found[3, 20:28, 20:28], 0.01, atol=1e-6)
+    assert (found[:3, 20:28, 20:28] > 0.05).any()
+
+
+def test_slices_are_cut_to_the_box_of_their_lungs_with_margins():
+    lungs = np.zeros((2, 20, 20), np.float32)
+    lungs[0, 5:16, 4:13] = 1  # rows 10, columns 8 from first to last
+    margins = np.array([[0.25, 0.5, 0.1, 0.0]] * 2)
+    outside = np.asarray(steps._outside_box(jnp.asarray(lungs), jnp.asarray(margins)))
+    assert np.flatnonzero(~outside[0].all(axis=1)).tolist() == list(range(3, 20))
+    assert np.flatnonzero(~outside[0].all(axis=0)).tolist() == list(range(4, 13))
+    assert not outside[1].any()
+
+
+def test_soft_tissue_is_varied_and_lungs_and_air_are_not():
+    lungs = np.zeros((4, 32, 32, 3), np.float32)
+    lungs[:, 8:24, 8:24] = 1
+    image = np.where(lungs > 0, 0.1, 0.8).astype(np.float32)
+    image[:, :4] = 0  # the room
+    found = np.asarray(steps.vary_tissue(jax.random.key(0), jnp.asarray(image), lungs))
+    is_tissue = image == np.float32(0.8)
+    np.testing.assert_array_equal(found[~is_tissue], image[~is_tissue])
+    assert 0.005 < found[is_tissue].std() < 0.1
+    np.testing.assert_array_equal(found[..., 0], found[..., 2])
 
 
 def test_training_writes_a_network_that_finds_probabilities(tmp_path, monkeypatch):
