@@ -79,7 +79,9 @@ def _describe_networks(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(networks) == 1:
         sentences = [f'The network, which sees axial slices, was {names}.']
     elif networks:
-        sentences = [f'The outputs of {len(networks)} networks of axial slices were averaged: {names}.']
+        sentences = [
+            f'The outputs of {len(networks)} networks of axial slices were averaged: {names}.'
+        ]
     else:
         sentences = []
     ways = [network['volumes'] for network in networks]
@@ -121,7 +123,7 @@ def _describe_masks(masks: Mapping[str, Any]) -> str:
     low, high = masks['threshold'], masks['seed_threshold']
     if masks['share_of_max']:
         text = (
-            "Within the lungs, voxels were marked whose output exceeds "
+            'Within the lungs, voxels were marked whose output exceeds '
             f"{100 * masks['share_of_max']:g} % of the study's highest"
         )
     elif high > low:
@@ -132,5 +134,5 @@ def _describe_masks(masks: Mapping[str, Any]) -> str:
     else:
         text = f'Within the lungs, voxels with a probability of at least {low:.3g} were marked'
     if masks['min_component_ml']:
-        text += f", and lesions of less than {masks['min_component_ml']:g} ml were dropped"
+        text += f', and lesions of less than {masks["min_component_ml"]:g} ml were dropped'
     return f"{text}, on the scan's own grid"

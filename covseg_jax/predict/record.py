@@ -67,7 +67,9 @@ def write_record(
         'version': VERSION,
         'study_id': study.study_id,
         'finished': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-        'results': {name: value for name, value in row.items() if name not in ('study_id', 'notes')},
+        'results': {
+            name: value for name, value in row.items() if name not in ('study_id', 'notes')
+        },
         'warnings': list(case.notes),
         'scan': {
             'name': study.image.name,

@@ -7,7 +7,7 @@ from typing import Any
 from covseg_jax.predict import viewer
 from covseg_jax.predict.default import INTENDED_USE
 from covseg_jax.predict.page import make_environment
-from covseg_jax.predict.preview import LUNGS_COLOUR, LUNG_WINDOW_HU, PREDICTION_COLOUR
+from covseg_jax.predict.preview import LUNG_WINDOW_HU, LUNGS_COLOUR, PREDICTION_COLOUR
 
 _ENVIRONMENT = make_environment()
 # Column of results.csv, title, digits.

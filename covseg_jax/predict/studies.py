@@ -75,7 +75,7 @@ def write_prediction(
     output: pathlib.Path,
     wanted: Extras,
     study: Study,
-    limits: viewer.Limits = viewer.Limits(),
+    limits: viewer.Limits = viewer.FEW,
 ) -> Row:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
     `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
@@ -136,8 +136,8 @@ def predict_studies(
     wanted: Extras = Extras(),
     resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
-    """Segments studies and writes results.csv and, where it is wanted, a report; a study that cannot
-    be used is named in them and passed over. Each of several hosts does its share of them.
+    """Segments studies and writes results.csv and, where wanted, a report; a study that cannot be
+    used is named in them and passed over. Each of several hosts does its share of them.
 
     While each device is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their

@@ -24,15 +24,15 @@ class Limits:
     max_slices: int = 64  # of a study with more, as many are shown, evenly spaced
 
 
-# In a page of at most PAGE_BYTES, of at most MAX_VIEWS studies.
+FEW = Limits()  # in a page of few studies
+# Of the pictures of a page, and of the studies that it has pictures of.
 PAGE_BYTES, MAX_VIEWS = 20_000_000, 200
 
 
 def limits_of(num_studies: int) -> Limits:
     """The limits of each of so many studies of one page."""
-    few = Limits()
-    if num_studies * few.max_bytes <= PAGE_BYTES:
-        return few
+    if num_studies * FEW.max_bytes <= PAGE_BYTES:
+        return FEW
     return Limits(max_bytes=PAGE_BYTES // min(num_studies, MAX_VIEWS), max_slices=24)
 
 
