@@ -36,7 +36,7 @@ def describe_methods(records: Sequence[Mapping[str, Any]], num_set_aside: int) -
     programs = sorted({_name_program(record['software']) for record in records})
     opening = (
         f'Lesions of COVID-19 were segmented in {_count(len(records), "chest CT scan")} with '
-        f'covseg_jax {", ".join(programs)} [1], which re-implements the method of Shabani et al. '
+        f'covseg_jax {", ".join(programs)} [1], a re-implementation of the method of Shabani et al. '
         '[2] with changes.'
     )
     if num_set_aside:
@@ -106,7 +106,7 @@ def _describe_network(network: Mapping[str, Any]) -> str:
         details.append(f'step {network["checkpoint_step"]}')
     weights = network['sha256'].get('weights.safetensors')
     if weights:
-        details.append(f'SHA-256 of its weights {weights}')
+        details.append(f'SHA-256 of its weights {weights[:12]}…')
     text = f'a {kind}'
     if network['name'] == DEFAULT:
         text = f'the {kind} that comes with covseg_jax'
@@ -115,7 +115,11 @@ def _describe_network(network: Mapping[str, Any]) -> str:
     data = network['training_data']
     if data:
         with_masks = 'with' if data['human_masks'] else 'without'
-        text += f', trained on {" and ".join(data["data_sets"])} {with_masks} human lesion masks'
+        named = {'phantoms': 'synthetic scans (phantoms)'}
+        sets = ' and '.join(named.get(each, each) for each in data['data_sets'])
+        text += f', trained on {sets} {with_masks} human lesion masks'
+    if network['name'] == DEFAULT:
+        text += ', as the model card of covseg_jax describes'
     return text
 
 

@@ -104,7 +104,7 @@ def _describe_study(record: Mapping[str, Any]) -> dict[str, Any]:
         'scan': scan['name'],
         'size': ' × '.join(map(str, scan['shape'])),
         'spacing': ' × '.join(f'{each:.3g}' for each in scan['spacing_mm']),
-        'finished': record['finished'],
+        'finished': record['finished'][:16].replace('T', ' ') + ' UTC',
     }
 
 
