@@ -36,8 +36,8 @@ def describe_methods(records: Sequence[Mapping[str, Any]], num_set_aside: int) -
     programs = sorted({_name_program(record['software']) for record in records})
     opening = (
         f'Lesions of COVID-19 were segmented in {_count(len(records), "chest CT scan")} with '
-        f'covseg_jax {", ".join(programs)} [1], a re-implementation of the method of Shabani et al. '
-        '[2] with changes.'
+        f'covseg_jax {", ".join(programs)} [1], a re-implementation of the method of Shabani et '
+        'al. [2] with changes.'
     )
     if num_set_aside:
         opening += f' {_count(num_set_aside, "more scan")} could not be used and were left out.'

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
-from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
+from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
@@ -97,15 +97,7 @@ def write_prediction(
             place['preview'], image_hu, found.mask, found.lungs, case.geometry.spacing_mm, title
         )
     if wanted.report:
-        # Lungs as an outline alone, below the lesions.
-        layers = {
-            'lungs': viewer.Layer(found.lungs, LUNGS_COLOUR, fill=0),
-            'lesions': viewer.Layer(found.mask, PREDICTION_COLOUR, fill=40),
-        }
-        view = viewer.draw_views(
-            case.study_id, image_hu, found.lungs, layers, case.geometry.spacing_mm, limits,
-            most_of=('lesions', 'lungs'),
-        )  # fmt: skip
+        view = _draw_view(case, image_hu, found, limits)
         written.write_text(place['view'], json.dumps(view))
     write_volume(place['mask'], found.mask, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
@@ -121,6 +113,20 @@ def write_prediction(
     if case.notes:
         row['notes'] = '; '.join(case.notes)
     return row
+
+
+def _draw_view(
+    case: PreparedCase, image_hu: np.ndarray, found: StudyMask, limits: viewer.Limits
+) -> dict[str, Any]:
+    # Of the lungs the outline alone, and below that of the lesions.
+    layers = {
+        'lungs': viewer.Layer(found.lungs, LUNGS_COLOUR, fill=0),
+        'lesions': viewer.Layer(found.mask, PREDICTION_COLOUR, fill=40),
+    }
+    return viewer.draw_views(
+        case.study_id, image_hu, found.lungs, layers, case.geometry.spacing_mm, limits,
+        most_of=('lesions', 'lungs'),
+    )  # fmt: skip
 
 
 def _cells(measures: Measures) -> Row:

@@ -181,7 +181,8 @@ def test_methods_say_what_was_done(predicted):
         'in 3 chest CT scans', '1 more scan could not', f'version {covseg_jax.__version__}',
         'Lungs were found by their density and by morphology.', '28 × 64 × 64 voxels',
         'the TransUNet that comes with covseg_jax', 'SHA-256 of its weights a1b2',
-        'trained on synthetic scans (phantoms) without human lesion masks, as the model card', 'mirror image', '0.7 slices',
+        'trained on synthetic scans (phantoms) without human lesion masks, as the model card',
+        'mirror image', '0.7 slices',
         'at least 0.5 were marked where one of them reaches 0.6', 'less than 0.1 ml',
     ):  # fmt: skip
         assert part in paragraph
