@@ -118,7 +118,8 @@ def _mask_url(mask: np.ndarray, layer: Layer) -> str:
     alpha = (0, layer.fill, 255)  # outside the mask, inside it, on its border
     picture.putpalette(list(ImageColor.getrgb(layer.colour)) * len(alpha))
     file = io.BytesIO()
-    picture.save(file, 'PNG', bits=2, transparency=bytes(alpha), optimize=True)
+    # Optimised it would be a seventh smaller, and take nine times as long.
+    picture.save(file, 'PNG', bits=2, transparency=bytes(alpha))
     return _data_url('image/png', file)
 
 
@@ -126,7 +127,7 @@ def _scan_url(atlas: np.ndarray, qualities: tuple[int, ...], max_bytes: int) -> 
     picture = Image.fromarray(atlas)
     for quality in qualities:
         file = io.BytesIO()
-        picture.save(file, 'WEBP', quality=quality, method=4)
+        picture.save(file, 'WEBP', quality=quality, method=2)  # 4: 4 % smaller, twice the time
         url = _data_url('image/webp', file)
         if len(url) <= max_bytes:
             break
