@@ -11,13 +11,21 @@ _HERE = pathlib.Path(__file__).parent
 
 
 def describe_environment() -> dict:
-    """JSON values: python, platform, packages, git_revision (None where nothing tells it)."""
+    """JSON values: python, platform, packages (those that are installed), git_revision (None where
+    nothing tells it)."""
     return {
         'python': platform.python_version(),
         'platform': platform.platform(),
-        'packages': {name: metadata.version(name) for name in _PACKAGES},
+        'packages': {name: version for name in _PACKAGES if (version := _find_version(name))},
         'git_revision': find_revision(),
     }
+
+
+def _find_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # what trains is not there where only predict is
+        return None
 
 
 def find_revision() -> str | None:

@@ -43,6 +43,7 @@ _SWITCHES = {
     'preview': 'predict: a PNG a study, lesions outlined',
     'per_lung': 'predict: lesions of either lung too',
     'probability': 'predict: probability maps too',
+    'report': 'predict: report.html, a page to look at all results, and methods.txt for a paper',
 }
 _REQUEST = [
     *(flags.DEFINE_string(name, None, text) for name, text in _PATHS.items()),

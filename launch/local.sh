@@ -2,7 +2,8 @@
 # Sets up this checkout on a machine with nothing but Python >= 3.11, and runs it.
 #   launch/local.sh predict SCAN [OUTPUT] [flags]
 #                                  segments a scan, or a folder of them, with the model that comes with
-#                                  the code; OUTPUT is covseg_output in this checkout, if not named
+#                                  the code, and says which page to open in a browser; OUTPUT is
+#                                  covseg_output in this checkout, if not named
 #   launch/local.sh run  [flags]   the main job, by default on phantom studies
 #   launch/local.sh test [flags]   lint, import contracts, tests
 #   launch/local.sh setup          the environment alone
@@ -63,7 +64,8 @@ case "$command" in
       shift
     fi
     make_environment
-    exec "$venv/bin/python" -m covseg_jax.main --input="$scan" --output="$output" --preview "$@"
+    exec "$venv/bin/python" -m covseg_jax.main --input="$scan" --output="$output" --preview --report \
+      "$@"
     ;;
   run)
     shift

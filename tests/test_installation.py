@@ -16,7 +16,7 @@ from covseg_jax.phantom.studies import write_phantom_data_set
 from tests.program import ROOT, assert_one_line_error
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-TRAINING = ('grain', 'jinja2', 'matplotlib', 'optax', 'orbax', 'tensorboard', 'tensorboardX')
+TRAINING = ('grain', 'matplotlib', 'optax', 'orbax', 'tensorboard', 'tensorboardX')
 LOAD = 'import covseg_jax.main, covseg_jax.predict.studies; covseg_jax.load()'
 MAIN = 'from covseg_jax.__main__ import run; run()'
 

@@ -504,6 +504,8 @@ def test_first_commands_of_the_readme_run_in_an_environment_that_is_there(place)
         assert done.returncode == 0, done.stderr
         assert result in done.stdout
     assert len(list((place / 'marked').glob('*_preview.png'))) == 1
+    for name in ('report.html', 'methods.txt', 'scan_results.json'):
+        assert (place / 'marked' / name).exists()
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

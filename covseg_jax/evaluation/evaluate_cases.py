@@ -9,10 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import hosts
-from covseg_jax.evaluation import figures, probabilities, report, scores, tensorboard, viewer
+from covseg_jax.evaluation import figures, probabilities, report, scores, tensorboard
 from covseg_jax.evaluation.metric_table import CaseArrays
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study
+from covseg_jax.predict import viewer
 from covseg_jax.prepare import study_files
 from covseg_jax.prepare.cases import Case
 
@@ -131,7 +132,7 @@ def _score_cases(cases: Sequence[Case], sources: Sources) -> list[dict]:
         own.append({'scores': scored, 'curve': curve.tolist()})
         if _keep_worst_views(own):
             images = _images(case, scored['network'][0]['dice'], image_hu, truth, masks)
-            own[-1]['view'] = viewer.draw_views(images, view_bytes)
+            own[-1]['view'] = draw_views(images, view_bytes)
     return own
 
 
@@ -192,6 +193,17 @@ def _images(
         pseudo_mask=masks['pseudo'][1].mask if 'pseudo' in masks else None,
         spacing_mm=case.geometry.spacing_mm,
     )
+
+
+def draw_views(images: figures.CaseImages, max_bytes: int) -> dict:
+    """A study's slices with its masks, for the report's viewer."""
+    layers = {
+        name: viewer.Layer(mask, figures.MASK_COLOURS[name]) for name, mask in images.masks.items()
+    }
+    return viewer.draw_views(
+        images.study_id, images.image_hu, images.lungs, layers, images.spacing_mm,
+        viewer.Limits(max_bytes), most_of=('truth', 'prediction'),
+    )  # fmt: skip
 
 
 def _keep_worst_views(found: list[dict]) -> bool:

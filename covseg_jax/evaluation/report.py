@@ -6,20 +6,12 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import jinja2
-
 from covseg_jax import atomic
 from covseg_jax.evaluation import metric_table
 from covseg_jax.evaluation.figures import MASK_COLOURS
+from covseg_jax.predict.page import make_environment
 
-# Not select_autoescape: it goes by the ending, and .j2 is not one that it escapes.
-_ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
+_ENVIRONMENT = make_environment(pathlib.Path(__file__).parent)
 _CASE_COLUMNS = [column for column in metric_table.COLUMNS if column.digits is not None]
 
 
@@ -89,7 +81,7 @@ def write_report(
       case_rows: as `scores.score_case` makes them; listed worst Dice first, undefined last.
       figures: PNG files, copied into the page in this order.
       run: name → value (text or anything JSON can say), shown at the top.
-      views: what `viewer.draw_views` made of some or all of the cases.
+      views: what `predict.viewer.draw_views` made of some or all of the cases.
     """
     worst_first = sort_worst_first(case_rows)
     place = {row['study_id']: number for number, row in enumerate(worst_first)}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from covseg_jax.imaging import arrays, dicom, nifti
+from covseg_jax.imaging import arrays, dicom, dicom_files, nifti
 from covseg_jax.imaging.volume import Volume
 
 NIFTI_SUFFIXES = ('.nii.gz', '.nii')
@@ -59,6 +59,15 @@ def source_crc32(
     if index is not None:
         return arrays.array_crc32(path, index)
     return dicom.series_crc32(path, files) if path.is_dir() else nifti.source_crc32(path)
+
+
+def source_files(
+    path: pathlib.Path, files: Sequence[pathlib.Path] | None = None
+) -> list[pathlib.Path]:
+    """The files that `read_volume` would read, in the order of their names."""
+    if path.is_dir():
+        return list(dicom_files.list_files(path) if files is None else files)
+    return [path]
 
 
 def stored_bytes(

@@ -1,7 +1,11 @@
-"""Where the model that comes with the program lies; `export.load` reads it. No import of JAX."""
+"""What people are told of models, and where the one that comes with the program lies; `export.load`
+reads it. No import of JAX."""
 
 import pathlib
 
 DEFAULT = 'default'  # its name, in place of an export's folder
 FOLDER = pathlib.Path(__file__).parents[1] / 'default_model'
 CARD = 'MODEL_CARD.md'
+INTENDED_USE = (
+    'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
+)

@@ -49,9 +49,9 @@ from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
 from covseg_jax.models.convolution import tracing_for
-from covseg_jax.predict.default import CARD, DEFAULT
+from covseg_jax.predict.default import CARD, DEFAULT, INTENDED_USE
 from covseg_jax.predict.default import FOLDER as DEFAULT_FOLDER
-from covseg_jax.predict.model import Model, average_models
+from covseg_jax.predict.model import Model, Origin, average_models
 from covseg_jax.prepare import lung_network
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation.network import build_network, describe_network, make_predict
@@ -60,9 +60,6 @@ from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
 # 2: volumes.output, masks.share_of_max; 3: preparation.lung_network; 4: network.dtype, functions
 # may be left out, and weights may be float16
 FORMAT, VERSION = 'covseg_jax export', 4
-INTENDED_USE = (
-    'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'
-)
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
 _SUMS, _FUNCTION = 'SHA256SUMS', 'function_{}.bin'
@@ -238,11 +235,11 @@ def load(path: str | os.PathLike = DEFAULT, *others: str | os.PathLike) -> Model
       InputError: a folder is no export, is damaged, was written by a newer version, can neither be
         read by this JAX nor built again, or the exports see studies in different ways.
     """
-    named = (DEFAULT_FOLDER if each == DEFAULT else pathlib.Path(each) for each in (path, *others))
-    return average_models([_load_one(folder) for folder in named])
+    return average_models([_load_one(each) for each in (path, *others)])
 
 
-def _load_one(folder: pathlib.Path) -> Model:
+def _load_one(named: str | os.PathLike) -> Model:
+    folder = DEFAULT_FOLDER if named == DEFAULT else pathlib.Path(named)
     atomic.recover(folder)
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
@@ -265,6 +262,17 @@ def _load_one(folder: pathlib.Path) -> Model:
         masks=MaskSettings(**description['masks']),
         identity=fingerprint(sums),
         description=description,
+        origins=(
+            Origin(
+                str(named),
+                description.get('network', {}).get('name', ''),
+                volumes,
+                description.get('config'),
+                description.get('checkpoint_step'),
+                description.get('training_data'),
+                sums,
+            ),
+        ),
     )
 
 

@@ -19,7 +19,7 @@ from covseg_jax.prepare.prepare_studies import (
     lung_network_crc32,
     prepare_volume,
 )
-from covseg_jax.segmentation.volumes import Probability
+from covseg_jax.segmentation.volumes import Probability, VolumeSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,19 @@ class Prediction(Measures):
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a network is and where it comes from, for the record of what it predicts."""
+
+    name: str  # the folder of the export, as it was named; 'default'; or the work directory
+    network: str  # 'transunet' or 'unet'; '' where an export of an early version does not say
+    volumes: VolumeSettings
+    config: str | None = None  # NAME:VARIANT of its training
+    checkpoint_step: int | None = None
+    training_data: Mapping[str, Any] | None = None  # as model.json has it
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of an export's files
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A trained network, or several whose probabilities are averaged."""
 
@@ -71,6 +84,7 @@ class Model:
     identity: str  # equal for models that predict the same
     # model.json of an export; {} of a run that is not exported
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    origins: tuple[Origin, ...] = ()  # of each network
 
     def predict(self, scan: str | os.PathLike) -> Prediction:
         """Segments one study: a NIfTI file, or the folder of a DICOM series.
@@ -146,4 +160,5 @@ def average_models(models: Sequence[Model]) -> Model:
         masks=MaskSettings(**means),
         identity=fingerprint([model.identity for model in models]),
         description={'ensemble': [dict(model.description) for model in models]},
+        origins=tuple(origin for model in models for origin in model.origins),
     )

@@ -15,6 +15,7 @@ from covseg_jax import written
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 TRUTH_COLOUR, PSEUDO_COLOUR, PREDICTION_COLOUR = '#009e73', '#56b4e9', '#e69f00'
+LUNGS_COLOUR = '#56b4e9'
 
 _MARGIN_MM = 10.0
 _MAX_TILES, _COLUMNS = 20, 5
@@ -43,10 +44,7 @@ def write_preview(
     """
     shown, areas = lungs | mask, mask.sum(axis=(1, 2))
     most = int(areas.argmax()) if areas.any() else None
-    slices = choose_slices(shown, _MAX_TILES)
-    if most is not None:
-        slices[np.abs(slices - most).argmin()] = most
-    slices = slices[::-1]
+    slices = choose_slices(shown, _MAX_TILES, most)[::-1]
     rows, cols = crop_box(shown, spacing_mm)
     size = fit_size(rows, cols, spacing_mm, _TILE_SIDE)
     tiles = [
@@ -74,12 +72,16 @@ def write_preview(
         picture.save(temporary, 'PNG', compress_level=1)
 
 
-def choose_slices(shown: np.ndarray, max_slices: int) -> np.ndarray:
+def choose_slices(shown: np.ndarray, max_slices: int, always: int | None = None) -> np.ndarray:
     """Numbers of at most `max_slices` slices, evenly spaced from the first to the last in which
-    the boolean (Z, Y, X) array has something; over all slices where it is empty."""
+    the boolean (Z, Y, X) array has something; over all slices where it is empty. One of these
+    slices, `always`, takes the place of its nearest neighbour."""
     first, last = _span(shown.any(axis=(1, 2)))
     count = min(last - first + 1, max_slices)
-    return np.linspace(first, last, count).round().astype(int)
+    slices = np.linspace(first, last, count).round().astype(int)
+    if always is not None:
+        slices[np.abs(slices - always).argmin()] = always
+    return slices
 
 
 def crop_box(shown: np.ndarray, spacing_mm: tuple[float, float, float]) -> tuple[slice, slice]:

@@ -3,26 +3,30 @@
 import csv
 import dataclasses
 import functools
+import json
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
-from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
+from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
 from covseg_jax.manifest import fingerprint
+from covseg_jax.predict import viewer
 from covseg_jax.predict.journal import Journal
 from covseg_jax.predict.model import Measures, Model, measure, native_probability
-from covseg_jax.predict.preview import write_preview
+from covseg_jax.predict.preview import LUNGS_COLOUR, PREDICTION_COLOUR, write_preview
+from covseg_jax.predict.record import describe_run, write_record
 from covseg_jax.prepare.lung_report import measure_lungs
 from covseg_jax.prepare.lungs import split_lungs
 from covseg_jax.prepare.prepare_studies import PreparedCase, PrepareSettings, prepare_volume
@@ -32,8 +36,10 @@ from covseg_jax.segmentation.volumes import Probability
 Row = dict[str, str | float]
 
 _ENDINGS = {
-    'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png'
+    'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png',
+    'record': 'results.json', 'view': 'view.json',
 }  # fmt: skip
+REPORT, METHODS = 'report.html', 'methods.txt'
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
 COLUMNS = (
     'study_id', 'status', *_MEASURES, 'severity', 'seconds', 'mask',
@@ -48,15 +54,18 @@ class Extras:
     probability: bool = False  # `<study_id>_probability.nii.gz`, float32
     preview: bool = False  # `<study_id>_preview.png`, slices with the lesions outlined
     per_lung: bool = False  # lesions of either lung, in results.csv
+    report: bool = False  # `report.html` of all studies, lesions of either lung, `methods.txt`
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
-        kinds = ['mask', *(['probability'] * self.probability), *(['preview'] * self.preview)]
-        return [_file_of(study_id, kind, output) for kind in kinds]
+        asked = {'probability': self.probability, 'preview': self.preview, 'view': self.report}
+        return [_file_of(study_id, kind, output) for kind in _ENDINGS if asked.get(kind, True)]
 
 
 def _file_of(study_id: str, kind: str, output: pathlib.Path) -> pathlib.Path:
-    return output / f'{study_id}_{_ENDINGS[kind]}'
+    # Of a view nobody has any use but the report that it goes into.
+    hidden = '.' if kind == 'view' else ''
+    return output / f'{hidden}{study_id}_{_ENDINGS[kind]}'
 
 
 def write_prediction(
@@ -66,28 +75,34 @@ def write_prediction(
     output: pathlib.Path,
     wanted: Extras,
     study: Study,
+    limits: viewer.Limits = viewer.FEW,
 ) -> Row:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
     `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
-    Returns a row of results.csv."""
+    Returns a row of results.csv. `limits` are those of the report's pictures."""
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
-    mask, probability_map, preview = (_file_of(case.study_id, kind, output) for kind in _ENDINGS)
+    place = {kind: _file_of(case.study_id, kind, output) for kind in _ENDINGS}
     if wanted.probability:
         on_study_grid = native_probability(case, probability, found)
-        write_volume(probability_map, on_study_grid, affine, written.new_file)
+        write_volume(place['probability'], on_study_grid, affine, written.new_file)
+    image_hu = read_image(study).array if wanted.preview or wanted.report else None
     if wanted.preview:
         title = (
             f'{case.study_id}: lesion {measures.lesion_ml:.1f} ml, infection '
             f'{measures.infection_percent:.1f} %, {measures.severity}'
         )
-        image_hu = read_image(study).array
-        write_preview(preview, image_hu, found.mask, found.lungs, case.geometry.spacing_mm, title)
-    write_volume(mask, found.mask, affine, written.new_file)
+        write_preview(
+            place['preview'], image_hu, found.mask, found.lungs, case.geometry.spacing_mm, title
+        )
+    if wanted.report:
+        view = _draw_view(case, image_hu, found, limits)
+        written.write_text(place['view'], json.dumps(view))
+    write_volume(place['mask'], found.mask, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
-    row |= _cells(measures) | {'severity': measures.severity, 'mask': mask.name}
-    if wanted.per_lung:
+    row |= _cells(measures) | {'severity': measures.severity, 'mask': place['mask'].name}
+    if wanted.per_lung or wanted.report:
         sides = split_lungs(found.lungs, case.geometry.spacing_mm)
         for name, lung in zip(('right', 'left'), sides, strict=True):
             of_lung = measure(found.mask, lung, case.geometry.study_voxel_ml)
@@ -98,6 +113,20 @@ def write_prediction(
     if case.notes:
         row['notes'] = '; '.join(case.notes)
     return row
+
+
+def _draw_view(
+    case: PreparedCase, image_hu: np.ndarray, found: StudyMask, limits: viewer.Limits
+) -> dict[str, Any]:
+    # Of the lungs the outline alone, and below that of the lesions.
+    layers = {
+        'lungs': viewer.Layer(found.lungs, LUNGS_COLOUR, fill=0),
+        'lesions': viewer.Layer(found.mask, PREDICTION_COLOUR, fill=40),
+    }
+    return viewer.draw_views(
+        case.study_id, image_hu, found.lungs, layers, case.geometry.spacing_mm, limits,
+        most_of=('lesions', 'lungs'),
+    )  # fmt: skip
 
 
 def _cells(measures: Measures) -> Row:
@@ -113,8 +142,8 @@ def predict_studies(
     wanted: Extras = Extras(),
     resume: bool = False,
 ) -> tuple[list[Row], list[str]]:
-    """Segments studies and writes results.csv; a study that cannot be used is named in it and
-    passed over. Each of several hosts does its share of them.
+    """Segments studies and writes results.csv and, where wanted, a report; a study that cannot be
+    used is named in them and passed over. Each of several hosts does its share of them.
 
     While each device is at one study, other processes prepare the next ones and write those before:
     of each kind at most `num_workers` + 1 are under way, so that memory does not grow with their
@@ -137,21 +166,24 @@ def predict_studies(
         `output` where a file would go.
     """
     identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
-    journal, results = Journal(output, hosts.index(), identity), output / 'results.csv'
+    journal, run = Journal(output, hosts.index(), identity), describe_run(model)
+    results, *pages = (output / name for name in ('results.csv', REPORT, METHODS))
     files = [wanted.files(study.study_id, output) for study in studies]
-    hosts.check_shared(written.refuse_foreign, [[*journal.files(), results], *files])
+    of_all = [*journal.files(), results, *(pages if wanted.report else [])]
+    hosts.check_shared(written.refuse_foreign, [of_all, *files])
     output.mkdir(parents=True, exist_ok=True)
     atomic.remove_leftovers(output)
     own = hosts.share(studies)
     rows: dict[str, Row] = journal.read_done(own) if resume else {}
     to_do = [study for study in own if study.study_id not in rows]
     # Of an earlier run, with another model or of a scan that cannot be used any more.
-    old = [results] if resume else [results, *journal.files()]
+    old = [results, *pages] if resume else [results, *pages, *journal.files()]
     hosts.first_alone(functools.partial(written.remove, old), 'old results are gone')
     for study in to_do:
         written.remove(_file_of(study.study_id, kind, output) for kind in _ENDINGS)
     journal.begin()
-    finish = functools.partial(_finish, journal, model.masks, wanted)
+    to_write = _ToWrite(journal, model.masks, wanted, run, viewer.limits_of(len(studies)))
+    finish = functools.partial(_finish, to_write)
     with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
         for row in predict_each(to_do, model, finish, num_workers):
             rows[str(row['study_id'])] = row
@@ -162,6 +194,8 @@ def predict_studies(
             writer = csv.DictWriter(file, COLUMNS, restval='')
             writer.writeheader()
             writer.writerows(all_rows)
+        if wanted.report:
+            _write_pages(output, all_rows)
     return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
 
 
@@ -214,17 +248,41 @@ def _run(
     return case, probability, seconds + time.monotonic() - began
 
 
+@dataclasses.dataclass(frozen=True)
+class _ToWrite:
+    """What is written of each study, and where."""
+
+    journal: Journal
+    masks: MaskSettings
+    wanted: Extras
+    run: Mapping[str, Any]  # from `describe_run`
+    limits: viewer.Limits
+
+
 def _finish(
-    journal: Journal,
-    settings: MaskSettings,
-    wanted: Extras,
-    study: Study,
-    case: PreparedCase,
-    probability: np.ndarray,
-    seconds: float,
+    what: _ToWrite, study: Study, case: PreparedCase, probability: np.ndarray, seconds: float
 ) -> Row:
-    began = time.monotonic()
-    row = write_prediction(case, probability, settings, journal.folder, wanted, study)
+    began, folder = time.monotonic(), what.journal.folder
+    row = write_prediction(case, probability, what.masks, folder, what.wanted, study, what.limits)
     row['seconds'] = round(seconds + time.monotonic() - began, 3)
-    journal.append(study, row, wanted.files(study.study_id, journal.folder))
+    write_record(_file_of(study.study_id, 'record', folder), study, case, row, what.run)
+    what.journal.append(study, row, what.wanted.files(study.study_id, folder))
     return row
+
+
+def _write_pages(output: pathlib.Path, rows: Sequence[Row]) -> None:
+    # Here and not above: processes that write masks do without its template engine.
+    from covseg_jax.predict.methods import describe_methods
+    from covseg_jax.predict.report import render_report
+
+    def read(study_id: str, kind: str) -> dict[str, Any]:
+        return json.loads(_file_of(study_id, kind, output).read_text(encoding='utf-8'))
+
+    done = [str(row['study_id']) for row in rows if row['status'] == 'ok']
+    records = [read(study_id, 'record') for study_id in done]
+    set_aside = {str(row['study_id']): str(row['status']) for row in rows if row['status'] != 'ok'}
+    methods = describe_methods(records, len(set_aside))
+    page = render_report(records, set_aside, methods, lambda study_id: read(study_id, 'view'))
+    written.write_text(output / REPORT, page)
+    paragraph, references = methods
+    written.write_text(output / METHODS, f'{paragraph}\n\n{references}')

@@ -43,6 +43,7 @@ class Request:
     preview: bool = False
     per_lung: bool = False
     probability: bool = False
+    report: bool = False
     num_workers: int | None = None
 
 
@@ -151,6 +152,15 @@ def read_calibration(workdir: pathlib.Path) -> dict | None:
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
+def describe_training_data(config: Config, workdir: pathlib.Path) -> dict | None:
+    """What the network of a work directory was trained on; None where nobody knows, as of imported
+    weights."""
+    found = (read_calibration(workdir) or {}).get('training_data')
+    if found and config.phantom.make:  # they lie in MosMedData's layout, and are called by it
+        found['data_sets'] = ['phantoms']
+    return found
+
+
 def load_masks(config: Config, workdir: pathlib.Path) -> MaskSettings:
     """How the trained network's probabilities become masks, as train found it."""
     cuts = read_calibration(workdir)
@@ -170,8 +180,8 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
     host or on the first `num_devices`, and its checkpoint's step."""
     import jax
 
-    from covseg_jax.predict.model import Model
-    from covseg_jax.segmentation.train import load_variables, make_probability
+    from covseg_jax.predict.model import Model, Origin
+    from covseg_jax.segmentation.train import load_variables, make_probability, volume_settings
 
     masks = load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
@@ -187,6 +197,12 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
              dataclasses.asdict(masks), step, str(workdir.resolve()),
              # another training of the same length
              (workdir / _CALIBRATION).stat().st_mtime_ns]
+        ),
+        origins=(
+            Origin(
+                str(workdir), config.network.name, volume_settings(config),
+                f'{config.name}:{config.variant}', step, describe_training_data(config, workdir),
+            ),
         ),
     )  # fmt: skip
     return model, step

@@ -243,15 +243,13 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
             metrics = {name: summary.get(name) for name in names}
-    training_data = calibration.get('training_data')  # none is known of imported weights
-    if config.phantom.make:  # they lie in MosMedData's layout, and are called by it
-        for described in filter(None, (metrics, training_data)):
-            described['data_sets'] = ['phantoms']
+    if metrics and config.phantom.make:  # they lie in MosMedData's layout, and are called by it
+        metrics['data_sets'] = ['phantoms']
     return {
         'config': f'{config.name}:{config.variant}',
         'checkpoint_step': step,
         'metrics': metrics,
-        'training_data': training_data,
+        'training_data': inputs.describe_training_data(config, workdir),
         'licence': config.export.licence,
     }
 
@@ -273,9 +271,9 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
-    from covseg_jax.predict.default import CARD, DEFAULT, FOLDER
-    from covseg_jax.predict.export import INTENDED_USE, load
-    from covseg_jax.predict.studies import Extras, predict_studies
+    from covseg_jax.predict.default import CARD, DEFAULT, FOLDER, INTENDED_USE
+    from covseg_jax.predict.export import load
+    from covseg_jax.predict.studies import METHODS, REPORT, Extras, predict_studies
 
     layout = (config or inputs.NO_CONFIG).data.layout
     studies = find_inputs(given.input, layout, inputs.tell_stray('predict'))
@@ -293,7 +291,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
                 model,
                 given.output,
                 num_workers=given.num_workers or inputs.num_workers(config, studies),
-                wanted=Extras(given.probability, given.preview, given.per_lung),
+                wanted=Extras(given.probability, given.preview, given.per_lung, given.report),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:
@@ -311,6 +309,9 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
         if row.get('notes'):
             print(f'predict: {row["study_id"]}: note: {row["notes"]}')
     print(f'predict: {len(done)} studies done, {len(faults)} set aside; {given.output}')
+    if given.report:
+        print(f'predict: open {given.output / REPORT} in a browser to look at the results')
+        print(f"predict: {given.output / METHODS} is a paragraph for a paper's methods section")
     if len(faults) == 1 and len(rows) == 1:
         raise InputError(faults[0])
     if faults:

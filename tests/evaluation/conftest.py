@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from covseg_jax.evaluation import figures, report, scores, viewer
+from covseg_jax.evaluation import evaluate_cases, figures, report, scores
 
 DICE = {'study_0255': 0.5, 'study_0256': 0.125, 'study_0257': 0.875, 'study_0258': math.nan}
 
@@ -49,7 +49,7 @@ def report_path(case_rows, tmp_path):
         'strata': scores.stratify(case_rows),
     }
     views = [
-        viewer.draw_views(case_images(study_id=name), 100_000)
+        evaluate_cases.draw_views(case_images(study_id=name), 100_000)
         for name in ('study_0257', 'study_0256')
     ]
     run = {'config': 'transunet.py:phantom', 'devices': ['cpu:0'], 'note': '<b>&'}

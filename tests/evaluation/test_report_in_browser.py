@@ -1,4 +1,4 @@
-"""The report as a person uses it, in a real browser without a window."""
+"""The pages as a person uses them, in a real browser without a window."""
 
 import os
 import shutil
@@ -9,6 +9,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.predict.test_report import predict, write_scans
 
 
 @pytest.fixture(scope='module')
@@ -122,3 +124,26 @@ def test_nothing_is_fetched(opened):
         'return performance.getEntriesByType("resource").map(each => each.name)'
     )
     assert [name for name in fetched if not name.startswith('data:')] == []
+
+
+def test_page_of_predictions_shows_a_study_its_outlines_and_its_facts(browser, tmp_path):
+    write_scans(tmp_path / 'scans')
+    predict(tmp_path / 'scans', tmp_path)
+    browser.get((tmp_path / 'report.html').as_uri())
+    first = table_column(browser, 0)[0]
+    viewer = browser.find_element(By.ID, 'viewer')
+    WebDriverWait(browser, 10).until(lambda _: viewer.get_attribute('data-shown'))
+    assert viewer.get_attribute('data-shown').split()[0] == first
+    both = count_colour(browser, 0)
+    press(browser, 'l')
+    lungs = count_colour(browser, 0)
+    press(browser, 'u')
+    assert both > lungs > count_colour(browser, 0) == 0
+    browser.find_element(By.CSS_SELECTOR, 'tr[data-study="b"]').click()
+    WebDriverWait(browser, 10).until(lambda _: viewer.get_attribute('data-shown')[0] == 'b')
+    facts = [each.text for each in browser.find_elements(By.CSS_SELECTOR, '[data-facts]')]
+    (shown,) = filter(None, facts)  # of what is hidden there is no text
+    assert shown.startswith('b: CT-0')
+    # Nothing lies beside the window, and nothing is fetched.
+    assert browser.execute_script('return document.body.scrollWidth <= window.innerWidth')
+    assert browser.get_log('browser') == []

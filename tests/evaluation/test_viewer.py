@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covseg_jax.evaluation import viewer
+from covseg_jax.evaluation.evaluate_cases import draw_views
 from covseg_jax.predict import preview
 from tests.evaluation.conftest import case_images
 
@@ -31,7 +31,7 @@ def test_views_hold_each_slice_of_the_lungs_in_its_place():
         image_hu=image_hu, lungs=lungs, truth=truth, prediction=~lungs & truth,
         spacing_mm=(5.0, 1.0, 1.0),
     )  # fmt: skip
-    view = viewer.draw_views(case, 10**6)
+    view = draw_views(case, 10**6)
     assert view['slices'] == [1, 2, 3, 4, 5]
     assert view['slices'][view['start']] == 4
     # 20 voxels of 1 mm and 10 mm more on each side
@@ -58,7 +58,7 @@ def test_views_of_fine_scans_are_scaled_down_to_square_pixels():
         image_hu=np.zeros(shape, np.float32), lungs=lungs, truth=lungs, prediction=lungs,
         spacing_mm=(5.0, 0.8, 0.4),
     )  # fmt: skip
-    view = viewer.draw_views(case, 10**6)
+    view = draw_views(case, 10**6)
     # (300 + 2·13) rows of 0.8 mm, (400 + 2·25) columns of 0.4 mm
     assert (view['width'], view['height']) == (round(180 / (260.8 / 288)), 288)
     share = (np.asarray(decode(view['masks']['truth'])) > 0).mean()
@@ -71,12 +71,12 @@ def test_views_of_noise_keep_to_their_bytes():
     lungs = np.ones(image_hu.shape, bool)
     empty = ~lungs
     case = case_images(image_hu=image_hu, lungs=lungs, truth=empty, prediction=empty)
-    view = viewer.draw_views(case, 400_000)
+    view = draw_views(case, 400_000)
     assert len(view['scan']) + sum(map(len, view['masks'].values())) <= 400_000
-    assert len(viewer.draw_views(case, 3_000_000)['scan']) > 400_000
+    assert len(draw_views(case, 3_000_000)['scan']) > 400_000
 
 
 def test_views_of_a_study_without_lungs_show_all_of_it():
     empty = np.zeros((6, 40, 50), bool)
-    view = viewer.draw_views(case_images(lungs=empty, truth=empty, prediction=empty), 10**6)
+    view = draw_views(case_images(lungs=empty, truth=empty, prediction=empty), 10**6)
     assert view['slices'] == list(range(6))

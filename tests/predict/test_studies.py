@@ -152,7 +152,9 @@ def test_what_an_earlier_run_left_of_a_study_goes_with_it(tmp_path):
     changed = dataclasses.replace(MODEL, identity='another')
     predict_studies(find_inputs(scans), changed, output, num_workers=0, resume=True)
     left = {path.name for path in output.iterdir()}
-    assert left == {'a_mask.nii.gz', 'results.csv', 'results.0.jsonl', written.RECORD}
+    assert left == {
+        'a_mask.nii.gz', 'a_results.json', 'results.csv', 'results.0.jsonl', written.RECORD
+    }  # fmt: skip
 
 
 def read_all(folder):
@@ -218,7 +220,7 @@ def write_predicted_plain(folder):
     _, opacity = draw_chest('any')
     write_stored(folder / 'a_mask.nii', opacity, AFFINE)
     before = find_studies(folder)
-    everything = Extras(True, True, True)
+    everything = Extras(True, True, True, True)
     predict_studies(before, MODEL, folder, num_workers=0, wanted=everything)
     return before, lambda: predict_studies(
         find_studies(folder), MODEL, folder, num_workers=0, wanted=everything
