@@ -56,9 +56,9 @@ def _gan() -> ml_collections.ConfigDict:
     gan.num_steps = 10_000  # in the published recipe iterations
     gan.batch_size = 8  # crops of healthy scans, and as many of COVID scans
     gan.learning_rate = 1e-3  # of the generator, at its highest
-    gan.discriminator_learning_rate = 2e-4  # at its highest
+    gan.discriminator_learning_rate = 2e-4  # throughout
     gan.schedule = 'cosine'  # or 'constant'
-    gan.warmup_steps = 200  # in which the rates rise from 0
+    gan.warmup_steps = 200  # in which the generator's rate rises from 0
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
     gan.losses = losses = ml_collections.ConfigDict()  # gan/steps.py: GANLosses
     losses.reconstruction = 1.0  # weights
