@@ -71,7 +71,7 @@ def draw_panels(phantom: Phantom, healthy: Phantom, mask: np.ndarray) -> Image.I
     }
     marked = list(panels.values())[-1]
     found, true = (
-        preview.fit_plane(each[rows, cols], size, smooth) for each in (mask[z], phantom.lesion[z] > 0)
+        preview.fit_plane(each[z][rows, cols] > 0, size, smooth) for each in (mask, phantom.lesion)
     )
     # One outside its edge and one inside, so that both are seen where they agree.
     edges = (
