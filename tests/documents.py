@@ -17,10 +17,22 @@ def read(name: str | pathlib.Path) -> str:
     return (ROOT / name).read_text(encoding='utf-8')
 
 
+_FENCED = re.compile(r'^ *```(\w*)\n(.*?)^ *```$', re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """A document without its fenced blocks."""
+    return _FENCED.sub('', text)
+
+
+def inline(text: str) -> list[str]:
+    """What stands in single backticks, each in one line."""
+    return [' '.join(code.split()) for code in re.findall(r'`([^`]+)`', prose(text))]
+
+
 def blocks(text: str, kinds: tuple[str, ...] = ('', 'bash', 'sh', 'shell', 'console')) -> list[str]:
     """Fenced blocks of these kinds; one without a kind holds commands."""
-    found = re.findall(r'^ *```(\w*)\n(.*?)^ *```$', text, re.DOTALL | re.MULTILINE)
-    return [block for kind, block in found if kind in kinds]
+    return [block for kind, block in _FENCED.findall(text) if kind in kinds]
 
 
 def commands(text: str) -> list[str]:

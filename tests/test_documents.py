@@ -15,7 +15,7 @@ import covseg_jax
 from configs import transunet
 from covseg_jax import main as program
 from launch import make_figures, make_reference
-from tests.documents import DOCUMENTS, blocks, commands, read
+from tests.documents import DOCUMENTS, blocks, commands, inline, prose, read
 from tests.program import ROOT
 
 # How the commands of the README begin, and the test that really runs them.
@@ -58,10 +58,9 @@ def find_fault(line, monkeypatch):
     if not script.exists():
         return f'{script.relative_to(ROOT)} is not there'
     if words[0] == 'launch/local.sh':
-        if rest[0] in ('test', 'setup'):  # its flags are pytest's
+        if rest[:1] not in (['predict'], ['run']):  # flags of others are pytest's
             return None
-        first = 1 + (rest[0] == 'predict')  # SCAN [OUTPUT]
-        given = [word for word in rest[first:] if word.startswith('--')]
+        given = [word for word in rest if word.startswith('--')]
         return fault_of_flags(given, monkeypatch)
     if '--' in rest:
         fault = fault_of_flags(rest[rest.index('--') + 1 :], monkeypatch)
@@ -103,8 +102,7 @@ def flag_names_a_field(flag):
 
 def anchors_of(text):
     """As GitHub makes them of headings, and those that are named."""
-    text = re.sub(r'^ *```.*?^ *```$', '', text, flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r'^#+ +(.*)$', text, re.MULTILINE)
+    headings = re.findall(r'^#+ +(.*)$', prose(text), re.MULTILINE)
     made = {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
     return made | set(re.findall(r'<a name="(.*?)">', text))
 
@@ -130,11 +128,12 @@ def test_links_lead_somewhere():
 def test_commands_have_flags_and_paths_that_are_there(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # --config names a file from here
     wrong, text = [], read(path)
-    for line in commands(text):
+    ours = [code for code in inline(text) if re.match(r'launch/\w+\.sh|python -m ', code)]
+    for line in commands(text) + ours:
         fault = find_fault(line, monkeypatch)
         if fault:
             wrong.append(f'{line}: {fault}')
-    for code in [*blocks(text), *re.findall(r'`([^`\n]+)`', text)]:
+    for code in blocks(text) + inline(text):
         wrong += [name for name in OUR_PATHS.findall(code) if not (ROOT / name).exists()]
         names = re.findall(r'--config\.[a-z][\w.]*', code)
         wrong += [f'{name}: no field' for name in names if not flag_names_a_field(name)]
