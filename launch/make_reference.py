@@ -34,7 +34,7 @@ def read_comments(source: str) -> dict[str, str]:
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     found: dict[str, str] = {}
 
-    def follow(function: str, names: dict[str, str]) -> None:
+    def follow(function: str, names: dict[str, str], group: str = '') -> None:
         for statement in functions[function].body:
             call = getattr(statement, 'value', None)
             called = ast.unparse(call.func) if isinstance(call, ast.Call) else ''
@@ -44,23 +44,18 @@ def read_comments(source: str) -> dict[str, str]:
             if not isinstance(statement, ast.Assign):
                 continue
             targets = [ast.unparse(target) for target in statement.targets]
-            path = _resolve(targets[0], names)
-            if called in functions:
-                follow(called, {called.removeprefix('_'): path})
+            first, _, rest = targets[0].partition('.')
+            path = '.'.join(part for part in (names.get(first), rest) if part) if rest else group
+            if called in functions:  # makes a group
+                follow(called, {}, path)
                 continue
             if called.endswith('ConfigDict'):
                 names |= {name: path for name in targets if '.' not in name}
             found[path] = _comment_of(statement, comments)
 
-    follow('get_base', {'config': ''})
+    follow('get_base', {})
     found.pop('')
     return found
-
-
-def _resolve(target: str, names: dict[str, str]) -> str:
-    """`losses.beta` as the path `train.losses.beta`, by what local names stand for."""
-    first, _, rest = target.partition('.')
-    return '.'.join(part for part in (names.get(first, ''), rest) if part)
 
 
 def _comment_lines(source: str) -> dict[int, tuple[str, bool]]:

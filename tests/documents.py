@@ -36,10 +36,11 @@ def blocks(text: str, kinds: tuple[str, ...] = ('', 'bash', 'sh', 'shell', 'cons
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a document, each in one line, without comments."""
+    """The commands of a document, each in one line, without comments. Blocks may show folders of
+    scans in their place."""
     lines = [
         re.split(r'(?:^|  )#', line)[0].strip().removeprefix('$ ')
         for block in blocks(text)
         for line in re.sub(r'\\\n\s*', '', block).splitlines()
     ]
-    return [line for line in lines if line]
+    return [line for line in lines if line and not re.match(r'\S+\.nii\.gz\b', line)]

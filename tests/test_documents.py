@@ -74,7 +74,7 @@ def find_fault(line, monkeypatch):
         flag = word.partition('=')[0]
         if flag.startswith('--config') and not flag_names_a_field(flag):
             return f'{flag} is no field'
-        if flag.startswith('--') and not flag.startswith('--config') and flag[2:] not in known:
+        if re.match('--(?!config)', flag) and not re.search(rf'{flag}(?![\w-])', known):
             return f'{flag} is no flag of {script.relative_to(ROOT)}'
     return None
 
