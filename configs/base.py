@@ -10,10 +10,10 @@ import ml_collections
 def get_base() -> ml_collections.ConfigDict:
     """The configuration that all variants start from; not locked."""
     config = ml_collections.ConfigDict()
-    config.name = 'transunet'
-    config.variant = 'mosmed'
-    config.seed = 0
-    config.stages = 'prepare,gan,synthesize,train,evaluate'
+    config.name = 'transunet'  # the config's file
+    config.variant = 'mosmed'  # of that file
+    config.seed = 0  # of all random numbers but the phantoms'
+    config.stages = 'prepare,gan,synthesize,train,evaluate'  # without --stages
     config.data = _data()
     config.gan = _gan()
     config.train = _train()
@@ -53,12 +53,12 @@ def _data() -> ml_collections.ConfigDict:
 
 def _gan() -> ml_collections.ConfigDict:
     gan = ml_collections.ConfigDict()
-    gan.num_steps = 10_000
+    gan.num_steps = 10_000  # in the published recipe iterations
     gan.batch_size = 8  # crops of healthy scans, and as many of COVID scans
     gan.learning_rate = 1e-3  # of the generator, at its highest
-    gan.discriminator_learning_rate = 2e-4
+    gan.discriminator_learning_rate = 2e-4  # throughout
     gan.schedule = 'cosine'  # or 'constant'
-    gan.warmup_steps = 200
+    gan.warmup_steps = 200  # in which the generator's rate rises from 0
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
     gan.losses = losses = ml_collections.ConfigDict()  # gan/steps.py: GANLosses
     losses.reconstruction = 1.0  # weights
@@ -68,14 +68,14 @@ def _gan() -> ml_collections.ConfigDict:
     losses.error_floor = 5e-4  # squared image value: of a clean sample's error
     gan.generator = generator = ml_collections.ConfigDict()  # models/gan3d.py: Generator
     generator.filters = (8, 16, 32, 64)  # channels of its levels
-    generator.bottleneck_filters = 128
+    generator.bottleneck_filters = 128  # channels below its levels
     generator.noise_channels = 10  # of its random input
     generator.patch = 1  # in-plane voxels that enter as channels of one; 2 or 4 is cheaper
     generator.use_norm = True  # group normalisation; the published network has none
     generator.head = 'blend'  # or 'relu', the published one
     # The networks see (x - shift) * scale: lungs fill a narrow band of x.
     generator.input_shift = 0.12
-    generator.input_scale = 6.0
+    generator.input_scale = 6.0  # as input_shift
     generator.input_clip = 1.3  # of the scaled input: -529 HU and more look alike
     gan.discriminator = discriminator = ml_collections.ConfigDict()
     discriminator.filters = (16, 32, 64)  # channels of its levels
@@ -92,14 +92,14 @@ def _gan() -> ml_collections.ConfigDict:
 
 def _train() -> ml_collections.ConfigDict:
     train = ml_collections.ConfigDict()
-    train.num_steps = 20_000
+    train.num_steps = 20_000  # updates of the network, in all rounds
     train.batch_size = 32  # half high-, half low-infection slices
     train.micro_batches = 1  # parts of a batch, one after the other where memory is short
     train.learning_rate = 3e-4  # at its highest
     train.schedule = 'cosine'  # or 'plateau', 'constant'
-    train.warmup_steps = 500
+    train.warmup_steps = 500  # as gan.warmup_steps
     train.plateau_patience = 5  # evaluations, as PyTorch counts them
-    train.plateau_factor = 0.5
+    train.plateau_factor = 0.5  # of the rate after that
     # Or 'combined': the three losses as one sum, in every step. Or 'published': num_epochs epochs
     # in two phases, contrastive and then MSE alone, and after them the sum.
     train.mode = 'two_phase'
@@ -146,8 +146,8 @@ def _train() -> ml_collections.ConfigDict:
 
 def _add_run(group: ml_collections.ConfigDict) -> None:
     group.log_every = 20  # steps
-    group.evaluate_every = 500
-    group.save_every = 500
+    group.evaluate_every = 500  # steps
+    group.save_every = 500  # steps
     group.max_skipped_steps = 10  # in a row, for a loss or gradient that is not finite
     group.profile_steps = ()  # or (first, last): those steps are traced into the folder's profile/
 
@@ -157,10 +157,10 @@ def _network() -> ml_collections.ConfigDict:
     network.name = 'transunet'  # or 'unet', see `unet`; or 'none', to evaluate pseudo-masks alone
     network.width = 128  # channels of the first level
     network.final_width = 0  # channels at full resolution; 0 means width / 8, as published
-    network.num_heads = 4
+    network.num_heads = 4  # of the transformer's attention
     network.mlp_dim = 512  # of the transformer's blocks
-    network.num_blocks = 8
-    network.dropout_rate = 0.1
+    network.num_blocks = 8  # of the transformer
+    network.dropout_rate = 0.1  # in the transformer
     network.published_attention = False  # scores times sqrt(d), as in published weights
     network.initial_logit = -3.0  # of every pixel before training; published 0
     return network
@@ -212,7 +212,7 @@ def _opacities() -> ml_collections.ConfigDict:
     opacities.periphery = (0.0, 2.0)  # standard deviations more at the pleura than deep inside
     opacities.dependence = (-0.5, 2.0)  # the same at the back
     opacities.core_share = 0.4  # of samples with consolidated cores
-    opacities.core_hu = (-250.0, 50.0)
+    opacities.core_hu = (-250.0, 50.0)  # their density
     opacities.clean_fraction = 0.1  # of samples that stay as they are
     opacities.dependent_density = 0.5  # at most, of the way to -370 HU at the back: healthy lungs
     return opacities
@@ -222,14 +222,14 @@ def _lungs() -> ml_collections.ConfigDict:
     # covseg_jax/lungs: the network that finds lungs where they are dense; trained on request alone,
     # for its weights come with the code.
     lungs = ml_collections.ConfigDict()
-    lungs.num_phantoms = 60
-    lungs.num_validation = 5
+    lungs.num_phantoms = 60  # that it learns from
+    lungs.num_validation = 5  # phantoms beside them
     lungs.widths = (16, 32, 64, 96)  # channels of its levels; models/unet.py
-    lungs.num_steps = 3000
+    lungs.num_steps = 3000  # updates
     lungs.batch_size = 8  # slices
-    lungs.learning_rate = 3e-3
+    lungs.learning_rate = 3e-3  # at its highest
     lungs.schedule = 'cosine'  # as gan.schedule
-    lungs.warmup_steps = 50
+    lungs.warmup_steps = 50  # as gan.warmup_steps
     lungs.clip_norm = 1.0  # as gan.clip_norm
     lungs.ema_decay = 0.995  # as gan.ema_decay
     _add_run(lungs)
@@ -269,9 +269,9 @@ def _synthesize() -> ml_collections.ConfigDict:
     # share of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile.
     synthesize.share_of_max = 0.0
     synthesize.smoothing_mm = 2.0  # standard deviation, in plane
-    synthesize.erosion_mm = 2.0
+    synthesize.erosion_mm = 2.0  # from the lungs' edge, in plane, within which nothing counts
     synthesize.percentile = 99.5  # of the score in held-out healthy lungs: the threshold
-    synthesize.min_component_ml = 0.1
+    synthesize.min_component_ml = 0.1  # smaller components are dropped
     synthesize.num_noise = 1  # noise inputs that the healthy version is averaged over
     return synthesize
 
@@ -286,17 +286,18 @@ def _unet() -> ml_collections.ConfigDict:
 def _phantom() -> ml_collections.ConfigDict:
     phantom = ml_collections.ConfigDict()  # phantom/studies.py: write_phantom_data_set
     phantom.make = False  # make studies in data.folder first
-    phantom.num_healthy = 20
-    phantom.num_covid = 40
+    phantom.num_healthy = 20  # studies
+    phantom.num_covid = 40  # with lesions
     phantom.num_masked = 12  # of the COVID studies: these are for evaluation
     phantom.shape = (192, 192, 40)  # voxels, x y z
-    phantom.spacing_mm = (1.75, 1.75, 8.0)
-    phantom.seed = 0
+    phantom.spacing_mm = (1.75, 1.75, 8.0)  # x y z
+    phantom.seed = 0  # another one is other chests
     return phantom
 
 
 def _export() -> ml_collections.ConfigDict:
     export = ml_collections.ConfigDict()
+    # What model.json says of it.
     export.licence = 'not stated; ask who trained it, and see the licence of its training data'
     export.onnx = False  # network.onnx too; needs `pip install jax2onnx==0.13.0`
     return export
@@ -306,6 +307,6 @@ def _distributed() -> ml_collections.ConfigDict:
     # For runs on several hosts; a Cloud TPU VM finds all three itself.
     distributed = ml_collections.ConfigDict()
     distributed.coordinator = ''  # host:port of the first host; '' means one host
-    distributed.num_processes = 1
+    distributed.num_processes = 1  # hosts
     distributed.process_id = 0  # of this host, from 0
     return distributed

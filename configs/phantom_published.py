@@ -3,7 +3,7 @@ iterations, so larger rates. The TransUNet's schedule is the published one, step
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom_published
 
-2 slow CPU cores: 13 minutes. Dice of 12 held-out phantoms 0.15 (README, What it reaches).
+2 slow CPU cores: 13 minutes. Dice of 12 held-out phantoms 0.15 (docs/results.md).
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""The recipe of the public code, docs/METHOD.md sections 2 to 5, with the faults named there.
+"""The recipe of the public code, docs/method.md sections 2 to 5, with the faults named there.
 
     python -m covseg_jax.main --config=configs/transunet.py:published
 

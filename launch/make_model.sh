@@ -15,9 +15,9 @@ if [ $# != 0 ] && [[ "$1" != --* ]]; then
 fi
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
-# Painted healthy scans alone: pseudo-masks of a GAN have not been seen to help on phantoms (README,
-# the rows `default` and `direct`). Opacities become as large as disease, which won most on labelled
-# slices of real scans. The stage synthesize only makes what validation looks at.
+# Painted healthy scans alone: pseudo-masks of a GAN have not been seen to help on phantoms
+# (docs/results.md, the rows `default` and `direct`). Opacities become as large as disease, which won
+# most on labelled slices of real scans. The stage synthesize only makes what validation looks at.
 recipe=(
   --config=configs/transunet.py:phantom
   --config.seed=0
@@ -26,7 +26,7 @@ recipe=(
   --config.phantom.num_covid=24
   --config.phantom.num_masked=12
   --config.data.calibration_fraction=0.15
-  --config.prepare.lungs_source=network # loses less of dense lungs, see the README
+  --config.prepare.lungs_source=network # loses less of dense lungs, see docs/results.md
   "--config.opacities.coverage_threshold=(-0.2,2.9)"
   --config.gan.recipe=none
   "--config.train.rounds=('synthetic',)"

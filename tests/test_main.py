@@ -1,5 +1,5 @@
 """The program as a person runs it: every stage on tiny phantoms, twice, its complaints, and every
-command of the README on the tiny variant in place of the others."""
+command of the documents on the tiny variant in place of the others."""
 
 import importlib.util
 import json
@@ -27,20 +27,21 @@ from covseg_jax.imaging.studies import find_studies
 from covseg_jax.stages import settings
 from covseg_jax.stages.inputs import Request
 from launch import measure
+from tests.documents import DOCUMENTS, PROGRAM, blocks, commands, read
 from tests.program import ROOT, assert_one_line_error, command, environment, run
 from tests.segmentation.test_import_weights import make_variables, to_pytorch
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = [text for kind, text in re.findall(r'```(\w*)\n(.*?)```', README, re.S) if not kind]
-LINES = [
-    line.split('  #')[0].strip()
-    for block in BLOCKS
-    for line in re.sub(r'\\\n\s*', '', block).splitlines()
-]
-PROGRAM = 'python -m covseg_jax.main '
-COMMANDS = [line.removeprefix(PROGRAM) for line in LINES if line.startswith(PROGRAM)]
-SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', README)))
-BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', README)))
+# Whose commands of the program are run here, in this order: what one writes, the next may read. The
+# other documents' are parsed by test_documents.py.
+RUN = ('README.md', 'docs/predict.md', 'docs/data.md', 'docs/training.md', 'docs/evaluation.md')
+LINES = [line for name in RUN for line in commands(read(name))]
+LINES += [line for line in commands(read('docs/tpu.md')) if '--stages=compile_check' in line]
+COMMANDS = list(
+    dict.fromkeys(line.removeprefix(PROGRAM) for line in LINES if line.startswith(PROGRAM))
+)
+TEXTS = '\n'.join(map(read, DOCUMENTS))
+SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', TEXTS)))
+BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', TEXTS)))
 
 
 @pytest.fixture(scope='module')
@@ -436,7 +437,7 @@ def tiny_flags(text):
 
 @pytest.fixture(scope='module')
 def place(finished, tmp_path_factory):
-    """A folder as the README's reader has it."""
+    """A folder as a reader of the documents has it."""
     workdir, _ = finished
     place = tmp_path_factory.mktemp('reader')
     (place / 'configs').symlink_to(ROOT / 'configs')
@@ -459,23 +460,22 @@ def place(finished, tmp_path_factory):
     return place
 
 
-def test_readme_has_the_commands_that_are_tested_here():
+def test_documents_have_the_commands_that_are_tested_here():
     assert len(COMMANDS) >= 15
     assert len(SCRIPTS) >= 7
 
 
-# In the README's order: what one writes, the next may read.
 @pytest.mark.parametrize('text', COMMANDS)
-def test_command_of_the_readme_runs(place, text):
+def test_command_of_the_documents_runs(place, text):
     done = run(*tiny_flags(text), cwd=place)
     if '--stages=compile_check' in text and importlib.util.find_spec('libtpu') is None:
-        assert_one_line_error(done, 'libtpu')  # the README says that it has to be installed
+        assert_one_line_error(done, 'libtpu')  # docs/tpu.md says that it has to be installed
         return
     assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
 
 
-def test_python_of_the_readme_runs(place):
-    (code,) = re.findall(r'```python\n(.*?)```', README, re.S)
+def test_python_of_the_documents_runs(place):
+    (code,) = blocks(read('docs/predict.md'), ('python',))
     code = code.replace('study_0001', sorted((place / 'scans').iterdir())[0].name.split('.')[0])
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=place, env=environment(), capture_output=True, text=True,
@@ -509,13 +509,13 @@ def test_first_commands_of_the_readme_run_in_an_environment_that_is_there(place)
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_script_of_the_readme_is_there(name):
+def test_script_of_the_documents_is_there(name):
     # What they do is tested by test_launch.py.
     assert (ROOT / 'launch' / name.removeprefix('launch/')).exists()
 
 
 @pytest.mark.parametrize('name', BENCHMARKS)
-def test_benchmark_of_the_readme_starts(name):
+def test_benchmark_of_the_documents_starts(name):
     arguments = [sys.executable, '-m', f'tests.benchmarks.{name}', '--help']
     done = subprocess.run(
         arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False

@@ -1,10 +1,10 @@
-"""The variant `published` beside what METHOD.md says of the public code."""
+"""The variant `published` beside what method.md says of the public code."""
 
 import pytest
 
 from configs import transunet
 
-# METHOD.md: section 2, the GAN and its pseudo-masks; 3, the network and its training; 4, the
+# method.md: section 2, the GAN and its pseudo-masks; 3, the network and its training; 4, the
 # losses; 5, how the output is read.
 PUBLISHED = {
     'gan.recipe': 'published',

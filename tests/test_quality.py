@@ -60,7 +60,7 @@ def test_phantom_pipeline_reaches_its_figures(tmp_path):
     removed = [row['validation/removed'] for row in read_log(tmp_path, 'gan')
                if 'validation/removed' in row]  # fmt: skip
     calibration = json.loads((tmp_path / 'transunet' / 'calibration.json').read_text())
-    # Of seeds 0 to 2: see README's table. The floor is below the lowest by as much as seeds differ.
+    # The floor is below the lowest of seeds 0 to 2 by as much as seeds differ.
     assert summary['protocols']['volume']['dice']['mean'] > 0.55
     assert summary['pseudo_masks']['volume']['dice']['mean'] > 0.55
     assert removed[-1] > 0.2

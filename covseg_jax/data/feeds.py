@@ -87,7 +87,7 @@ def rank_slices(
 
     Args:
       slices: with targets.
-      by: 'quartiles', as the original does (METHOD.md section 2): of the sums of the targets, above
+      by: 'quartiles', as the original does (method.md section 2): of the sums of the targets, above
         the third quartile is high, between the first and the third low, and those below the first
         are left out. 'infection': high where the lesion fills more than `high_percent` of the
         slice's lungs; none is left out.

@@ -1,6 +1,6 @@
 """Scores of studies in three protocols, their tables and their summary.
 
-The protocols (METHOD.md section 5), always named beside a number:
+The protocols (method.md section 5), always named beside a number:
 - `volume`: the whole study on its native grid, thresholded prediction. One row a study.
 - `slice_infection_over_1pct`: the original paper's, on the model grid. One row a slice.
 - `slice_all`: each native axial slice with true lesion, thresholded prediction. One row a slice.

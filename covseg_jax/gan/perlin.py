@@ -1,6 +1,6 @@
 """Perlin noise on the device: the published recipe's corruption of healthy scans.
 
-METHOD.md section 2: on 8 of 32 slices, 2D Perlin noise is added. It is as often negative as
+method.md section 2: on 8 of 32 slices, 2D Perlin noise is added. It is as often negative as
 positive, so a denoiser that has seen it smooths where the default recipe's takes opacities out
 (`opacities`). Perlin, Improving Noise (SIGGRAPH 2002), with the sum over octaves divided by the sum
 of their amplitudes.

@@ -1,4 +1,4 @@
-"""The published GAN recipe, kept as it was: METHOD.md section 2 says what is wrong with it.
+"""The published GAN recipe, kept as it was: method.md section 2 says what is wrong with it.
 
 One iteration is three updates: the generator takes Perlin noise out of healthy scans, the
 discriminator tells healthy scans from generated ones, the generator deceives it. All losses are

@@ -104,7 +104,7 @@ class GANLosses:
 
 
 def draw_noise(generator: Generator, key: jax.Array, volume: jax.Array) -> jax.Array:
-    """The generator's noise for one batch: z ~ U(−0.5, 0.5), METHOD.md section 2."""
+    """The generator's noise for one batch: z ~ U(−0.5, 0.5), method.md section 2."""
     shape = generator.noise_shape(volume.shape)
     # Drawn flat: XLA compiles draws of many axes slowly on CPU.
     drawn = jax.random.uniform(key, (math.prod(shape),), minval=-0.5, maxval=0.5)

@@ -4,7 +4,7 @@ score = smooth(relu(scan − healthy)) inside the slightly eroded lungs; the thr
 of the score in held-out *healthy* lungs; the pseudo-mask is score / (2 · threshold) clipped to
 [0, 1], so that 0.5 is the threshold; components of the binary mask under a least volume are zeroed.
 Published is none of this: the pseudo-mask is the raw signed difference of the two volumes, each
-scaled to [0, 1] by its own extremes (METHOD.md section 2).
+scaled to [0, 1] by its own extremes (method.md section 2).
 """
 
 import dataclasses

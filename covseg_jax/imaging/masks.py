@@ -19,7 +19,7 @@ class MaskSettings:
         below it drops no lesion.
       min_component_ml: smaller lesions are dropped.
       share_of_max: if above 0, it replaces both thresholds: a lesion is what *exceeds* this share
-        of the study's highest probability on the model's grid; published 0.2 (METHOD.md section 5).
+        of the study's highest probability on the model's grid; published 0.2 (method.md section 5).
     """
 
     threshold: float = 0.5

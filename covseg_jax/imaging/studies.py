@@ -200,7 +200,7 @@ def _find_lone_masks(
     for part in _SCAN_PLACES.get(layout, ()):
         for path in sorted(set(_images(folder / part)) - taken):
             fault = f'its name is that of no scan or mask in the layout {layout}; it is passed over'
-            yield FileFault(path, fault, 'rename it as the README says, or remove it')
+            yield FileFault(path, fault, 'rename it as docs/data.md says, or remove it')
 
 
 def _find_registry(folder: pathlib.Path) -> pathlib.Path | None:

@@ -1,6 +1,6 @@
 """3D GAN of Shabani et al. 2022: a generator of healthy-looking lungs, and its discriminators.
 
-Volumes are (B, D, H, W, 1) in [0, 1], published size 32 × 128 × 128. Source: METHOD.md section 2.
+Volumes are (B, D, H, W, 1) in [0, 1], published size 32 × 128 × 128. Source: method.md section 2.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """TransUNet: convolutional encoder, vision transformer on its coarsest grid, decoder with skips.
 
-Chen et al., TransUNet (arXiv 2102.04306), in the form of the published PyTorch code (METHOD.md
+Chen et al., TransUNet (arXiv 2102.04306), in the form of the published PyTorch code (method.md
 section 3). Images are (B, H, W, 1) in [0, 1].
 """
 

@@ -29,7 +29,7 @@ COMBINED = CONTRASTIVE + SEGMENTATION
 def published_terms(
     step: int, *, num_epochs: int, epoch_steps: int, contrastive_steps: int
 ) -> tuple[str, ...]:
-    """The losses of a step (from 0) of the published schedule, METHOD.md section 3: `num_epochs`
+    """The losses of a step (from 0) of the published schedule, method.md section 3: `num_epochs`
     epochs of `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others
     MSE; from then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE
     step."""
@@ -40,7 +40,7 @@ def published_terms(
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationLosses:
-    """Weights and settings of METHOD.md section 4's three losses.
+    """Weights and settings of method.md section 4's three losses.
 
     Attributes:
       contrastive, mse, sensitivity: weights in the sum.

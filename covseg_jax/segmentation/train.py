@@ -149,7 +149,7 @@ def _augmentation(config: ml_collections.ConfigDict):
 def choose_segmentation_step(
     config: ml_collections.ConfigDict, parts: SegmentationParts
 ) -> Callable[[int], Callable]:
-    """Step number -> compiled step: METHOD.md section 4's two-phase epoch, one sum, or the
+    """Step number -> compiled step: method.md section 4's two-phase epoch, one sum, or the
     published schedule, `steps.published_terms`."""
     train = config.train
     settings = steps.SegmentationLosses(**train.losses)

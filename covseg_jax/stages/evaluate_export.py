@@ -107,7 +107,7 @@ def _prepare_masked(
     if not masked:
         raise InputError(
             f'{folder}: none of its {len(studies)} studies has a lesion mask, so there is nothing '
-            'to evaluate against; the README says where each layout keeps them'
+            'to evaluate against; docs/data.md says where each layout keeps them'
         )
     good, _ = prepare_shared(config, masked, folder, prepared, settings, given.num_workers)
     # An earlier call may have left cases of another data set here.

@@ -1,7 +1,7 @@
 """Losses: plain functions of arrays of any floating type. They give a scalar, computed in float32,
 or in float64 where that comes in.
 
-Sources: Shabani et al. 2022 and its adaptation, as METHOD.md section 4 writes them down; the
+Sources: Shabani et al. 2022 and its adaptation, as method.md section 4 writes them down; the
 contrastive form follows Khosla et al., Supervised Contrastive Learning (NeurIPS 2020), with sums
 inside the logarithm; least-squares GAN: Mao et al. (ICCV 2017), equation 2.
 """
@@ -61,7 +61,7 @@ def sensitivity_loss(
     """Sensitivity-enhanced cross entropy: mean of BCE(z, t) · (1 + β (1 − σ(z)) t).
 
     Published β = 2; β = 0 is plain binary cross entropy. BCE is in the stable form
-    softplus(z) − z t. METHOD.md section 4.
+    softplus(z) − z t. method.md section 4.
 
     Args:
       logits: (B, H, W, 1) z.
@@ -91,7 +91,7 @@ def mse_loss(
     """Mean squared error between prediction and soft pseudo-mask.
 
     on='probability' compares σ(z) with t. on='logits' compares z itself, as published, which pulls
-    against the cross entropy (METHOD.md section 4).
+    against the cross entropy (method.md section 4).
 
     Args:
       logits: (B, H, W, 1) z.
@@ -111,7 +111,7 @@ def mse_loss(
 
 
 def one_hot_loss(probabilities: jax.Array, label: int) -> jax.Array:
-    """Published GAN loss: mean squared error between D's softmax and a one-hot label. METHOD.md
+    """Published GAN loss: mean squared error between D's softmax and a one-hot label. method.md
     section 2.
 
     Args:

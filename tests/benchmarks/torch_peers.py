@@ -1,6 +1,6 @@
 """The networks in PyTorch, as one would write them there: what ours are timed against.
 
-Sizes and layers as METHOD.md gives them; weights are PyTorch's own, since only time is compared.
+Sizes and layers as method.md gives them; weights are PyTorch's own, since only time is compared.
 Batches are (B, C, ...) float32 tensors on PyTorch's default device.
 """
 

@@ -60,7 +60,7 @@ def test_published_step_is_the_published_networks_three_updates():
         sum(leaf.size for leaf in jax.tree.leaves(tree))
         for tree in (parts.abstract_state.generator, parts.abstract_state.discriminator)
     ]
-    assert sizes == [7_861_643, 282_378]  # METHOD.md section 2
+    assert sizes == [7_861_643, 282_378]  # method.md section 2
 
     small = published.copy_and_resolve_references().unlock()
     small.prepare.grid = (16, 32, 32)
