@@ -43,6 +43,7 @@ _SWITCHES = {
     'preview': 'predict: a PNG a study, lesions outlined',
     'per_lung': 'predict: lesions of either lung too',
     'probability': 'predict: probability maps too',
+    'dicom_seg': 'predict: of DICOM series a DICOM Segmentation too',
 }
 _REQUEST = [
     *(flags.DEFINE_string(name, None, text) for name, text in _PATHS.items()),

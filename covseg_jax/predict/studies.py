@@ -14,12 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
-from covseg_jax.errors import InputError
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging.geometry import from_canonical
 from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
 from covseg_jax.manifest import fingerprint
+from covseg_jax.predict import dicom_seg
 from covseg_jax.predict.journal import Journal
 from covseg_jax.predict.model import Measures, Model, measure, native_probability
 from covseg_jax.predict.preview import write_preview
@@ -32,7 +34,8 @@ from covseg_jax.segmentation.volumes import Probability
 Row = dict[str, str | float]
 
 _ENDINGS = {
-    'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png'
+    'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png',
+    'dicom_seg': 'seg.dcm',
 }  # fmt: skip
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
 COLUMNS = (
@@ -48,11 +51,12 @@ class Extras:
     probability: bool = False  # `<study_id>_probability.nii.gz`, float32
     preview: bool = False  # `<study_id>_preview.png`, slices with the lesions outlined
     per_lung: bool = False  # lesions of either lung, in results.csv
+    dicom_seg: bool = False  # `<study_id>_seg.dcm`, of a DICOM series
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
-        kinds = ['mask', *(['probability'] * self.probability), *(['preview'] * self.preview)]
-        return [_file_of(study_id, kind, output) for kind in kinds]
+        beside = [kind for kind in _ENDINGS if kind != 'mask' and getattr(self, kind)]
+        return [_file_of(study_id, kind, output) for kind in ['mask', *beside]]
 
 
 def _file_of(study_id: str, kind: str, output: pathlib.Path) -> pathlib.Path:
@@ -66,14 +70,24 @@ def write_prediction(
     output: pathlib.Path,
     wanted: Extras,
     study: Study,
+    model_identity: str,
 ) -> Row:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
     `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
-    Returns a row of results.csv."""
+    Returns a row of results.csv.
+
+    Raises:
+      FileFault: no DICOM Segmentation can be made of the study, where one is wanted.
+    """
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
-    mask, probability_map, preview = (_file_of(case.study_id, kind, output) for kind in _ENDINGS)
+    mask, probability_map, preview, segmentation = (
+        _file_of(case.study_id, kind, output) for kind in _ENDINGS
+    )
+    if wanted.dicom_seg:  # first: what forbids it leaves nothing of the study
+        masks = (from_canonical(each, affine) for each in (found.mask, found.lungs))
+        dicom_seg.write_dicom_seg(segmentation, study, *masks, model_identity)
     if wanted.probability:
         on_study_grid = native_probability(case, probability, found)
         write_volume(probability_map, on_study_grid, affine, written.new_file)
@@ -151,9 +165,10 @@ def predict_studies(
     for study in to_do:
         written.remove(_file_of(study.study_id, kind, output) for kind in _ENDINGS)
     journal.begin()
-    finish = functools.partial(_finish, journal, model.masks, wanted)
+    finish = functools.partial(_finish, journal, model.masks, wanted, model.identity)
+    check = dicom_seg.read_slices if wanted.dicom_seg else None
     with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
-        for row in predict_each(to_do, model, finish, num_workers):
+        for row in predict_each(to_do, model, finish, num_workers, check):
             rows[str(row['study_id'])] = row
             bar.update()
     all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
@@ -166,13 +181,18 @@ def predict_studies(
 
 
 def predict_each(
-    to_do: Sequence[Study], model: Model, finish: Callable[..., Row], num_workers: int
+    to_do: Sequence[Study],
+    model: Model,
+    finish: Callable[..., Row],
+    num_workers: int,
+    check: Callable[[Study], object] | None = None,
 ) -> Iterator[Row]:
     """The studies' rows, in the order in which they are done.
 
     `finish` takes a study, its case, its (D, H, W) probability and the seconds so far, and gives
-    the row. It runs in other processes: it can be pickled. Of a study that cannot be used the row
-    is its id and, as `status`, the fault.
+    the row. `check` raises a FileFault of a study that is not to be begun. Both run in other
+    processes: they can be pickled. Of a study that cannot be used the row is its id and, as
+    `status`, the fault.
     """
     devices = model.probabilities[: max(1, len(to_do))]
     with process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool, ExitStack() as stack:
@@ -189,7 +209,8 @@ def predict_each(
 
         for number, study in enumerate(to_do):
             while to_prepare and len(preparing) <= num_workers:
-                preparing.append(pool.submit(_prepare, to_prepare.popleft(), model.preparation))
+                study_ahead = to_prepare.popleft()
+                preparing.append(pool.submit(_prepare, study_ahead, model.preparation, check))
             try:
                 case, seconds = preparing.popleft().result()
             except InputError as error:
@@ -201,8 +222,12 @@ def predict_each(
         yield from collect(0, 0)
 
 
-def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:
+def _prepare(
+    study: Study, settings: PrepareSettings, check: Callable[[Study], object] | None
+) -> tuple[PreparedCase, float]:
     began = time.monotonic()
+    if check:
+        check(study)
     return prepare_volume(study, settings), time.monotonic() - began
 
 
@@ -218,13 +243,19 @@ def _finish(
     journal: Journal,
     settings: MaskSettings,
     wanted: Extras,
+    model_identity: str,
     study: Study,
     case: PreparedCase,
     probability: np.ndarray,
     seconds: float,
 ) -> Row:
     began = time.monotonic()
-    row = write_prediction(case, probability, settings, journal.folder, wanted, study)
+    try:
+        row = write_prediction(
+            case, probability, settings, journal.folder, wanted, study, model_identity
+        )
+    except FileFault as fault:
+        return {'study_id': study.study_id, 'status': str(fault)}
     row['seconds'] = round(seconds + time.monotonic() - began, 3)
     journal.append(study, row, wanted.files(study.study_id, journal.folder))
     return row
