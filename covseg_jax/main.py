@@ -44,6 +44,7 @@ _SWITCHES = {
     'per_lung': 'predict: lesions of either lung too',
     'probability': 'predict: probability maps too',
     'report': 'predict: report.html, a page to look at all results, and methods.txt for a paper',
+    'dicom_seg': 'predict: of DICOM series a DICOM Segmentation too',
 }
 _REQUEST = [
     *(flags.DEFINE_string(name, None, text) for name, text in _PATHS.items()),

@@ -1,8 +1,10 @@
 """Prediction with nothing but what it needs: the packages of pyproject.toml, without those of its
 extras."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from covseg_jax.phantom.studies import write_phantom_data_set
 from tests.program import ROOT, assert_one_line_error
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+# What setuptools builds the package from, and the Dockerfile copies.
+SOURCES = ['covseg_jax', 'pyproject.toml', 'README.md', 'LICENSE']
 TRAINING = ('grain', 'matplotlib', 'optax', 'orbax', 'tensorboard', 'tensorboardX')
 LOAD = 'import covseg_jax.main, covseg_jax.predict.studies; covseg_jax.load()'
 MAIN = 'from covseg_jax.__main__ import run; run()'
@@ -40,7 +44,7 @@ def test_requirements_have_every_package_that_the_project_names():
     lines = (ROOT / 'requirements.txt').read_text().splitlines()
     pinned = name_packages(line for line in lines if line and not line.startswith('#'))
     extras = PROJECT['optional-dependencies']
-    needed = name_packages([*PROJECT['dependencies'], *extras['train']])
+    needed = name_packages([*PROJECT['dependencies'], *extras['train'], *extras['dicom']])
     # The only one that others bring.
     assert needed - pinned == {'absl-py'}
 
@@ -56,7 +60,7 @@ def run_without(packages, code, *flags):
 
 
 def test_prediction_needs_none_of_the_packages_that_are_for_training():
-    done = run_without(TRAINING, LOAD)
+    done = run_without((*TRAINING, 'highdicom'), LOAD)
     assert done.returncode == 0, done.stderr
 
 
@@ -65,13 +69,45 @@ def test_training_without_its_packages_names_what_brings_them(tmp_path):
     assert_one_line_error(run_without(TRAINING, MAIN, *flags), "'.[train]'")
 
 
+def read_dockerfile():
+    """Instruction -> what it says; of COPY all that is copied; `pip` -> the arguments of pip."""
+    found = {'COPY': []}
+    for line in (ROOT / 'Dockerfile').read_text().splitlines():
+        if not line or line.startswith('#'):
+            continue
+        instruction, text = line.split(maxsplit=1)
+        if instruction == 'COPY':
+            found['COPY'] += text.split()[:-1]
+        elif text.startswith('pip '):
+            found['pip'] = shlex.split(text.partition('&&')[0])[1:]
+        else:
+            found[instruction] = text
+    return found
+
+
+def test_image_is_made_of_what_is_there_and_runs_as_no_root():
+    made = read_dockerfile()
+    assert made['COPY'] == SOURCES
+    assert all((ROOT / name).exists() for name in SOURCES)
+    ignored = (ROOT / '.dockerignore').read_text().split()
+    assert {line[1:] for line in ignored if line.startswith('!')} == set(SOURCES)
+    *options, package = made['pip']
+    assert options == ['install', '--no-cache-dir']
+    folder, extra = re.fullmatch(r'(.+)\[(\w+)\]', package).groups()
+    assert folder == '/source'
+    assert extra in PROJECT['optional-dependencies']
+    least = re.fullmatch(r'>=3\.(\d+)', PROJECT['requires-python'])[1]
+    assert int(re.fullmatch(r'python:3\.(\d+)-slim', made['FROM'])[1]) >= int(least)
+    assert made['USER'] not in ('root', '0')
+    assert json.loads(made['ENTRYPOINT']) == list(PROJECT['scripts'])
+
+
 @pytest.mark.slow
 def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
     source, environment = tmp_path / 'source', tmp_path / 'environment'
     names = subprocess.run(
-        ['git', 'ls-files', '-z', 'covseg_jax', 'pyproject.toml', 'README.md', 'LICENSE'],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split('\0')  # fmt: skip
+        ['git', 'ls-files', '-z', *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split('\0')
     for name in filter(None, names):  # setuptools leaves files where it builds
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
@@ -100,3 +136,7 @@ def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
         cwd=ROOT, env=clean, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert_one_line_error(trained, "'.[train]'")
+    # As the image is made.
+    more = [each.replace('/source', str(source)) for each in read_dockerfile()['pip']]
+    subprocess.run([programs / 'pip', *more], check=True, capture_output=True)
+    subprocess.run([programs / 'python', '-c', 'import highdicom'], check=True)

@@ -82,6 +82,25 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
         FileFault: no or several series, slices of different geometry, a slice that is damaged,
             missing or there twice with other pixels, or pixels that cannot be read.
     """
+    slices, notes = order_slices(folder, files)
+    affine = _make_affine(slices[0].header, _positions(slices))
+    notes += describe_tilt(affine)
+    data = _read_pixels(slices)
+    data.flags.writeable = False
+    return Volume(to_canonical(data, affine), affine, series_crc32(folder, files), tuple(notes))
+
+
+@quiet_pydicom()
+def order_slices(
+    folder: str | os.PathLike, files: Sequence[pathlib.Path] | None = None
+) -> tuple[list[Slice], list[str]]:
+    """The slices that `read_series` reads, with their headers: slice k is the volume's plane
+    [:, :, k], whose voxel (x, y) is the pixel in row y and column x. And notes of what was decided.
+
+    Raises:
+        FileFault: as `read_series` does, but for pixels, which are read only of slices that lie at
+            the same place.
+    """
     folder = pathlib.Path(folder)
     slices, others = find_slices(folder, list_files(folder) if files is None else files)
     notes = [f'passed over beside the slices: {list_counts(others)}'] if others else []
@@ -95,9 +114,7 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
     series = {str(each.header.get('SeriesInstanceUID', '')) for each in slices}
     if len(series) > 1:
         raise FileFault(folder, f'holds {len(series)} series', 'give each a folder of its own')
-    first = slices[0].header
-    normal = np.cross(*_axes(first))
-    positions = np.array([[float(v) for v in each.header.ImagePositionPatient] for each in slices])
+    normal, positions = np.cross(*_axes(slices[0].header)), _positions(slices)
     order = np.argsort(positions @ normal, kind='stable')
     kept = _without_copies([slices[i] for i in order], positions[order])
     if len(kept) < len(slices):
@@ -108,11 +125,12 @@ def read_series(folder: str | os.PathLike, files: Sequence[pathlib.Path] | None 
         raise FileFault(folder, 'holds one slice alone', 'name the folder of a whole CT series')
     notes += _check_gaps(folder, positions @ normal, slices)
     _check_line(positions, slices)
-    affine = _make_affine(first, positions)
-    notes += describe_tilt(affine)
-    data = _read_pixels(slices)
-    data.flags.writeable = False
-    return Volume(to_canonical(data, affine), affine, series_crc32(folder, files), tuple(notes))
+    return slices, notes
+
+
+def _positions(slices: Sequence[Slice]) -> np.ndarray:
+    """(slices, 3), in mm: where the first pixel of each lies."""
+    return np.array([[float(v) for v in each.header.ImagePositionPatient] for each in slices])
 
 
 def _axes(header: pydicom.Dataset) -> np.ndarray:

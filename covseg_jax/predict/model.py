@@ -11,8 +11,9 @@ import numpy as np
 from covseg_jax.errors import InputError
 from covseg_jax.imaging.geometry import from_canonical, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
-from covseg_jax.imaging.studies import find_inputs
+from covseg_jax.imaging.studies import Study, find_inputs
 from covseg_jax.manifest import fingerprint
+from covseg_jax.predict import dicom_seg
 from covseg_jax.prepare.prepare_studies import (
     PreparedCase,
     PrepareSettings,
@@ -56,9 +57,23 @@ class Prediction(Measures):
     """A study's lesions, voxel for voxel as the scan's array, and their `Measures`."""
 
     mask: np.ndarray  # (X, Y, Z) uint8, 1 in lesions, in the axis order of the scan's own file
+    lungs: np.ndarray  # the same, 1 in the lungs
     probability: np.ndarray  # (X, Y, Z) float32 in [0, 1], 0 outside the lungs
     affine: np.ndarray  # (4, 4), voxel indices to mm, as the scan's
     notes: tuple[str, ...]  # what was settled by rule in the scan's file
+    study: Study
+    model_identity: str
+
+    def write_dicom_seg(self, path: str | os.PathLike) -> None:
+        """Writes lesions and lungs of a DICOM series as a DICOM Segmentation object.
+
+        Raises:
+          InputError: the scan is none, or such an object cannot refer to it; highdicom is not
+            installed; something that this program did not write lies at `path`.
+        """
+        dicom_seg.refuse_impossible([self.study])
+        masks = (self.mask > 0, self.lungs > 0)
+        dicom_seg.write_dicom_seg(pathlib.Path(path), self.study, *masks, self.model_identity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +122,12 @@ class Model:
         return Prediction(
             **vars(measure(found.mask, found.lungs, case.geometry.study_voxel_ml)),
             mask=from_canonical(found.mask.astype(np.uint8), affine),
+            lungs=from_canonical(found.lungs.astype(np.uint8), affine),
             probability=from_canonical(native, affine),
             affine=affine,
             notes=case.notes,
+            study=studies[0],
+            model_identity=self.identity,
         )
 
 

@@ -16,13 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from covseg_jax import atomic, hosts, written
-from covseg_jax.errors import InputError
+from covseg_jax.errors import FileFault, InputError
+from covseg_jax.imaging.geometry import from_canonical
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
 from covseg_jax.manifest import fingerprint
-from covseg_jax.predict import viewer
+from covseg_jax.predict import dicom_seg, viewer
 from covseg_jax.predict.journal import Journal
 from covseg_jax.predict.model import Measures, Model, measure, native_probability
 from covseg_jax.predict.preview import LUNGS_COLOUR, PREDICTION_COLOUR, write_preview
@@ -37,7 +38,7 @@ Row = dict[str, str | float]
 
 _ENDINGS = {
     'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png',
-    'record': 'results.json', 'view': 'view.json',
+    'record': 'results.json', 'view': 'view.json', 'dicom_seg': 'seg.dcm',
 }  # fmt: skip
 REPORT, METHODS = 'report.html', 'methods.txt'
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
@@ -55,10 +56,14 @@ class Extras:
     preview: bool = False  # `<study_id>_preview.png`, slices with the lesions outlined
     per_lung: bool = False  # lesions of either lung, in results.csv
     report: bool = False  # `report.html` of all studies, lesions of either lung, `methods.txt`
+    dicom_seg: bool = False  # `<study_id>_seg.dcm`, of a DICOM series
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
-        asked = {'probability': self.probability, 'preview': self.preview, 'view': self.report}
+        asked = {
+            'probability': self.probability, 'preview': self.preview, 'view': self.report,
+            'dicom_seg': self.dicom_seg,
+        }  # fmt: skip
         return [_file_of(study_id, kind, output) for kind in _ENDINGS if asked.get(kind, True)]
 
 
@@ -75,15 +80,23 @@ def write_prediction(
     output: pathlib.Path,
     wanted: Extras,
     study: Study,
+    model_identity: str,
     limits: viewer.Limits = viewer.FEW,
 ) -> Row:
     """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
     `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
-    Returns a row of results.csv. `limits` are those of the report's pictures."""
+    Returns a row of results.csv. `limits` are those of the report's pictures.
+
+    Raises:
+      FileFault: no DICOM Segmentation can be made of the study, where one is wanted.
+    """
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
     place = {kind: _file_of(case.study_id, kind, output) for kind in _ENDINGS}
+    if wanted.dicom_seg:  # first: what forbids it leaves nothing of the study
+        masks = (from_canonical(each, affine) for each in (found.mask, found.lungs))
+        dicom_seg.write_dicom_seg(place['dicom_seg'], study, *masks, model_identity)
     if wanted.probability:
         on_study_grid = native_probability(case, probability, found)
         write_volume(place['probability'], on_study_grid, affine, written.new_file)
@@ -182,10 +195,13 @@ def predict_studies(
     for study in to_do:
         written.remove(_file_of(study.study_id, kind, output) for kind in _ENDINGS)
     journal.begin()
-    to_write = _ToWrite(journal, model.masks, wanted, run, viewer.limits_of(len(studies)))
+    to_write = _ToWrite(
+        journal, model.masks, model.identity, wanted, run, viewer.limits_of(len(studies))
+    )
     finish = functools.partial(_finish, to_write)
+    check = dicom_seg.read_slices if wanted.dicom_seg else None
     with tqdm(total=len(own), initial=len(rows), desc='predict', unit='study', disable=None) as bar:
-        for row in predict_each(to_do, model, finish, num_workers):
+        for row in predict_each(to_do, model, finish, num_workers, check):
             rows[str(row['study_id'])] = row
             bar.update()
     all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
@@ -200,13 +216,18 @@ def predict_studies(
 
 
 def predict_each(
-    to_do: Sequence[Study], model: Model, finish: Callable[..., Row], num_workers: int
+    to_do: Sequence[Study],
+    model: Model,
+    finish: Callable[..., Row],
+    num_workers: int,
+    check: Callable[[Study], object] | None = None,
 ) -> Iterator[Row]:
     """The studies' rows, in the order in which they are done.
 
     `finish` takes a study, its case, its (D, H, W) probability and the seconds so far, and gives
-    the row. It runs in other processes: it can be pickled. Of a study that cannot be used the row
-    is its id and, as `status`, the fault.
+    the row. `check` raises a FileFault of a study that is not to be begun. Both run in other
+    processes: they can be pickled. Of a study that cannot be used the row is its id and, as
+    `status`, the fault.
     """
     devices = model.probabilities[: max(1, len(to_do))]
     with process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool, ExitStack() as stack:
@@ -223,7 +244,8 @@ def predict_each(
 
         for number, study in enumerate(to_do):
             while to_prepare and len(preparing) <= num_workers:
-                preparing.append(pool.submit(_prepare, to_prepare.popleft(), model.preparation))
+                study_ahead = to_prepare.popleft()
+                preparing.append(pool.submit(_prepare, study_ahead, model.preparation, check))
             try:
                 case, seconds = preparing.popleft().result()
             except InputError as error:
@@ -235,8 +257,12 @@ def predict_each(
         yield from collect(0, 0)
 
 
-def _prepare(study: Study, settings: PrepareSettings) -> tuple[PreparedCase, float]:
+def _prepare(
+    study: Study, settings: PrepareSettings, check: Callable[[Study], object] | None
+) -> tuple[PreparedCase, float]:
     began = time.monotonic()
+    if check:
+        check(study)
     return prepare_volume(study, settings), time.monotonic() - began
 
 
@@ -254,6 +280,7 @@ class _ToWrite:
 
     journal: Journal
     masks: MaskSettings
+    model_identity: str
     wanted: Extras
     run: Mapping[str, Any]  # from `describe_run`
     limits: viewer.Limits
@@ -263,7 +290,13 @@ def _finish(
     what: _ToWrite, study: Study, case: PreparedCase, probability: np.ndarray, seconds: float
 ) -> Row:
     began, folder = time.monotonic(), what.journal.folder
-    row = write_prediction(case, probability, what.masks, folder, what.wanted, study, what.limits)
+    try:
+        row = write_prediction(
+            case, probability, what.masks, folder, what.wanted, study, what.model_identity,
+            what.limits,
+        )  # fmt: skip
+    except FileFault as fault:
+        return {'study_id': study.study_id, 'status': str(fault)}
     row['seconds'] = round(seconds + time.monotonic() - began, 3)
     write_record(_file_of(study.study_id, 'record', folder), study, case, row, what.run)
     what.journal.append(study, row, what.wanted.files(study.study_id, folder))

@@ -44,11 +44,15 @@ class Request:
     per_lung: bool = False
     probability: bool = False
     report: bool = False
+    dicom_seg: bool = False
     num_workers: int | None = None
 
 
-# A process takes at most 3 times its scan, and this: `tests/benchmarks/prepare_study.py --sizes`.
-_PROCESS_BYTES = 300_000_000
+# A process takes at most so many times its scan, and so many bytes more:
+# `tests/benchmarks/prepare_study.py --sizes`; and where it writes DICOM Segmentations, highdicom's
+# tables, both masks, their stack, and its sum as 8 bytes a voxel.
+_PROCESS_SCANS, _PROCESS_BYTES = 3, 300_000_000
+_SEG_PROCESS_SCANS, _SEG_PROCESS_BYTES = 7, 600_000_000
 
 
 def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
@@ -64,9 +68,12 @@ def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(config.data.pseudo_masks or workdir / 'pseudo_masks')
 
 
-def num_workers(config: Config | None, studies: Iterable[Study] = ()) -> int:
+def num_workers(
+    config: Config | None, studies: Iterable[Study] = (), *, dicom_seg: bool = False
+) -> int:
     """Processes for studies; where the config says nothing, one for each core of this process, or
-    as many as have room for the largest of the studies."""
+    as many as have room for the largest of the studies, to segment it and, where wanted, to write
+    it as a DICOM Segmentation."""
     if config and config.data.num_workers:
         return config.data.num_workers
     sizes = (formats.stored_bytes(each.image, each.index, each.files) for each in studies)
@@ -74,7 +81,10 @@ def num_workers(config: Config | None, studies: Iterable[Study] = ()) -> int:
     available = cpu.available_memory()
     if not largest or available is None:
         return cpu.count_cores()
-    return max(1, min(cpu.count_cores(), available // (3 * largest + _PROCESS_BYTES)))
+    scans, more = _PROCESS_SCANS, _PROCESS_BYTES
+    if dicom_seg:
+        scans, more = _SEG_PROCESS_SCANS, _SEG_PROCESS_BYTES
+    return max(1, min(cpu.count_cores(), available // (scans * largest + more)))
 
 
 def tell_stray(stage: str) -> Callable[[FileFault], None]:

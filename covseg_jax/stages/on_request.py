@@ -271,12 +271,15 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
         raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
+    from covseg_jax.predict import dicom_seg
     from covseg_jax.predict.default import CARD, DEFAULT, FOLDER, INTENDED_USE
     from covseg_jax.predict.export import load
     from covseg_jax.predict.studies import METHODS, REPORT, Extras, predict_studies
 
     layout = (config or inputs.NO_CONFIG).data.layout
     studies = find_inputs(given.input, layout, inputs.tell_stray('predict'))
+    if given.dicom_seg:
+        dicom_seg.refuse_impossible(studies)
     if given.model:
         model = load(*given.model.split(','))
         if DEFAULT in given.model.split(','):
@@ -290,8 +293,11 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
                 studies,
                 model,
                 given.output,
-                num_workers=given.num_workers or inputs.num_workers(config, studies),
-                wanted=Extras(given.probability, given.preview, given.per_lung, given.report),
+                num_workers=given.num_workers
+                or inputs.num_workers(config, studies, dicom_seg=given.dicom_seg),
+                wanted=Extras(
+                    given.probability, given.preview, given.per_lung, given.report, given.dicom_seg
+                ),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:

@@ -45,7 +45,7 @@ def _compress(syntax, encode):
     return change
 
 
-def _to_enhanced(folder):
+def to_enhanced(folder):
     """One enhanced multi-frame file in place of a folder's slices, the last slice first."""
     slices = [pydicom.dcmread(path) for path in folder.iterdir()]
     slices.sort(key=lambda data: -data.ImagePositionPatient[2])
@@ -138,7 +138,7 @@ def test_missing_slice_is_not_taken_for_rounding(tmp_path, missing):
 
 def test_enhanced_multi_frame_file_is_the_volume(tmp_path):
     write_series(tmp_path / 's', IMAGE, AFFINE)
-    _to_enhanced(tmp_path / 's')
+    to_enhanced(tmp_path / 's')
     (study,) = studies.find_inputs(tmp_path)
     volume = dicom.read_series(study.image, study.files)
     np.testing.assert_array_equal(volume.array, _canonical())
@@ -209,7 +209,7 @@ def test_frames_of_two_phases_in_one_file_are_refused(tmp_path):
         write_series(tmp_path / 's', image, AFFINE)
         for path in list((tmp_path / 's').iterdir()):
             path.rename(path.with_name(f'{image.min()}_{path.name}'))
-    _to_enhanced(tmp_path / 's')
+    to_enhanced(tmp_path / 's')
     with pytest.raises(
         FileFault, match=r'^enhanced\.dcm: frame \d+ lies where .*; convert it with'
     ):
