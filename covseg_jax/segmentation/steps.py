@@ -162,16 +162,15 @@ class SegmentationParts(Parts):
                 'model.json describes; copy or export it again'
             )
 
-        def start(variables: Any) -> SegmentationState:
-            state = self.init_state()
-            # Copied: what jit only hands through would share its memory, and states are donated.
-            network = {
-                name: self.to_hold(jax.tree.map(jnp.copy, variables[name])) for name in state.ema
-            }
-            params = state.params | {'network': network['params']}
-            return state.replace(params=params, batch_stats=network['batch_stats'], ema=network)
-
-        return jax.jit(start, out_shardings=replicated(self.mesh))(variables)
+        # Copied, and twice: what jit only hands through would share its memory, and states are
+        # donated.
+        hold = jax.jit(
+            lambda tree: {name: self.to_hold(jax.tree.map(jnp.copy, tree[name])) for name in tree},
+            out_shardings=replicated(self.mesh),
+        )
+        state, network = self.make_state(), hold(variables)
+        params = state.params | {'network': network['params']}
+        return state.replace(params=params, batch_stats=network['batch_stats'], ema=hold(variables))
 
 
 def make_segmentation_step(
