@@ -36,9 +36,11 @@ def exported(tmp_path_factory):
     network, rng = segmentation.make_network(config), np.random.default_rng(3)
     slices = jax.ShapeDtypeStruct((1, *GRID[1:], 1), np.float32)
     shapes = jax.eval_shape(network.init, jax.random.key(0), slices)
-    variables = jax.tree.map(
-        lambda leaf: rng.uniform(0.01, 0.1, leaf.shape).astype(np.float32), shapes
-    )
+    ranges = {'params': (-0.2, 0.2), 'batch_stats': (0.5, 1.5)}  # variances are positive
+    variables = {
+        name: jax.tree.map(lambda leaf, r=r: rng.uniform(*r, leaf.shape).astype('f4'), shapes[name])
+        for name, r in ranges.items()
+    }
     contents = export.Exported(
         preparation=prepare_settings(grid=GRID),
         volumes=segmentation.volume_settings(config),
@@ -66,6 +68,12 @@ def test_training_begins_with_the_models_predictions_bit_for_bit(exported):
         found = predict_volumes(functools.partial(predict, weights), volumes)(*volume)
         np.testing.assert_array_equal(found, expected)
     assert int(state.step) == 0
+    same = jax.tree.map(
+        lambda leaf, like: (leaf.shape, leaf.dtype, leaf.sharding)
+        == (like.shape, like.dtype, like.sharding),
+        state, parts.abstract_state,
+    )  # fmt: skip
+    assert all(jax.tree.leaves(same))
     # A step donates the state: no two of its arrays may be one.
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1]
     assert len({each.unsafe_buffer_pointer() for each in arrays}) == len(arrays)
