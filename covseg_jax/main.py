@@ -22,7 +22,7 @@ from covseg_jax import atomic, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
 from covseg_jax.predict.default import DEFAULT
-from covseg_jax.stages import on_request, outcome, pipeline, settings
+from covseg_jax.stages import initial_model, on_request, outcome, pipeline, settings
 from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
@@ -93,6 +93,7 @@ def run_stages(
 def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
     """Records that a stage begins; False if it is done. Changes nothing if the stage is refused."""
     settings.refuse_foreign_workdir(workdir)
+    initial_model.refuse_misfit(config)
     made_with = settings.stage_settings(config, workdir)[name]
     is_done = manifest.is_done(workdir, name, manifest.fingerprint(made_with))
     if not is_done:

@@ -10,8 +10,9 @@ scaled to [0, 1] by its own extremes (method.md section 2).
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -25,9 +26,11 @@ from covseg_jax.prepare.cases import Case
 
 @dataclasses.dataclass(frozen=True)
 class PseudoMaskSettings:
-    """How a difference becomes a pseudo-mask.
+    """Where pseudo-masks come from, and how a difference becomes one.
 
     Attributes:
+      source: 'gan', the difference of scan and healthy version; or 'model', a trained network's
+        predictions (predict/self_training.py), which only min_component_ml is used for.
       difference: 'opacity', relu(scan − healthy) inside the lungs; or 'published', the signed
         difference of the two volumes after each is scaled to [0, 1] by its own extremes, anywhere
         and as it is: smoothing_mm and erosion_mm are not used.
@@ -41,6 +44,7 @@ class PseudoMaskSettings:
       num_noise: how many noise inputs the healthy version is averaged over.
     """
 
+    source: str
     difference: str
     share_of_max: float
     smoothing_mm: float
@@ -50,6 +54,8 @@ class PseudoMaskSettings:
     num_noise: int
 
     def __post_init__(self):
+        if self.source not in ('gan', 'model'):
+            raise InputError(f"synthesize.source={self.source!r} is not one of 'gan', 'model'")
         if self.difference not in ('opacity', 'published'):
             raise InputError(
                 f"synthesize.difference={self.difference!r} is not one of 'opacity', 'published'"
@@ -145,25 +151,48 @@ def synthesize(
         voxel_ml = case.geometry.voxel_ml
         _, marked = _mark(score, lungs, threshold, voxel_ml, settings)
         false_positive_ml[case.study_id] = float(marked * voxel_ml)
+
+    def mark(case: Case) -> tuple[np.ndarray, int]:
+        score, lungs = _score_case(case, heal, settings)
+        return _mark(score, lungs, threshold, case.geometry.voxel_ml, settings)
+
+    facts = {'threshold': threshold, 'percentile': settings.percentile}
+    if threshold is None:
+        facts['share_of_max'] = settings.share_of_max
+    return write_pseudo_masks(mark, covid, folder, facts, false_positive_ml, new_file)
+
+
+def write_pseudo_masks(
+    mark: Callable[[Case], tuple[np.ndarray, int]],
+    covid: Sequence[Case],
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    false_positive_ml: Mapping[str, float],
+    new_file: NewFile = atomic.new_file,
+) -> dict:
+    """Writes a pseudo-mask for each COVID case, and summary.json last; returns what that holds.
+
+    Args:
+      mark: case -> its (D, H, W) float16 pseudo-mask, and how many voxels of the lungs it marks.
+      covid, folder, new_file: as in `synthesize`.
+      facts: what the summary begins with.
+      false_positive_ml: what is marked in held-out healthy cases, by study id.
+    """
     infection = []
     for case in tqdm(hosts.share(covid), desc='synthesize', unit='study', disable=None):
-        score, lungs = _score_case(case, heal, settings)
-        mask, marked = _mark(score, lungs, threshold, case.geometry.voxel_ml, settings)
+        mask, marked = mark(case)
         with new_file(folder / f'{case.study_id}.npy') as temporary:
             np.save(temporary, mask)
-        infection.append(float(100 * marked / max((lungs > 0).sum(), 1)))
+        infection.append(float(100 * marked / max((np.asarray(case.lungs()) > 0).sum(), 1)))
     studies = [case.study_id for case in covid]
     summary = {
-        'threshold': threshold,
-        'percentile': settings.percentile,
+        **facts,
         'healthy_false_positive_ml': {
             'mean': float(np.mean(list(false_positive_ml.values()))),
-            'studies': false_positive_ml,
+            'studies': dict(false_positive_ml),
         },
         'infection_percent': dict(zip(studies, hosts.gather(infection, len(covid)), strict=True)),
     }
-    if threshold is None:
-        summary['share_of_max'] = settings.share_of_max
     if hosts.is_first():
         with new_file(folder / 'summary.json') as temporary:
             temporary.write_text(json.dumps(summary, indent=2), encoding='utf-8')

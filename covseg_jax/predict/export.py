@@ -276,6 +276,16 @@ def _load_one(named: str | os.PathLike) -> Model:
     )
 
 
+def read_variables(folder: pathlib.Path) -> dict:
+    """An export's variables, nested and float32, for a training that goes on from them.
+
+    Raises:
+      InputError: the folder is no export, or is damaged.
+    """
+    _check_sums(folder)
+    return traverse_util.unflatten_dict(_read_tensors(folder), sep='/')
+
+
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     """The variables by name, float32."""
     tensors = safetensors.numpy.load_file(folder / 'weights.safetensors')

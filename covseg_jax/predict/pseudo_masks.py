@@ -31,8 +31,8 @@ _NAME = 'CovidPseudoMasks'
 _DATA_SET = f'Dataset501_{_NAME}'
 _IMAGE, _LABEL, _DESCRIBED = 'imagesTr/{}_0000.nii.gz', 'labelsTr/{}.nii.gz', 'dataset.json'
 _NOTE = (
-    'The labels are pseudo-masks, computed without any human mask; what is measured against them '
-    'says nothing about human masks.'
+    'The labels are pseudo-masks and no human masks; what is measured against them says nothing '
+    'about human masks.'
 )
 
 

@@ -18,6 +18,7 @@ from covseg_jax.training import losses
 from covseg_jax.training.flat import Flat, flatten_as, unflatten
 from covseg_jax.training.optim import update_ema
 from covseg_jax.training.parts import Parts
+from covseg_jax.training.sharding import replicated
 from covseg_jax.training.step import compile_step
 
 CONTRASTIVE = ('contrastive',)
@@ -143,6 +144,33 @@ class SegmentationParts(Parts):
             plateau=self.plateau.init(params),
             key=jax.random.key_data(steps_key),
         )
+
+    def start_from(self, variables: Any) -> SegmentationState:
+        """`make_state` with the weights and batch statistics of a trained network, in the averaged
+        ones too; `variables` is a nested dict.
+
+        Raises:
+          InputError: they are another network's.
+        """
+        expected = jax.eval_shape(unflatten, self.abstract_state.ema)
+        shapes, wanted = (
+            jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (variables, expected)
+        )
+        if shapes != wanted:
+            raise InputError(
+                "train.init: the model's weights do not have the shapes of the network that its "
+                'model.json describes; copy or export it again'
+            )
+
+        # Copied, and twice: what jit only hands through would share its memory, and states are
+        # donated.
+        hold = jax.jit(
+            lambda tree: {name: self.to_hold(jax.tree.map(jnp.copy, tree[name])) for name in tree},
+            out_shardings=replicated(self.mesh),
+        )
+        state, network = self.make_state(), hold(variables)
+        params = state.params | {'network': network['params']}
+        return state.replace(params=params, batch_stats=network['batch_stats'], ema=hold(variables))
 
 
 def make_segmentation_step(

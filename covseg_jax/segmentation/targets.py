@@ -84,6 +84,13 @@ def choose_targets(
     return splits, read_target
 
 
+def human_mask_cases(source: str, splits: Splits) -> tuple[Case, ...]:
+    """The cases of training and validation whose target is a human mask, by `choose_targets`."""
+    if source == 'pseudo':
+        return ()
+    return tuple(case for case in splits.train + splits.validation if case.has_lesion_mask)
+
+
 def refine_targets(
     cases: Sequence[Case],
     read_target: ReadTarget,

@@ -186,10 +186,12 @@ def train_segmentation(
     splits: Splits,
     read_pseudo_mask: ReadTarget,
     folder: pathlib.Path,
+    initial: Any = None,
 ) -> None:
     """Trains the network, from the newest checkpoint in `folder` where there is one.
 
     `read_pseudo_mask` gives a case's (D, H, W) pseudo-mask in [0, 1], or a signed difference.
+    `initial` are the variables that it begins with, a nested dict; None: new ones.
 
     Raises:
       InputError: a setting does not exist, batch and devices do not fit, no high- or no
@@ -204,7 +206,7 @@ def train_segmentation(
     validation = feeds.all_slices(validation, [read_target(case) for case in validation])
     step_at = choose_segmentation_step(config, parts)
     evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
-    state = parts.make_state()
+    state = parts.make_state() if initial is None else parts.start_from(initial)
     for number, each in enumerate(_plan_rounds(config)):
         if each.kind == 'refined':
             read_target = refine_targets(

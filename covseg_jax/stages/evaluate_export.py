@@ -9,7 +9,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.imaging.studies import Study, find_inputs
 from covseg_jax.prepare.cases import Case, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
-from covseg_jax.stages import inputs
+from covseg_jax.stages import human_masks, inputs
 from covseg_jax.stages.inputs import Config, Request
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import prepare_shared
@@ -52,11 +52,14 @@ def run_evaluate_export(config: Config | None, workdir: pathlib.Path, given: Req
     cases, num_bad = _prepare_masked(studies, folder, output / _PREPARED, settings, config, given)
     known = {study.study_id: study for study in studies}
     members = model.description.get('ensemble', [model.description])
+    training_data = [each.get('training_data') for each in members]
+    human_masks.refuse_learned(cases, training_data)
     run = {
         'config': ', '.join(str(each.get('config', 'not stated')) for each in members),
         'model': given.model,
         **inputs.describe_cuts(model.masks),
         'checkpoint_step': max(each.get('checkpoint_step') or 0 for each in members),
+        'human_masks_trained_on': human_masks.count_human_masks(training_data),
         'data': str(folder),
         'data_sets': sorted({case.description['data_set'] for case in cases}),
         'studies_set_aside': num_bad,

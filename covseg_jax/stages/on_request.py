@@ -132,6 +132,11 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) ->
     """Published weights -> a checkpoint that train goes on from and evaluate and predict use."""
     if not given.input:
         raise InputError('--stages=import_weights needs --input=FILE (.safetensors, .npz or .pt)')
+    if config.train.init:
+        raise InputError(
+            'train.init: imported weights are what the training goes on from; leave this flag or '
+            'import_weights out'
+        )
     from covseg_jax.segmentation.import_weights import import_transunet, read_tensors
 
     folder = workdir / 'transunet'

@@ -2,7 +2,8 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,9 +11,10 @@ from covseg_jax import atomic, hosts, written
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
 from covseg_jax.imaging.studies import Study, find_studies
-from covseg_jax.prepare.cases import Case, evaluation_cases
+from covseg_jax.prepare.cases import Case, Splits, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
-from covseg_jax.stages import inputs
+from covseg_jax.segmentation.targets import human_mask_cases
+from covseg_jax.stages import human_masks, initial_model, inputs
 from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
 
@@ -95,11 +97,7 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
 
 
 def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
-    """GAN -> pseudo-masks of all COVID studies."""
-    from covseg_jax.gan.train import load_generator
-
-    is_none = config.gan.recipe == 'none'
-    heal = empty_lungs if is_none else load_generator(config, workdir / 'gan')
+    """GAN, or the model that training goes on from -> pseudo-masks of all COVID studies."""
     splits = inputs.split_studies(config, workdir)
     folder, new_file = inputs.pseudo_mask_folder(config, workdir), atomic.new_file
     covid = splits.train + splits.validation + splits.evaluation
@@ -107,14 +105,20 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
         files = [*(folder / f'{case.study_id}.npy' for case in covid), folder / 'summary.json']
         hosts.first_alone(lambda: written.refuse_foreign(files), 'pseudo-masks may be written')
         new_file = written.new_file
-    summary = synthesize(
-        heal,
-        splits.healthy_calibration,
-        covid,
-        folder,
-        PseudoMaskSettings(**config.synthesize),
-        new_file,
-    )
+    settings, calibration = PseudoMaskSettings(**config.synthesize), splits.healthy_calibration
+    if settings.source == 'model':
+        from covseg_jax.predict.export import load
+        from covseg_jax.predict.self_training import predict_pseudo_masks
+
+        model, least = initial_model.load(config, load), settings.min_component_ml
+        facts = {'initial_model': initial_model.read_initial_model(config).describe()}
+        summary = predict_pseudo_masks(model, calibration, covid, folder, least, facts, new_file)
+    else:
+        from covseg_jax.gan.train import load_generator
+
+        is_none = config.gan.recipe == 'none'
+        heal = empty_lungs if is_none else load_generator(config, workdir / 'gan')
+        summary = synthesize(heal, calibration, covid, folder, settings, new_file)
     infection = summary['infection_percent']
     return Outcome(
         [*(folder / f'{name}.npy' for name in infection), folder / 'summary.json'],
@@ -132,13 +136,16 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     config gives no share of the maximum."""
     from covseg_jax.data.opacities import opacity_model, paint_scans
     from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
+    from covseg_jax.predict.export import read_variables
     from covseg_jax.segmentation import train as segmentation
     from covseg_jax.training.logging import read_newest
 
     splits, folder = inputs.split_studies(config, workdir), workdir / 'transunet'
+    training_data = _describe_training_data(config, splits)
+    initial = initial_model.load(config, read_variables)
     log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
     read_pseudo_mask = inputs.pseudo_mask_reader(config, workdir)
-    segmentation.train_segmentation(config, splits, read_pseudo_mask, folder)
+    segmentation.train_segmentation(config, splits, read_pseudo_mask, folder, initial)
     network, variables, step = segmentation.load_variables(config, folder)
     probability = segmentation.make_probability(config, network, variables)
     healthy, settings = splits.healthy_calibration, inputs.given_cuts(config)
@@ -158,14 +165,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
         **cuts,
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
-        'training_data': {
-            'data_sets': sorted(
-                {case.description['data_set'] for case in splits.train + splits.healthy_train}
-            ),
-            'covid_studies': len(splits.train) + len(splits.validation),
-            'healthy_studies': len(splits.healthy_train) + len(healthy),
-            'human_masks': config.train.targets != 'pseudo',
-        },
+        'training_data': training_data,
         _TRAINED_ON: sorted({case.subject for side in sides for case in side}),
     }
     if hosts.is_first():
@@ -178,8 +178,41 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             # Found on held-out healthy scans with painted opacities, or given.
             *((_CUTS[name], value) for name, value in cuts.items() if value is not None),
             ('in held-out healthy lungs, ml', false_positive_ml),
+            *_rows_of(training_data),
         ],
     )
+
+
+def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
+    """What a network says that it was trained on, as calibration.json and exports have it.
+
+    Raises:
+      InputError: the model that it goes on from has learned from the mask of a study that is kept
+        for evaluation.
+    """
+    initial = initial_model.read_initial_model(config)
+    before = [] if initial is None else [initial.description.get('training_data')]
+    human_masks.refuse_learned([c for c in splits.evaluation if c.has_lesion_mask], before)
+    masked = human_mask_cases(config.train.targets, splits)
+    covid = splits.train + splits.validation
+    if config.train.targets == 'human':
+        covid = masked
+    healthy = splits.healthy_train + splits.healthy_calibration
+    return {
+        'data_sets': sorted({case.description['data_set'] for case in covid + healthy}),
+        'covid_studies': len(covid),
+        'healthy_studies': len(healthy),
+        **human_masks.describe_human_masks(masked, before),
+        **({} if initial is None else {'initial_model': initial.describe()}),
+    }
+
+
+def _rows_of(training_data: Mapping[str, Any]) -> list[tuple[str, object]]:
+    number = human_masks.count_human_masks([training_data])
+    rows = [] if number == 0 else [('human masks trained on', number or 'not known')]
+    if 'initial_model' in training_data:
+        rows.append(('went on from weights', training_data['initial_model']['weights_sha256']))
+    return rows
 
 
 _CUTS = {
@@ -224,6 +257,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             '(data.evaluation_pattern), so there is nothing to evaluate against; leave evaluate '
             'out of --stages'
         )
+    learned = []  # of the network
     read_pseudo_mask, pseudo_masks = None, inputs.pseudo_mask_folder(config, workdir)
     # A data set that the run was not made from has none.
     if any((pseudo_masks / f'{case.study_id}.npy').exists() for case in cases):
@@ -235,6 +269,8 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
         settings, step = inputs.pseudo_mask_cuts(config), 0
     else:
         _refuse_trained_subjects(cases, workdir)
+        learned = [(inputs.read_calibration(workdir) or {}).get('training_data')]
+        human_masks.refuse_learned(cases, learned)
         model, step = inputs.load_model(config, workdir, num_devices=1)
         settings, predict = model.masks, inputs.case_predictor(model)
     labels = tuple(config.prepare.lesion_labels)
@@ -250,6 +286,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             **inputs.describe_cuts(settings),
             'checkpoint_step': step,
             'data_sets': sorted({case.description['data_set'] for case in cases}),
+            'human_masks_trained_on': human_masks.count_human_masks(learned),
         },
         made_with={'seed': config.seed} | {name: config[name].to_dict() for name in _OF_MODELS},
         learning_curves=[curves] if curves else [],

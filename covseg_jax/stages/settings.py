@@ -13,6 +13,7 @@ from covseg_jax.checksums import describe_data_set
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation.scores import CASE_COLUMNS, SLICE_COLUMNS
 from covseg_jax.prepare.prepare_studies import CASE_VERSION, PrepareSettings, lung_network_crc32
+from covseg_jax.stages import initial_model
 from covseg_jax.stages.inputs import Config, data_folder
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
 
@@ -23,6 +24,7 @@ _HARMLESS = (
     'data.folder', 'prepare.lung_network',  # the files count, wherever they lie
 )  # fmt: skip
 _DATA_SET, _CASES, _LUNG_NETWORK = 'data_set', 'case_version', 'lung_network'
+_PSEUDO_MASK_MODEL = 'pseudo_mask_model'
 # In these evaluate may differ from the training: other data, or masks that were mended.
 _OF_DATA = (
     'phantom', _DATA_SET, _CASES, 'data.layout', 'data.prepared', 'data.pseudo_masks',
@@ -57,6 +59,10 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
             so_far[_DATA_SET] = describe_data_set(data_folder(config, workdir), known)
             so_far[_CASES] = CASE_VERSION  # raised when the same files give other cases
             so_far[_LUNG_NETWORK] = lung_network_crc32(PrepareSettings(**config.prepare))
+        if stage == 'synthesize' and config.synthesize.source == 'model':
+            so_far[_PSEUDO_MASK_MODEL] = initial_model.identify(config)
+        if stage == 'train':
+            so_far['train'] = values['train'] | {'init': initial_model.identify(config)}
         settings[stage] = so_far
         if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
             settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}
@@ -65,7 +71,8 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
 
 def import_settings(config: Config) -> dict:
     """What imported weights are held to later, as if `train` had begun with them."""
-    return _only(_without(config.to_dict(), _HARMLESS), _OF_IMPORT)
+    settings = _only(_without(config.to_dict(), _HARMLESS), _OF_IMPORT)
+    return settings | {'train': {'init': initial_model.identify(config)}}
 
 
 def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> None:

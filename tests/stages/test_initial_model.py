@@ -1,0 +1,144 @@
+"""A training that goes on from a model: which model, what is refused, and the first state."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import covseg_jax
+from configs import transunet
+from covseg_jax import manifest
+from covseg_jax.errors import InputError
+from covseg_jax.imaging.masks import MaskSettings
+from covseg_jax.predict import export
+from covseg_jax.predict.default import FOLDER
+from covseg_jax.segmentation import train as segmentation
+from covseg_jax.segmentation.volumes import predict_volumes
+from covseg_jax.stages import initial_model, settings
+from covseg_jax.training import sharding
+from tests.settings import prepare_settings
+
+GRID = (16, 32, 32)
+
+
+def tiny(**fields):
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """An export of the tiny network, without functions and of random weights: quick to make."""
+    folder, config = tmp_path_factory.mktemp('model') / 'export', tiny()
+    network, rng = segmentation.make_network(config), np.random.default_rng(3)
+    slices = jax.ShapeDtypeStruct((1, *GRID[1:], 1), np.float32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), slices)
+    ranges = {'params': (-0.2, 0.2), 'batch_stats': (0.5, 1.5)}  # variances are positive
+    variables = {
+        name: jax.tree.map(lambda leaf, r=r: rng.uniform(*r, leaf.shape).astype('f4'), shapes[name])
+        for name, r in ranges.items()
+    }
+    contents = export.Exported(
+        preparation=prepare_settings(grid=GRID),
+        volumes=segmentation.volume_settings(config),
+        masks=MaskSettings(0.5, 0.6, 0.1),
+        facts={'config': 'made', 'training_data': {'human_masks': False}},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, 'PLATFORMS', ())
+        export.write_export(folder, network, variables, contents)
+    return folder
+
+
+def test_training_begins_with_the_models_predictions_bit_for_bit(exported):
+    config = tiny(**{'train.init': str(exported)})
+    parts = segmentation.build_segmentation(config, sharding.make_local_mesh())
+    state = parts.start_from(initial_model.load(config, export.read_variables))
+    predict = segmentation.make_predict(parts.network)
+    volumes = segmentation.volume_settings(config)
+    rng = np.random.default_rng(0)
+    volume = rng.random(GRID, np.float32), np.ones(GRID, np.uint8)
+    expected = covseg_jax.load(exported).probabilities[0](*volume)
+    assert expected.std() > 0
+    trained = {'params': state.params['network'], 'batch_stats': state.batch_stats}
+    for weights in (state.ema, trained):
+        found = predict_volumes(functools.partial(predict, weights), volumes)(*volume)
+        np.testing.assert_array_equal(found, expected)
+    assert int(state.step) == 0
+    same = jax.tree.map(
+        lambda leaf, like: (leaf.shape, leaf.dtype, leaf.sharding)
+        == (like.shape, like.dtype, like.sharding),
+        state, parts.abstract_state,
+    )  # fmt: skip
+    assert all(jax.tree.leaves(same))
+    # A step donates the state: no two of its arrays may be one.
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 1]
+    assert len({each.unsafe_buffer_pointer() for each in arrays}) == len(arrays)
+
+
+def test_other_weights_than_model_json_describes_are_refused(exported):
+    parts = segmentation.build_segmentation(tiny(**{'network.width': 16}))
+    with pytest.raises(InputError, match=r'train\.init.*shapes'):
+        parts.start_from(export.read_variables(exported))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'parts'),
+    [
+        (
+            {'network.num_heads': 4},
+            ['network.num_heads is 2 and 4', '--config.network.num_heads=2'],
+        ),
+        ({'prepare.window_hu': (-900.0, 400.0)}, ["'--config.prepare.window_hu=(-1000.0, 400.0)'"]),
+        ({'network.name': 'unet'}, ['network.name is transunet and unet']),
+        ({'train.init': 'nowhere/'}, ['train.init=nowhere/', "'default'", '--stages=export']),
+        ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom']),
+        ({'train.init': '', 'synthesize.source': 'model'}, ['--config.train.init=default']),
+        ({'synthesize.source': 'model', 'synthesize.share_of_max': 0.2}, ['share_of_max']),
+    ],
+)
+def test_model_that_does_not_fit_is_refused_in_one_line(exported, fields, parts):
+    initial_model.refuse_misfit(tiny(**{'train.init': str(exported), 'network.dropout_rate': 0.3}))
+    with pytest.raises(InputError) as error:
+        initial_model.refuse_misfit(tiny(**{'train.init': str(exported), **fields}))
+    assert len(str(error.value).splitlines()) == 1
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_phantom_variant_has_the_default_models_sizes():
+    config = transunet.get_config('phantom').unlock()
+    config.train.init = 'default'
+    initial_model.refuse_misfit(config)
+    sums = (FOLDER / 'SHA256SUMS').read_text()
+    assert initial_model.read_initial_model(config).weights_sha256 in sums
+
+
+def test_resumed_run_keeps_the_model_that_it_began_with(exported, tmp_path):
+    begun = tiny(**{'train.init': str(exported), 'synthesize.source': 'model'})
+    (tmp_path / 'studies').mkdir()
+    for stage in ('synthesize', 'train'):
+        manifest.begin(tmp_path, stage, settings.stage_settings(begun, tmp_path)[stage])
+    (tmp_path / 'transunet' / 'checkpoints' / '4').mkdir(parents=True)
+    moved = tmp_path / 'moved'  # the weights count, not where they lie
+    moved.mkdir()
+    for file in exported.iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    same = tiny(**{'train.init': str(moved), 'synthesize.source': 'model'})
+    settings.refuse_other_settings(same, tmp_path, 'train')
+    weights = json.loads((tmp_path / 'manifests' / 'train.begun.json').read_text())['train']['init']
+    assert weights == initial_model.identify(same)
+    with pytest.raises(InputError, match=f'train.init was {weights}, is none'):
+        settings.refuse_other_settings(tiny(), tmp_path, 'train')
+
+
+def test_imported_weights_and_a_model_are_not_both_the_start(exported, tmp_path):
+    manifest.begin(tmp_path, 'train', settings.import_settings(tiny()))
+    (tmp_path / 'studies').mkdir()
+    (tmp_path / 'transunet' / 'checkpoints' / '0').mkdir(parents=True)
+    settings.refuse_other_settings(tiny(), tmp_path, 'train')
+    with pytest.raises(InputError, match=r'train\.init was none'):
+        settings.refuse_other_settings(tiny(**{'train.init': str(exported)}), tmp_path, 'train')
