@@ -137,7 +137,10 @@ def write_report(
         ],
         strata=_strata_tables(summary['strata']) if 'strata' in summary else [],
         figures=[
-            (_CAPTIONS.get(path.stem, path.stem), base64.b64encode(path.read_bytes()).decode('ascii'))
+            (
+                _CAPTIONS.get(path.stem, path.stem),
+                base64.b64encode(path.read_bytes()).decode('ascii'),
+            )
             for path in figures
         ],
         columns=_CASE_COLUMNS,

@@ -14,7 +14,6 @@ from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 from covseg_jax.training.events import Events
 
-
 _PICTURES = 'pictures'
 
 

@@ -94,7 +94,7 @@ def _draw_model(part: SubFigure, title: str, rows: list[dict], right: float) -> 
     last = max(row['step'] for row in rows)
     part.suptitle(f'{title}, step {last:,}', fontsize=13, fontweight='bold')
     grid = part.add_gridspec(
-        1, 3, width_ratios=(1.25, 1, 0.8), left=0.03, right=right, bottom=0.12, top=0.8, wspace=0.14
+        1, 3, width_ratios=(1.25, 1, 0.8), left=0.03, right=right, bottom=0.12, top=0.8, wspace=0.17
     )
     losses, validation, optimizer, discriminator = (
         _take_series(rows, group) for group in ('loss', 'validation', 'optimizer', 'discriminator')
@@ -126,7 +126,7 @@ def _draw_model(part: SubFigure, title: str, rows: list[dict], right: float) -> 
 
 
 def _lay_pictures(folder: pathlib.Path) -> tuple[np.ndarray, dict[str, float]] | None:
-    """One (H, W) picture of all columns in [0, 255], and the middle of each by its title; None where
+    """One (H, W) picture of all columns, 0 to 255, and the middle of each by its title; None where
     no evaluation left any."""
     if folder.name not in _PICTURES:
         return None
