@@ -22,7 +22,7 @@ STAGES = {
     'import_weights': 'makes published TransUNet weights the start of a training',
     'lungs': 'trains a network that finds lungs, on phantoms',
     'export': 'writes the trained network as one folder that predicts on any machine',
-    'predict': 'marks the lesions of scans, a mask a study',
+    'predict': 'marks the lesions of scans, and writes a mask for each study',
     'pseudo_masks': "writes pseudo-masks as NIfTI, and nnU-Net's raw layout",
     'compare': 'compares two evaluated runs, study by study',
     'status': 'says where a work directory stands',
