@@ -5,20 +5,21 @@ import pathlib
 import sys
 import tempfile
 
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from PIL import Image
 
 _CHECKOUT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def enter() -> None:
-    """Goes to a new temporary folder, or to the one that COVSEG_NOTEBOOKS names, which may hold
-    what an earlier notebook made. The package and configs/ are found from there."""
+    """Goes to a new temporary folder, or to the one that COVSEG_NOTEBOOKS names. The package and
+    configs/ are found from there, by Python and by commands."""
     os.chdir(os.environ.get('COVSEG_NOTEBOOKS') or tempfile.mkdtemp())
     if not os.path.exists('configs'):
         os.symlink(_CHECKOUT / 'configs', 'configs')
     sys.path.insert(0, str(_CHECKOUT))
-    # Of the commands; without progress bars, which a notebook would keep.
-    os.environ |= {'PYTHONPATH': str(_CHECKOUT), 'TQDM_DISABLE': '1'}
+    os.environ['PYTHONPATH'] = str(_CHECKOUT)
+    set_matplotlib_formats('jpeg', pil_kwargs={'quality': 85})  # scans are a tenth of their PNG
 
 
 def shrunk(path: str, width: int) -> Image.Image:

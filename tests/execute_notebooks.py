@@ -1,5 +1,5 @@
-"""Executes the notebooks and writes them back with what they show: `python -m
-tests.execute_notebooks`, after a change of their code."""
+"""Executes the notebooks and writes them back with what they show, after a change of their code:
+`python -m tests.execute_notebooks`, or of some of them, `python -m tests.execute_notebooks 1 4`."""
 
 import hashlib
 import os
@@ -24,8 +24,7 @@ def hash_code(notebook: nbformat.NotebookNode) -> str:
 
 
 def execute(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
-    """The notebook with its outputs, after a run that works in a folder; what is in there from a
-    notebook before is not made again.
+    """The notebook with its outputs, after a run that works in an empty folder.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell has failed.
@@ -54,12 +53,12 @@ def execute(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for path in NOTEBOOKS:
-            if not sys.argv[1:] or path.name.startswith(tuple(sys.argv[1:])):
+    for path in NOTEBOOKS:
+        if not sys.argv[1:] or path.name.startswith(tuple(sys.argv[1:])):
+            with tempfile.TemporaryDirectory() as folder:
                 notebook = execute(path, pathlib.Path(folder))
-                nbformat.write(notebook, path)
-                print(path.name, os.path.getsize(path), 'bytes', flush=True)
+            nbformat.write(notebook, path)
+            print(path.name, os.path.getsize(path), 'bytes', flush=True)
 
 
 if __name__ == '__main__':
