@@ -19,7 +19,7 @@ def enter() -> None:
         os.symlink(_CHECKOUT / 'configs', 'configs')
     sys.path.insert(0, str(_CHECKOUT))
     os.environ['PYTHONPATH'] = str(_CHECKOUT)
-    set_matplotlib_formats('jpeg', pil_kwargs={'quality': 85})  # scans are a tenth of their PNG
+    set_matplotlib_formats('jpeg', pil_kwargs={'quality': 85})  # noise makes large PNGs
 
 
 def shrunk(path: str, width: int) -> Image.Image:
