@@ -22,13 +22,17 @@ from covseg_jax import atomic, hosts, manifest
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
 from covseg_jax.predict.default import DEFAULT
-from covseg_jax.stages import initial_model, on_request, outcome, pipeline, settings
+from covseg_jax.stages import guide, initial_model, on_request, outcome, pipeline, settings
 from covseg_jax.stages.inputs import Config, Request
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'configs/NAME.py[:VARIANT]')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'default: runs/<config>-<variant>')
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'FILE[:VARIANT], such as configs/transunet.py:phantom'
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'folder of the run; default: runs/<config>-<variant>'
+)
 _STAGES = flags.DEFINE_string(
-    'stages', None, "comma list; default: the config's; without a config predict"
+    'stages', None, "comma list of stages; default: the config's; without a config predict"
 )
 # The fields of Request.
 _PATHS = {
@@ -61,6 +65,8 @@ _REQUEST = [
         'predict, evaluate with --model: processes; default: one a core, as memory allows',
     ),
 ]
+_FLAGS = [_CONFIG, _WORKDIR, _STAGES, *_REQUEST]
+_HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
 def run_stages(
@@ -75,9 +81,10 @@ def run_stages(
             if name in on_request.AFTER and not given.model:
                 hold = functools.partial(settings.refuse_other_settings, config, workdir, name)
                 hosts.first_alone(hold, f'{name} uses what was made')
+            print(guide.announce(name, config, workdir, given), flush=True)
             alone[name](config, workdir, given)
             continue
-        begin = functools.partial(_begin_unless_done, config, workdir, name)
+        begin = functools.partial(_begin_unless_done, config, workdir, name, given)
         if not hosts.first_decides(begin, f'{name} begins'):
             print(f'{name}: done before with the same settings, skipped')
             continue
@@ -90,8 +97,9 @@ def run_stages(
         outcome.show_table(done.rows, done.head)
 
 
-def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool:
-    """Records that a stage begins; False if it is done. Changes nothing if the stage is refused."""
+def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str, given: Request) -> bool:
+    """Says and records that a stage begins; False if it is done. Changes nothing if the stage is
+    refused."""
     settings.refuse_foreign_workdir(workdir)
     initial_model.refuse_misfit(config)
     made_with = settings.stage_settings(config, workdir)[name]
@@ -101,6 +109,8 @@ def _begin_unless_done(config: Config, workdir: pathlib.Path, name: str) -> bool
     (workdir / on_request.STOPPED).unlink(missing_ok=True)
     if is_done:
         return False
+    seconds = manifest.read_seconds(workdir, name)  # what begins forgets it
+    print(guide.announce(name, config, workdir, given, seconds), flush=True)
     manifest.begin(workdir, name, made_with)  # first: from here on the folder is a run's
     texts = {
         'config.json': config.to_json_best_effort(indent=2),
@@ -135,7 +145,8 @@ def _check_stages(text: str) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         named = ', '.join(unknown) or 'none'
-        raise InputError(f'--stages: {named} is not known; choose from {", ".join(known)}')
+        meant = ''.join(guide.suggest(name, known) for name in unknown)
+        raise InputError(f'--stages: {named} is not known{meant}; choose from {", ".join(known)}')
     return sorted(names, key=known.index)
 
 
@@ -155,7 +166,8 @@ def _read_request() -> Request:
 
 def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        raise InputError(f'{arguments[1]}: not a flag; flags begin with --')
+        meant = f' (did you mean --stages={arguments[1]}?)' if arguments[1] in guide.STAGES else ''
+        raise InputError(f'{arguments[1]}: not a flag{meant}; flags begin with --, see --help')
     config, given = _CONFIG.value, _read_request()
     try:
         names = _check_stages(_STAGES.value or ('predict' if given.model else config.stages))
@@ -213,18 +225,53 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
+    if asked := _HELP.intersection(arguments):
+        config = _read_config(arguments) if '--helpfull' in asked else None
+        print(guide.help_text({each.name: flags.FLAGS[each.name].help for each in _FLAGS}, config))
+        sys.exit(0)
     try:
         return flags.FLAGS(arguments)
     except (
         flags.Error, AttributeError, ImportError, KeyError, TypeError, ValueError, OSError
     ) as error:  # fmt: skip
         # A misspelt field, a value of the wrong type, a variant that is not there.
-        text = _one_line(error)
-        what = 'the config has no field ' if text.startswith("'") else ''  # its bare name
+        what, text = '', _one_line(error)
+        if isinstance(error, flags.UnrecognizedFlagError):
+            meant = guide.suggest(error.flagname, [flag.name for flag in _FLAGS], '--')
+            text = f'--{error.flagname} is not a flag{meant}; --help lists them'
+        elif text.startswith("'"):  # the bare name of a field that is not there
+            what, text = 'the config has no field ', _name_field(arguments) or text
         if isinstance(error, ImportError):
             what, text = '--config: ', f'{text}; run it in the folder above configs/'
         print(f'error: {what}{text}', file=sys.stderr)
         sys.exit(2)
+
+
+def _name_field(arguments: list[str]) -> str:
+    """The first field that is set and that the config has not, and which it may have meant."""
+    config = _read_config(arguments)
+    known = {} if config is None else guide.config_fields(config)
+    given = (each.lstrip('-').partition('=')[0] for each in arguments)
+    unknown = [name for name in given if name.startswith('config.') and name not in known]
+    if not unknown:
+        return ''
+    meant = guide.suggest(unknown[0], known, '--')
+    return f'{unknown[0].removeprefix("config.")}{meant}; --helpfull lists its fields'
+
+
+def _read_config(arguments: list[str]) -> Config | None:
+    """The config that is named, or that of configs/transunet.py, as it is without the fields that
+    are set beside it; None where there is none. For a program that ends afterwards: flags are lost.
+    """
+    named = [each for each in arguments[1:] if each.startswith(('--config=', '-config='))]
+    sys.argv = [arguments[0], *(named or ['--config=configs/transunet.py'])]
+    flags.FLAGS.unparse_flags()
+    try:
+        flags.FLAGS(sys.argv)
+        _CONFIG.value.lock()  # a file that is not there is only now missed
+    except Exception:  # of a config, which is a program
+        return None
+    return _CONFIG.value
 
 
 def _one_line(error: Exception) -> str:

@@ -48,6 +48,12 @@ def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     return all(path.exists() and path.stat().st_size == size for path, size in outputs.items())
 
 
+def read_seconds(workdir: pathlib.Path, stage: str) -> float | None:
+    """How long the stage took when it last ended well; None where nobody knows."""
+    done = _read(_path(workdir, stage))
+    return done and done['seconds']
+
+
 def describe(workdir: pathlib.Path, stage: str) -> str:
     """In a few words: done, begun or not begun."""
     done = _read(_path(workdir, stage))

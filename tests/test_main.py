@@ -24,7 +24,7 @@ from covseg_jax import main
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import scores
 from covseg_jax.imaging.studies import find_studies
-from covseg_jax.stages import settings
+from covseg_jax.stages import guide, settings
 from covseg_jax.stages.inputs import Request
 from launch import measure
 from tests.documents import DOCUMENTS, PROGRAM, blocks, commands, read
@@ -78,6 +78,13 @@ def test_main_ends_each_stage_with_a_table(finished):
     for row in ('made', 'validation/removed', 'median infection, %', 'threshold', 'slice_all'):
         assert any(line.startswith(row) or f' {row} ' in line for line in done.stdout.splitlines())
     assert '%|' not in done.stderr  # progress bars are for terminals
+
+
+def test_main_says_before_each_stage_what_it_does_and_where(finished):
+    workdir, done = finished
+    for name, place in (('gan', 'gan'), ('train', 'transunet'), ('synthesize', 'pseudo_masks')):
+        line = f'{name}: {guide.STAGES[name]}; writes {workdir / place}\n'
+        assert 0 <= done.stdout.index(line) < done.stdout.index(f'{name}: done in')
 
 
 def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(finished):

@@ -12,6 +12,29 @@ from covseg_jax.evaluation.figures import MASK_COLOURS
 from covseg_jax.predict.page import make_environment
 
 _ENVIRONMENT = make_environment(pathlib.Path(__file__).parent)
+_SLICES = 'The three slices with most lesion of the study with the {} Dice.'
+_CAPTIONS = {  # of figures by the stems of their files
+    **{
+        f'{metric.removesuffix("_lung")}_vs_infection': (
+            f'{metric_table.TITLES[metric]} against the infected share of the lungs. Each point is '
+            'a study or a slice, the line is the running median, the band the middle half.'
+        )
+        for metric in metric_table.metrics_shown('headline')
+    },
+    'bland_altman': (
+        'Predicted minus true lesion volume against the mean of the two. Each point is a study, '
+        'and the lines are the mean difference and 1.96 standard deviations around it.'
+    ),
+    'calibration': (
+        'The share of voxels that are lesion against the predicted probability, and how many '
+        'voxels have it. A calibrated network lies on the diagonal.'
+    ),
+    **{f'case_{role}': _SLICES.format(role) for role in ('best', 'median', 'worst')},
+    'progress': (
+        'The losses, the validation and the learning rate of the trainings, step by step, and '
+        'what the networks made of the same slices at several steps.'
+    ),
+}
 _CASE_COLUMNS = [column for column in metric_table.COLUMNS if column.digits is not None]
 
 
@@ -106,7 +129,10 @@ def write_report(
         ],
         strata=_strata_tables(summary['strata']) if 'strata' in summary else [],
         figures=[
-            (path.stem.replace('_', ' '), base64.b64encode(path.read_bytes()).decode('ascii'))
+            (
+                _CAPTIONS.get(path.stem, path.stem),
+                base64.b64encode(path.read_bytes()).decode('ascii'),
+            )
             for path in figures
         ],
         columns=_CASE_COLUMNS,

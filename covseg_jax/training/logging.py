@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard, kept in step with the checkpoints."""
+"""metrics.jsonl, pictures and TensorBoard, kept in step with the checkpoints."""
 
 import contextlib
 import json
@@ -8,10 +8,13 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 
 from covseg_jax import atomic, hosts
 from covseg_jax.errors import InputError
 from covseg_jax.training.events import Events
+
+_PICTURES = 'pictures'
 
 
 class SilentLog:
@@ -24,7 +27,7 @@ class SilentLog:
 
 class MetricsLog:
     """Scalars and images of one run: `folder`/metrics.jsonl (one line a logged step, full
-    precision) and `folder`/tensorboard/.
+    precision), `folder`/tensorboard/, and the images as `folder`/pictures/<name>/<step>.png too.
 
     Its methods raise an InputError where the disk is full or cannot be written.
     """
@@ -34,6 +37,9 @@ class MetricsLog:
         wrote beyond that step, and will be computed again, is dropped."""
         self._path = folder / 'metrics.jsonl'
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / _PICTURES).glob('*/*.png'):
+            if _step_of(path) > start_step:
+                path.unlink()
         if self._path.exists():
             kept = [row for row in read_rows(self._path) if row['step'] <= start_step]
             atomic.write_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
@@ -54,6 +60,10 @@ class MetricsLog:
         """One (H, W) or (H, W, 3) picture in [0, 1]."""
         with self._explained():
             self._events.image(step, name, image)
+            path = self._path.parent / _PICTURES / name.rpartition('/')[2] / f'{step}.png'
+            with atomic.new_file(path) as temporary:
+                levels = np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+                Image.fromarray(levels).save(temporary, 'PNG')
 
     def sync(self) -> None:
         """Returns once what was written is on disk."""
@@ -98,8 +108,28 @@ def read_newest(path: pathlib.Path) -> dict[str, float | None]:
     return newest
 
 
+def find_pictures(folder: pathlib.Path, name: str) -> dict[int, pathlib.Path]:
+    """The files of a run's images of one name by their steps, the first one first."""
+    return {
+        _step_of(path): path
+        for path in sorted((folder / _PICTURES / name).glob('*.png'), key=_step_of)
+    }
+
+
+def _step_of(path: pathlib.Path) -> int:
+    return int(path.stem) if path.stem.isdigit() else 0
+
+
+_GAP = 2  # pixels between the pictures of a strip
+
+
 def image_strip(rows: list[list[np.ndarray]]) -> np.ndarray:
     """Rows of equal (H, W) pictures -> one picture, a thin white line between them."""
-    gap = 2
-    padded = [[np.pad(each, (0, gap), constant_values=1) for each in row] for row in rows]
-    return np.block(padded)[:-gap, :-gap]
+    padded = [[np.pad(each, (0, _GAP), constant_values=1) for each in row] for row in rows]
+    return np.block(padded)[:-_GAP, :-_GAP]
+
+
+def split_strip(strip: np.ndarray, num_columns: int) -> list[np.ndarray]:
+    """The columns of what `image_strip` made."""
+    width = (strip.shape[1] + _GAP) // num_columns
+    return [strip[:, i * width : (i + 1) * width - _GAP] for i in range(num_columns)]

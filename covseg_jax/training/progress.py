@@ -1,4 +1,4 @@
-"""progress.png: how far the training of a work directory is, and how it went."""
+"""progress.png: how far the training of a work directory is, how it went, and what it makes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pathlib
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from covseg_jax import atomic
-from covseg_jax.training.logging import read_rows
+from covseg_jax.training.logging import find_pictures, read_rows, split_strip
 
 if TYPE_CHECKING:  # imported where something is drawn: training alone does without it
     from matplotlib.axes import Axes
@@ -23,6 +24,12 @@ _MODELS = {  # folder -> title
     'lungs': 'Lung network',
     'gan': 'GAN',
     'transunet': 'Segmentation network',
+}
+# folder -> the pictures that its evaluations leave: their name, their columns, how many of these
+# are the same at every step, and of how many steps the others are drawn.
+_PICTURES = {
+    'gan': ('covid_scan_healthy_difference', ('scan', 'healthy', 'difference'), 1, 2),
+    'transunet': ('slice_pseudo_mask_prediction', ('scan', 'target', 'prediction'), 2, 3),
 }
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
@@ -50,20 +57,24 @@ def learning_curves(workdir: pathlib.Path) -> Figure | None:
     """One row of panels for each model in `workdir` that logged something, else None.
 
     From left to right: losses; validation's scores, and below them its errors; the learning rate,
-    and below it the GAN's discriminator. Legends give the newest value of each series.
+    and below it the GAN's discriminator; what the network made of the same slices at its first
+    evaluation, at one between, and at its newest. Legends give the newest value of each series.
     """
-    paths = {title: workdir / name / 'metrics.jsonl' for name, title in _MODELS.items()}
-    logs = {title: read_rows(path) for title, path in paths.items() if path.exists()}
-    logs = {title: rows for title, rows in logs.items() if rows}
+    paths = {name: workdir / name / 'metrics.jsonl' for name in _MODELS}
+    logs = {name: read_rows(path) for name, path in paths.items() if path.exists()}
+    logs = {name: rows for name, rows in logs.items() if rows}
     if not logs:
         return None
     from matplotlib.figure import Figure
 
     # Places are fixed: a layout engine draws everything once more to find them.
-    figure = Figure(figsize=(16, 4.4 * len(logs)))
+    figure = Figure(figsize=(19, 4.6 * len(logs)))
     parts = figure.subfigures(len(logs), 1, squeeze=False)[:, 0]
-    for part, (title, rows) in zip(parts, logs.items(), strict=True):
-        _draw_model(part, title, rows)
+    for part, (name, rows) in zip(parts, logs.items(), strict=True):
+        pictures = _lay_pictures(workdir / name)
+        _draw_model(part, _MODELS[name], rows, right=0.99 if pictures is None else 0.7)
+        if pictures is not None:
+            _draw_pictures(part, *pictures)
     return figure
 
 
@@ -79,11 +90,11 @@ def _take_series(rows: list[dict], group: str) -> Series:
     return found
 
 
-def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
+def _draw_model(part: SubFigure, title: str, rows: list[dict], right: float) -> None:
     last = max(row['step'] for row in rows)
     part.suptitle(f'{title}, step {last:,}', fontsize=13, fontweight='bold')
     grid = part.add_gridspec(
-        1, 3, width_ratios=(1.25, 1, 0.8), left=0.04, right=0.99, bottom=0.12, top=0.8, wspace=0.14
+        1, 3, width_ratios=(1.25, 1, 0.8), left=0.03, right=right, bottom=0.12, top=0.8, wspace=0.17
     )
     losses, validation, optimizer, discriminator = (
         _take_series(rows, group) for group in ('loss', 'validation', 'optimizer', 'discriminator')
@@ -112,6 +123,38 @@ def _draw_model(part: SubFigure, title: str, rows: list[dict]) -> None:
         axes.axhline(0.5, color=_FAINT, linewidth=0.8, linestyle=':')  # where it only guesses
         _draw_lines(axes, 'discriminator', accuracy)
         axes.set_ylim(-0.05, 1.05)
+
+
+def _lay_pictures(folder: pathlib.Path) -> tuple[np.ndarray, dict[str, float]] | None:
+    """One (H, W) picture of all columns, 0 to 255, and the middle of each by its title; None where
+    no evaluation left any."""
+    if folder.name not in _PICTURES:
+        return None
+    name, titles, num_fixed, num_steps = _PICTURES[folder.name]
+    paths = find_pictures(folder, name)
+    if not paths:
+        return None
+    found = [*paths]
+    chosen = np.unique(np.linspace(0, len(found) - 1, num_steps).round().astype(int))
+    columns: dict[str, np.ndarray] = {}
+    for step in (found[i] for i in chosen):
+        with Image.open(paths[step]) as picture:
+            strip = split_strip(np.asarray(picture.convert('L')), len(titles))
+        for i, title in enumerate(titles):
+            columns[title if i < num_fixed else f'{title},\nstep {step:,}'] = strip[i]
+    width = next(iter(columns.values())).shape[1]
+    gap = max(1, width // 16)
+    padded = [np.pad(each, ((0, 0), (0, gap)), constant_values=255) for each in columns.values()]
+    middles = {title: i * (width + gap) + width / 2 for i, title in enumerate(columns)}
+    return np.hstack(padded)[:, :-gap], middles
+
+
+def _draw_pictures(part: SubFigure, picture: np.ndarray, middles: dict[str, float]) -> None:
+    axes = part.add_axes((0.715, 0.03, 0.28, 0.79))
+    axes.imshow(picture, cmap='gray', vmin=0, vmax=255)
+    axes.set_axis_off()
+    for title, middle in middles.items():
+        axes.text(middle, -0.02 * picture.shape[0], title, ha='center', va='bottom', fontsize=9)
 
 
 def _add_column(part: SubFigure, place: SubplotSpec, num_panels: int, last: int) -> list[Axes]:

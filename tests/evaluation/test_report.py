@@ -33,6 +33,11 @@ def test_report_needs_nothing_outside_itself(page, tmp_path):
     assert base64.b64decode(embedded) == (tmp_path / 'figures' / 'case_best.png').read_bytes()
 
 
+def test_captions_of_figures_are_sentences(page):
+    captions = re.findall(r'<figcaption>(?!<i)(.*?)</figcaption>', page)
+    assert captions == ['The three slices with most lesion of the study with the best Dice.']
+
+
 def test_report_escapes_names(case_rows, tmp_path):
     case_rows[0]['study_id'] = name = '<script>alert("x")</script>'
     summary = {'protocols': scores.summarise(case_rows, [])}

@@ -83,6 +83,18 @@ def test_table_sorts_both_ways_and_keeps_the_undefined_last(opened):
     assert table_column(opened, 0) == worst_first
 
 
+def test_first_column_stays_while_the_table_scrolls(opened):
+    left, scrolled = opened.execute_script(
+        'const box = document.getElementById("cases").parentElement;'
+        'box.scrollLeft = 400;'
+        'const cell = document.querySelector("#cases tbody td");'
+        'return [cell.getBoundingClientRect().left - box.getBoundingClientRect().left,'
+        ' box.scrollLeft];'
+    )
+    assert scrolled > 0  # at 1,300 pixels the columns do not fit
+    assert left == 0
+
+
 def test_slices_move_by_key_and_slider(opened):
     wait_for(opened, 'study_0256 2')  # where most lesion is
     press(opened, Keys.ARROW_RIGHT)

@@ -1,5 +1,6 @@
 """The picture of a run's progress, from the lines that training left."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from PIL import Image
 
 from covseg_jax.errors import Stopped
 from covseg_jax.training import progress
+from covseg_jax.training.logging import find_pictures, image_strip, open_log
 from tests.training import test_loop
 
 
@@ -91,7 +93,7 @@ def test_picture_replaces_the_last_one_and_leaves_nothing_else(workdir):
     assert {path.name for path in workdir.iterdir()} == {'gan', 'transunet', 'progress.png'}
     with Image.open(workdir / 'progress.png') as picture:
         picture.load()
-        assert picture.width > picture.height  # 16 by 2 · 4.4 inches
+        assert picture.width > picture.height  # 19 by 2 · 4.6 inches
 
 
 @pytest.mark.parametrize('text', [None, '', '{"step": 10, "loss/tot'])
@@ -122,3 +124,32 @@ def test_loop_draws_seldom_but_always_where_it_stops_and_at_its_end(tmp_path, mo
     test_loop.run(tmp_path / 'gan', num_steps=20)
     # After the evaluations of 12, 16 and 20, which is the end.
     assert rows == [6, 9, 12, 15]
+
+
+def test_pictures_of_the_first_and_newest_steps_stand_beside_the_curves(workdir):
+    folder = workdir / 'gan'
+    with contextlib.closing(open_log(folder, start_step=30)) as log_of_run:
+        for step, level in ((10, 0.2), (20, 0.4), (30, 0.6)):
+            columns = [np.full((16, 16), value) for value in (0.1, level, 1 - level)]
+            strip = image_strip([columns, columns])
+            log_of_run.write_image(step, 'pictures/covid_scan_healthy_difference', strip)
+    gan, network = progress.learning_curves(workdir).subfigs
+    axes = gan.axes[-1]
+    titles = [text.get_text().replace('\n', ' ') for text in axes.texts]
+    assert titles == [
+        'scan', 'healthy, step 10', 'difference, step 10', 'healthy, step 30',
+        'difference, step 30',
+    ]  # fmt: skip
+    shown = np.asarray(axes.images[0].get_array())
+    middles = [round(text.get_position()[0]) for text in axes.texts]
+    # 255 times 0.1, and of the two steps 0.2 and 0.8, 0.6 and 0.4.
+    np.testing.assert_allclose(shown[8, middles], [25.5, 51, 204, 153, 102], atol=0.5)
+    assert len(network.axes) == 3  # it left none
+
+
+def test_log_that_goes_on_drops_pictures_of_steps_that_come_again(tmp_path):
+    with contextlib.closing(open_log(tmp_path, start_step=0)) as first:
+        for step in (4, 8, 12):
+            first.write_image(step, 'pictures/seen', np.zeros((4, 4)))
+    open_log(tmp_path, start_step=8).close()
+    assert list(find_pictures(tmp_path, 'seen')) == [4, 8]
