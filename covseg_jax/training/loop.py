@@ -54,11 +54,6 @@ class Schedule:
         return cls(**{each.name: group[each.name] for each in dataclasses.fields(cls)} | changes)
 
 
-def distinct_steps(step_at: Callable[[int], Callable], num_steps: int) -> list[Callable]:
-    """The compiled steps that a run of `num_steps` takes, in the order of their first use."""
-    return list(dict.fromkeys(map(step_at, range(num_steps))))
-
-
 def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
     """Merges (sum, count) pairs of many steps into means; nothing counted gives NaN."""
     sums: dict[str, list[float]] = {}
