@@ -46,27 +46,34 @@ class Slices:
         return len(self.index)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        case_number, z = self.index[item]
-        case, target = self.cases[case_number], self.targets[case_number]
-        image = _as_input(case.image()[z])
-        is_healthy = target is None
+        return {key: rows[0] for key, rows in self.read([item]).items()}
+
+    def read(self, items: Sequence[int]) -> dict[str, np.ndarray]:
+        """A batch of the slices with these numbers, in their order."""
+        index = self.index[items]
+        size = self.cases[0].read_slice('image', 0).shape
+        image, lungs = (np.empty((len(index), *size, 1), np.float32) for _ in range(2))
+        target, healthy = np.zeros_like(image), np.ones(len(index), np.float32)
+        # Read into the batch, where values become float32: each is touched once.
+        for row, (number, z) in enumerate(index.tolist()):
+            case = self.cases[number]
+            image[row, ..., 0] = case.read_slice('image', z)
+            lungs[row, ..., 0] = case.read_slice('lungs', z)
+            if self.targets[number] is not None:
+                target[row, ..., 0] = self.targets[number][z]
+                healthy[row] = 0
         return {
             IMAGE: image,
-            TARGET: np.zeros_like(image) if is_healthy else _as_input(target[z]),
-            LUNGS: _as_input(case.lungs()[z]),
-            LABEL: self.labels[item],
-            HEALTHY: np.float32(is_healthy),
-            CASE: np.int32(case_number),
+            TARGET: target,
+            LUNGS: lungs,
+            LABEL: self.labels[items],
+            HEALTHY: healthy,
+            CASE: index[:, 0].astype(np.int32),
         }
 
     def are_healthy(self) -> np.ndarray:
         """(N,) bool: which slices are of healthy cases, those without a target."""
         return np.array([self.targets[number] is None for number, _ in self.index])
-
-    def select(self, label: int) -> 'Slices':
-        """The slices with one label."""
-        chosen = self.labels == label
-        return dataclasses.replace(self, index=self.index[chosen], labels=self.labels[chosen])
 
 
 def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> Slices:
@@ -173,30 +180,27 @@ def balanced_feed(
     Raises:
       InputError: one of the two groups is empty, or the batch size is odd or not shareable.
     """
-    groups = [slices.select(1), slices.select(0)]
+    groups = [np.flatnonzero(slices.labels == label) for label in (1, 0)]
     if batch_size % 2 or not all(len(group) for group in groups):
         raise InputError(
             f'training slices: {len(groups[0])} high- and {len(groups[1])} low-infection, batch '
             f'size {batch_size}; both groups must be there and the batch size even '
             '(is the pseudo-mask threshold right?)'
         )
+    # Of numbers of slices: only a whole batch is read.
     shuffled = [
         repeat_shuffled(group, seed, name)
         for name, group in zip(('high', 'low'), groups, strict=True)
     ]
     # Pairs of both groups go to a host together: each host's share is balanced too.
     pairs = grain.experimental.ZipMapDataset(shuffled)
-    batches = share_batches(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
+    numbers = share_batches(pairs, batch_size // 2, host, num_hosts)
+    batches = numbers.map(lambda pair: slices.read(np.stack(pair, 1).ravel()))
     return Feed(batches, {CASE: _study_ids(slices.cases)})
 
 
 def _study_ids(cases: Sequence[Case]) -> tuple[str, ...]:
     return tuple(case.study_id for case in cases)
-
-
-def _in_turn(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
-    high, low = pair
-    return {key: np.stack([high[key], low[key]], 1).reshape(-1, *low[key].shape[1:]) for key in low}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +266,6 @@ def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
 def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All slices once, in order; the last batch is filled up with rows whose VALID is 0."""
     for start in range(0, len(slices), batch_size):
-        rows = [slices[i] for i in range(start, min(start + batch_size, len(slices)))]
-        valid = np.zeros(batch_size, np.float32)
-        valid[: len(rows)] = 1
-        rows += [rows[-1]] * (batch_size - len(rows))
-        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {VALID: valid}
+        numbers = np.arange(start, start + batch_size)
+        valid = (numbers < len(slices)).astype(np.float32)
+        yield slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid}

@@ -17,6 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from covseg_jax import cpu
+
+if __name__ == '__main__':
+    cpu.tune_process()  # as `covseg_jax.main` does
+
 import grain
 import numpy as np
 
@@ -81,8 +86,9 @@ def cost_of_parts(slices: feeds.Slices, feed: feeds.Feed, batch_size: int) -> di
     rng = np.random.default_rng(0)
     case = slices.cases[1]
     return {
+        'mapped_image': cost_us(lambda: np.array(case.image()[5])),
+        'image': cost_us(lambda: case.read_slice('image', 5)),
         'element': cost_us(lambda: slices[int(rng.integers(len(slices)))]),
-        'image': cost_us(lambda: np.array(case.image()[5])),
         'in_a_batch': round(
             cost_us(lambda: feed.batches[int(rng.integers(1000))], 30) / batch_size, 1
         ),

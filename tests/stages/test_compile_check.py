@@ -96,7 +96,9 @@ def test_training_costs_its_steps_and_more_chips_are_compared_with_the_first():
 
 
 def test_training_that_does_not_fit_has_no_costs():
-    found = {'v5e:1x1': {'gan': {'a': program('v5e:1x1', 1, steps=9, ms=0, batch_size=8, fits=False)}}}
+    found = {
+        'v5e:1x1': {'gan': {'a': program('v5e:1x1', 1, steps=9, ms=0, batch_size=8, fits=False)}}
+    }
     (row,) = cost.estimate_costs(found, price_per_chip_hour=1.0)
     assert row == {'topology': 'v5e:1x1', 'stage': 'gan', 'efficiency': None, 'price': None}
 
