@@ -8,7 +8,7 @@ here="$(dirname "$0")"
 source "$here/tpu_vm_flags.sh"
 
 create=() setup=() run=() share='' workdir=/mnt/covseg/run failures=3 wait=60 keep=false
-set_up='' # the zone whose VM is
+set_up='' # the zone whose VM this launch has set up
 
 usage() {
   cat <<END
@@ -69,8 +69,9 @@ look() {
   esac
 }
 
+# Once in each launch: an earlier one may have ended before.
 set_vm_up() {
-  "$here/setup_tpu_vm.sh" "${same_vm[@]}" "${setup[@]}" || return 1
+  [ "$set_up" = "$zone" ] || "$here/setup_tpu_vm.sh" "${same_vm[@]}" "${setup[@]}" || return 1
   set_up="$zone"
 }
 
@@ -80,18 +81,14 @@ make_vm() {
     go_to "$each"
     found="$(look)" || return 1
     case "$found" in
-      there)
-        [ "$set_up" = "$zone" ] || set_vm_up # by an earlier launch, which may have ended before
-        return
-        ;;
+      there) return 0 ;;
       taken) "$here/delete_tpu_vm.sh" "${same_vm[@]}" || return 1 ;;
     esac
   done
   for each in "${zones[@]}"; do
     go_to "$each"
     if "$here/create_tpu_vm.sh" "${same_vm[@]}" "${create[@]}"; then
-      set_vm_up
-      return
+      return 0
     fi
   done
   return 1
@@ -132,7 +129,7 @@ while true; do
     sleep "$wait"
     continue
   fi
-  if "$here/run_tpu_vm.sh" "${same_vm[@]}" "${run[@]}"; then
+  if set_vm_up && "$here/run_tpu_vm.sh" "${same_vm[@]}" "${run[@]}"; then
     end "$name: done" 0
   fi
   found="$(look || echo unknown)"
@@ -140,7 +137,8 @@ while true; do
     there)
       failed=$((failed + 1))
       if [ "$failed" -ge "$failures" ]; then
-        echo "error: the run failed $failed times on a VM that is there; its last lines say why" >&2
+        echo "error: the run, or setting up for it, failed $failed times on a VM that is there;" \
+          'its last lines say why' >&2
         end "$name: given up" 1
       fi
       ;;

@@ -49,6 +49,7 @@ case "$kind $verb" in
           preempting) echo PREEMPTED > "$zone.node"; exit 255 ;;
           fails) exit 1 ;;
         esac ;;
+      *) [ ! -e broken ] ;;
     esac ;;
 esac
 """
@@ -146,6 +147,12 @@ def test_retry_gives_up_on_a_run_that_fails_on_a_vm_that_is_there(cloud):
     assert done.returncode == 1
     assert 'failed 3 times' in done.stderr
     assert deeds(cloud) == [*MADE, 'run a', 'run a', 'run a', 'delete a']
+
+
+def test_retry_gives_up_on_a_vm_that_cannot_be_set_up(cloud):
+    (cloud / 'broken').touch()
+    assert retry(cloud, '--failures=2').returncode == 1
+    assert deeds(cloud) == [*MADE, 'delete a']
 
 
 def test_retry_takes_the_vm_of_an_earlier_launch_in_any_zone(cloud):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from covseg_jax import cpu
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Case
@@ -28,9 +29,18 @@ COVID_LUNGS = 'covid_lungs'
 CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
 COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
+# More would wait for each other: a slice is opened in Python.
+_MOST_THREADS = 8
+
 
 def _as_input(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float32)[..., None]
+
+
+def _stack_inputs(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # They become float32 as they are copied into the batch: each value is touched once.
+    plain = [np.asarray(array) for array in arrays]  # of mapped files, too
+    return np.stack(plain, dtype=np.float32, casting='same_kind')[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +61,15 @@ class Slices:
     def read(self, items: Sequence[int]) -> dict[str, np.ndarray]:
         """A batch of the slices with these numbers, in their order."""
         index = self.index[items]
-        size = self.cases[0].read_slice('image', 0).shape
-        image, lungs = (np.empty((len(index), *size, 1), np.float32) for _ in range(2))
-        target, healthy = np.zeros_like(image), np.ones(len(index), np.float32)
-        # Read into the batch, where values become float32: each is touched once.
-        for row, (number, z) in enumerate(index.tolist()):
-            case = self.cases[number]
-            image[row, ..., 0] = case.read_slice('image', z)
-            lungs[row, ..., 0] = case.read_slice('lungs', z)
-            if self.targets[number] is not None:
-                target[row, ..., 0] = self.targets[number][z]
-                healthy[row] = 0
+        rows = [(self.cases[number], self.targets[number], z) for number, z in index.tolist()]
+        images = [case.read_slice('image', z) for case, _, z in rows]
+        empty = np.zeros_like(images[0])
         return {
-            IMAGE: image,
-            TARGET: target,
-            LUNGS: lungs,
+            IMAGE: _stack_inputs(images),
+            TARGET: _stack_inputs([empty if each is None else each[z] for _, each, z in rows]),
+            LUNGS: _stack_inputs([case.read_slice('lungs', z) for case, _, z in rows]),
             LABEL: self.labels[items],
-            HEALTHY: healthy,
+            HEALTHY: np.array([target is None for _, target, _ in rows], np.float32),
             CASE: index[:, 0].astype(np.int32),
         }
 
@@ -141,7 +143,8 @@ class Feed:
 
     def start(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Batches from the given one on; threads read ahead."""
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)
+        threads = min(cpu.count_cores(), _MOST_THREADS)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
         return iter(self.batches.slice(slice(number, None)).to_iter_dataset(options))
 
     def inputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
