@@ -29,8 +29,7 @@ def get_base() -> ml_collections.ConfigDict:
     config.phantom = _phantom()
     config.export = _export()
     config.distributed = _distributed()
-    config.compile_check = ml_collections.ConfigDict()
-    config.compile_check.topology = 'v5e:1x1'  # or 'v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', ...
+    config.compile_check = _compile_check()
     return config
 
 
@@ -57,6 +56,7 @@ def _gan() -> ml_collections.ConfigDict:
     gan.batch_size = 8  # crops of healthy scans, and as many of COVID scans
     gan.learning_rate = 1e-3  # of the generator, at its highest
     gan.discriminator_learning_rate = 2e-4  # throughout
+    gan.learning_rate_batch_size = 0  # as train.learning_rate_batch_size, of both rates
     gan.schedule = 'cosine'  # or 'constant'
     gan.warmup_steps = 200  # in which the generator's rate rises from 0
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
@@ -98,6 +98,9 @@ def _train() -> ml_collections.ConfigDict:
     train.batch_size = 32  # half high-, half low-infection slices
     train.micro_batches = 1  # parts of a batch, one after the other where memory is short
     train.learning_rate = 3e-4  # at its highest
+    # The batch size that the rate is of: for another one it is scaled by the square root of their
+    # ratio, see training/parts.py; 0 takes it as it is.
+    train.learning_rate_batch_size = 0
     train.schedule = 'cosine'  # or 'plateau', 'constant'
     train.warmup_steps = 500  # as gan.warmup_steps
     train.plateau_patience = 5  # evaluations, as PyTorch counts them
@@ -230,6 +233,7 @@ def _lungs() -> ml_collections.ConfigDict:
     lungs.num_steps = 3000  # updates
     lungs.batch_size = 8  # slices
     lungs.learning_rate = 3e-3  # at its highest
+    lungs.learning_rate_batch_size = 0  # as train.learning_rate_batch_size
     lungs.schedule = 'cosine'  # as gan.schedule
     lungs.warmup_steps = 50  # as gan.warmup_steps
     lungs.clip_norm = 1.0  # as gan.clip_norm
@@ -304,6 +308,14 @@ def _export() -> ml_collections.ConfigDict:
     export.licence = 'not stated; ask who trained it, and see the licence of its training data'
     export.onnx = False  # network.onnx too; needs `pip install jax2onnx==0.13.0`
     return export
+
+
+def _compile_check() -> ml_collections.ConfigDict:
+    check = ml_collections.ConfigDict()
+    check.topology = 'v5e:1x1'  # or 'v5e:2x4', 'v4:2x2x1', 'v5p:2x2x1', ...; several: 'A,B'
+    check.batch_per_device = False  # True: batch sizes are one device's, not those of all together
+    check.price_per_chip_hour = 0.0  # in any currency; 0: no sum
+    return check
 
 
 def _distributed() -> ml_collections.ConfigDict:

@@ -6,7 +6,9 @@ gathered; only host 0 writes the files of the whole run.
 
 import importlib.util
 import json
+import os
 import pathlib
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from covseg_jax.errors import InputError, one_line
 
 _num_hosts, _index = 1, 0
+_last_step = 0  # that `reached_stop` was asked for
 
 
 def connect(settings: Mapping[str, Any]) -> None:
@@ -49,6 +52,8 @@ def connect(settings: Mapping[str, Any]) -> None:
             'its own process_id'
         ) from error
     _num_hosts, _index = jax.process_count(), jax.process_index()
+    if _num_hosts == 1:  # JAX took SIGTERM for what several hosts agree on, see `reached_stop`
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_tpu_vm() -> bool:
@@ -99,9 +104,27 @@ def check_shared(check: Callable[[Any], None], items: Sequence) -> None:
         raise InputError(fault)
 
 
-def is_any(flag: bool) -> bool:
-    """True on all hosts where it is true on one; all call it."""
-    return any(_tell_all(bool(flag)))
+def ask_all_to_stop() -> None:
+    """On several hosts: has `reached_stop` say so, as SIGTERM does that comes from outside."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def reached_stop(step: int) -> bool:
+    """True on all hosts at one and the same step, soon after any of them got SIGTERM, by JAX's
+    preemption service; on one host always False. Nothing waits for it.
+
+    All hosts call it for every step of a loop, in order, and wait for each other before the first.
+    """
+    global _last_step
+    if _num_hosts == 1:
+        return False
+    from jax.experimental.multihost_utils import reached_preemption_sync_point as is_chosen
+
+    # JAX chooses the number after the last one that it was asked for when the signal came. If that
+    # was before this loop, whose numbers may begin anywhere, none of them need be it.
+    came_before = step not in (_last_step, _last_step + 1) and is_chosen(_last_step + 1)
+    _last_step = step
+    return is_chosen(step) or came_before
 
 
 def wait_for_all(what: str) -> None:

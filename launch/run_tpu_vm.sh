@@ -22,8 +22,13 @@ if [ "${#program_flags[@]}" -eq 0 ]; then
   program_flags=(--config=configs/transunet.py)
 fi
 
+# A VM that is shut down sends SIGTERM, after which the program saves, and at once SIGHUP, which
+# would end it. A run whose connection was lost may go on: the next one waits for it.
 # A run that was asked to stop ends well too, and leaves the file `stopped`.
-on_workers "cd covseg_jax;
+on_workers "trap '' HUP;
+exec 9>covseg_jax.lock;
+flock -n 9 || { echo waiting for the run before, which has not ended >&2; flock 9; };
+cd covseg_jax;
 for attempt in \$(seq $attempts); do
 .venv/bin/python -m covseg_jax.main$(printf ' %q' "${program_flags[@]}" --workdir="$workdir");
 code=\$?;

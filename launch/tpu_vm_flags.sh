@@ -9,6 +9,7 @@ common_flags='  --name=NAME        of the TPU VM; default covseg
 
 # Also read by the scripts that source this file.
 name=covseg zone='' project='' dry_run=false program_flags=() own=()
+label=made_by=covseg_jax # of what create_tpu_vm.sh makes, and delete_tpu_vm.sh may delete
 
 fail() {
   echo "error: $*" >&2
@@ -42,6 +43,15 @@ take_flags() {
     esac
   done
   [ -n "$zone" ] || fail '--zone=ZONE is missing'
+  find_same_vm
+}
+
+# The common flags, for another script.
+find_same_vm() {
+  same_vm=(--name="$name" --zone="$zone" ${project:+--project="$project"})
+  if [ "$dry_run" = true ]; then
+    same_vm+=(--dry_run)
+  fi
 }
 
 # Runs a command, or prints it as one could type it.
@@ -56,9 +66,35 @@ call() {
 
 # tpu_vm VERB ARGUMENTS...: gcloud's command for this VM.
 tpu_vm() {
-  local verb="$1"
-  shift
-  call gcloud compute tpus tpu-vm "$verb" "$@" --zone="$zone" ${project:+--project="$project"}
+  in_zone tpu-vm "$@"
+}
+
+# queued VERB ARGUMENTS...: gcloud's command for the queued resource that the VM is made by; it has
+# the VM's name.
+queued() {
+  in_zone queued-resources "$@"
+}
+
+in_zone() {
+  call gcloud compute tpus "$@" --zone="$zone" ${project:+--project="$project"}
+}
+
+# list_states KIND: a line of name and state for each of the zone's queued-resources or tpu-vm.
+list_states() {
+  local state=state
+  if [ "$1" = queued-resources ]; then
+    state=state.state
+  fi
+  in_zone "$1" list --format="value(name.basename(),$state)"
+}
+
+# find_state KIND: of the one by this name; NONE where there is none. It fails where gcloud does not
+# answer: nothing is known then.
+find_state() {
+  local listed
+  listed="$(list_states "$1")" || return 1
+  awk -v name="$name" '$1 == name { state = $2 } END { print state ? state : "NONE" }' \
+    <<<"$listed"
 }
 
 # on_workers COMMAND: runs it in a shell on every worker of the VM. Its lines become one.

@@ -25,7 +25,7 @@ items = ['a', 'b', 'c', 'd', 'e']
 found = [{'item': item, 'value': 0.1 * ord(item)} for item in hosts.share(items)]
 done = []
 hosts.first_alone(lambda: done.append(hosts.index()), 'work')
-print(json.dumps([hosts.gather(found, 5), hosts.is_any(number == 1), hosts.is_any(False), done]))
+print(json.dumps([hosts.gather(found, 5), done]))
 """
 
 
@@ -64,9 +64,8 @@ def test_items_are_shared_out_and_gathered_in_their_order():
     written = end([begin(['-c', CALLS, number, port], 1) for number in range(2)])
     expected = [{'item': item, 'value': 0.1 * ord(item)} for item in 'abcde']
     for number, (out, _) in enumerate(written):
-        gathered, any_true, any_false, done = json.loads(out.splitlines()[-1])
+        gathered, done = json.loads(out.splitlines()[-1])
         assert gathered == expected
-        assert (any_true, any_false) == (True, False)
         assert done == [0][: 1 - number]  # the first host alone
 
 
@@ -99,6 +98,80 @@ def test_first_host_decides_for_all_and_ends_all_where_it_fails():
     written = [[line for line in lines if '[Gloo]' not in line] for lines in told]
     assert written[0] == [answer, damaged, "OSError: [Errno 28] disk is full: 'a.json'"]
     assert written[1] == [answer, damaged, 'InputError: a.json: disk is full']
+
+
+STEPS = """
+import json, os, pathlib, signal, sys, time
+import grain, jax, jax.numpy as jnp, numpy as np
+from flax import struct
+from covseg_jax import hosts
+from covseg_jax.data.feeds import Feed
+from covseg_jax.errors import Stopped
+from covseg_jax.training import loop, sharding
+from covseg_jax.training.step import skip_non_finite
+
+number, port, folder, moment = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3]), sys.argv[4]
+hosts.connect({'coordinator': f'localhost:{port}', 'num_processes': 2, 'process_id': number})
+
+@struct.dataclass
+class State:
+    step: jax.Array
+
+make, abstract = sharding.place_state(lambda: State(jnp.int32(0)), sharding.make_mesh())
+
+@jax.jit
+@skip_non_finite
+def step(state, batch):
+    return state.replace(step=state.step + 1), {'loss/total': (batch['x'].sum(), 1.0)}
+
+def run(name, last, saved_at):
+    def step_at(step_number):
+        if (name, step_number, number) == ('second', 20, 1) and moment != 'between':
+            os.kill(os.getpid(), getattr(signal, moment))
+        time.sleep(0.02)  # no host is in step with the other but for the step's number
+        return step
+
+    rows = grain.MapDataset.source(np.arange(8)).repeat().map(lambda n: {'x': np.float32(n)})
+    loop.run(
+        name=name, folder=folder / name, state=make(), abstract_state=abstract,
+        feed=Feed(rows.batch(2), {}), step_at=step_at,
+        evaluate=lambda state: (state, {}, {}),
+        schedule=loop.Schedule(last, 1000, 0, saved_at, (), 3),
+    )
+
+run('first', 8, 0)
+if moment == 'between' and number == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+if moment == 'between':
+    time.sleep(3)  # JAX looks for the signal once a second
+try:
+    run('second', 2000, 15)
+except Stopped as stop:
+    print(stop, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    'moment',
+    [
+        'SIGTERM',
+        pytest.param('SIGINT', marks=pytest.mark.slow),
+        pytest.param('between', marks=pytest.mark.slow),
+    ],
+)
+def test_all_hosts_save_one_step_and_stop_where_one_is_told_to(tmp_path, moment):
+    port = free_port()
+    # Nothing is logged before the end, so that nothing but the signal makes the hosts agree.
+    written = end([begin(['-c', STEPS, number, port, tmp_path, moment], 1) for number in range(2)])
+    stops = {out.splitlines()[-1] for out, _ in written}
+    assert len(stops) == 1
+    saved = [int(p.name) for p in (tmp_path / 'second' / 'checkpoints').iterdir()]
+    if moment == 'between':  # before the first step of a training: there is nothing to save
+        assert stops.pop().startswith('second: stopped and saved at step 0;')
+        assert not saved
+    else:
+        assert stops.pop().startswith(f'second: stopped and saved at step {max(saved)};')
+        assert 20 < max(saved) < 2000
 
 
 def run(workdir, num_hosts, *flags):

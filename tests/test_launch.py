@@ -8,29 +8,48 @@ import subprocess
 import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
-# Every call is a line of `calls`. `describe` answers with the VM's state, `delete` and `create`
-# change it, and running the program takes the next line of `plan` as its fate.
+# Every call is a line of `calls`. A zone's request for a VM is the file ZONE.request, whose lines
+# are the states that it goes through, one a look; what `fate.ZONE` holds is what a new one goes
+# through. Its VM is ZONE.node. Running the program takes the next line of `plan`. Another person's
+# VM is in every zone.
 GCLOUD = r"""#!/usr/bin/env bash
 cd "$FAKE" || exit 1
 printf '%q ' "$@" >> calls
 echo >> calls
-shift 3
-case "$1" in
-  describe) [ -e state ] && cat state ;;
-  delete) rm state ;;
-  create)
-    if [ -e scarce ]; then rm scarce; exit 1; fi
-    echo READY > state ;;
-  ssh)
+if [ -e silent ]; then rm silent; exit 1; fi
+words="$*" kind="$3" verb="$4" name="$5"
+zone="${words#*--zone=}" zone="${zone%% *}"
+case "$kind $verb" in
+  'queued-resources create')
+    [ ! -e "$zone.request" ] || exit 1
+    cat "fate.$zone" > "$zone.request" 2> /dev/null ||
+      printf '%s\n' CREATING WAITING_FOR_RESOURCES PROVISIONING ACTIVE > "$zone.request"
+    label="${words#*--labels=}" label="${label%% *}"
+    echo "    ${label/=/: }" > "$zone.label"
+    echo READY > "$zone.node" ;;
+  'queued-resources list')
+    echo 'others-vm ACTIVE'
+    if [ -e "$zone.request" ]; then
+      echo "covseg $(head -n 1 "$zone.request")"
+      [ "$(wc -l < "$zone.request")" = 1 ] || sed -i 1d "$zone.request"
+    fi ;;
+  'tpu-vm list')
+    echo 'others-vm READY'
+    if [ -e "$zone.node" ]; then echo "covseg $(cat "$zone.node")"; fi ;;
+  'queued-resources describe') cat "$zone.label" ;;
+  'queued-resources delete')
+    [ "$name" = covseg ] && rm "$zone.request" "$zone.label" && rm -f "$zone.node" ;;
+  'tpu-vm ssh')
     case "$*" in
       *covseg_jax.main*)
         fate=$(head -n 1 plan)
         sed -i 1d plan
         case "$fate" in
-          preempted) echo PREEMPTED > state; exit 255 ;;
-          gone) rm state; exit 255 ;;
+          preempted) echo SUSPENDED > "$zone.request"; rm "$zone.node"; exit 255 ;;
+          preempting) echo PREEMPTED > "$zone.node"; exit 255 ;;
           fails) exit 1 ;;
         esac ;;
+      *) [ ! -e broken ] ;;
     esac ;;
 esac
 """
@@ -38,7 +57,7 @@ esac
 
 @pytest.fixture
 def cloud(tmp_path):
-    """A folder with the fake's `calls`, `state` and `plan`."""
+    """A folder with the fake's files."""
     program = tmp_path / 'bin' / 'gcloud'
     program.parent.mkdir()
     program.write_text(GCLOUD)
@@ -47,59 +66,167 @@ def cloud(tmp_path):
     return tmp_path
 
 
-def launch(cloud, script, *flags):
+def launch(cloud, script, *flags, zone='a'):
     return subprocess.run(
-        [LAUNCH / script, '--zone=us-west4-a', *flags],
+        [LAUNCH / script, f'--zone={zone}', *flags],
         env=os.environ | {'PATH': f'{cloud / "bin"}:{os.environ["PATH"]}', 'FAKE': str(cloud)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=100,
         check=False,
     )
 
 
-def verbs(cloud):
-    """What gcloud was called for, in order; ssh calls that run the program are 'run'."""
-    calls = [shlex.split(line) for line in (cloud / 'calls').read_text().splitlines()]
-    assert all(call[:3] == ['compute', 'tpus', 'tpu-vm'] for call in calls)
-    assert all('--zone=us-west4-a' in call for call in calls)
-    return ['run' if 'covseg_jax.main' in ' '.join(call) else call[3] for call in calls]
+def retry(cloud, *flags, zone='a'):
+    quick = '--wait=0', '--poll=0', '--share=10.0.0.2:/share'
+    return launch(cloud, 'retry_tpu_vm.sh', *quick, *flags, zone=zone)
 
 
-MADE = ['create', 'scp', 'ssh']  # a VM, this checkout, its requirements
+def calls_of(cloud):
+    return [shlex.split(line) for line in (cloud / 'calls').read_text().splitlines()]
 
 
-def test_retry_goes_on_after_two_preemptions(cloud):
-    (cloud / 'plan').write_text('preempted\ngone\ndone\n')
-    done = launch(cloud, 'retry_tpu_vm.sh', '--wait=0', '--', '--config=configs/gan3d.py')
+def deeds(cloud):
+    """What gcloud was called to do, in order, each with its zone; 'run' is an ssh call that runs
+    the program, and 'setup' stands for all that set a VM up."""
+    done = []
+    for call in calls_of(cloud):
+        zone = next(word for word in call if word.startswith('--zone='))[-1]
+        if call[3] in ('list', 'describe'):
+            continue
+        verb = 'run' if 'covseg_jax.main' in ' '.join(call) else call[3]
+        verb = 'setup' if verb in ('scp', 'ssh') else verb
+        if (verb, zone) != ('setup', done[-1][-1] if done else '') or done[-1][:-2] != 'setup':
+            done.append(f'{verb} {zone}')
+    return done
+
+
+MADE = ['create a', 'setup a']
+
+
+def test_retry_goes_on_after_preemptions_and_deletes_what_it_made(cloud):
+    (cloud / 'plan').write_text('preempted\npreempting\ndone\n')
+    done = retry(cloud, '--', '--config=configs/gan3d.py')
     assert done.returncode == 0, done.stderr
-    assert 'done' in done.stdout
-    assert verbs(cloud) == [
-        'describe', *MADE, 'run', 'describe',
-        'describe', 'delete', *MADE, 'run', 'describe',
-        'describe', *MADE, 'run',
-    ]  # fmt: skip
+    assert 'covseg in a: WAITING_FOR_RESOURCES after' in done.stderr
+    again = ['run a', 'delete a', *MADE]
+    assert deeds(cloud) == [*MADE, *again, *again, 'run a', 'delete a']
     runs = [line for line in (cloud / 'calls').read_text().splitlines() if 'main' in line]
     assert len(set(runs)) == 1  # the same command each time: the program itself knows where it was
     assert 'configs/gan3d.py' in runs[0]
     assert '--worker=all' in runs[0]
+    assert not list(cloud.glob('*.request')) + list(cloud.glob('*.node'))
 
 
-def test_retry_asks_again_where_no_vm_is_to_be_had(cloud):
+@pytest.mark.parametrize('fate', ['WAITING_FOR_RESOURCES\n', 'CREATING\nFAILED\n'])
+def test_retry_takes_a_request_back_and_asks_in_the_next_zone(cloud, fate):
     (cloud / 'plan').write_text('done\n')
-    (cloud / 'scarce').touch()
-    assert launch(cloud, 'retry_tpu_vm.sh', '--wait=0').returncode == 0
-    assert verbs(cloud) == ['describe', 'create', 'describe', *MADE, 'run']
+    (cloud / 'fate.a').write_text(fate)
+    (cloud / 'fate.b').write_text('ACTIVE\n')
+    done = retry(cloud, '--patience=0', zone='a,b')
+    assert done.returncode == 0, done.stderr
+    assert deeds(cloud) == ['create a', 'delete a', 'create b', 'setup b', 'run b', 'delete b']
+
+
+def test_retry_goes_round_the_zones_until_one_has_a_vm(cloud):
+    (cloud / 'plan').write_text('done\n')
+    for zone in 'ab':
+        (cloud / f'fate.{zone}').write_text('FAILED\n')
+    program = cloud / 'bin' / 'sleep'  # between two rounds
+    program.write_text(f'#!/bin/bash\n[ "$1" != 7 ] || rm -f {cloud}/fate.b\n')
+    program.chmod(0o755)
+    assert retry(cloud, '--wait=7', zone='a,b').returncode == 0
+    none = ['create a', 'delete a', 'create b', 'delete b']
+    assert deeds(cloud)[: len(none)] == none
+    assert deeds(cloud)[len(none) :] == [*none[:3], 'setup b', 'run b', 'delete b']
 
 
 def test_retry_gives_up_on_a_run_that_fails_on_a_vm_that_is_there(cloud):
-    (cloud / 'state').write_text('READY\n')
     (cloud / 'plan').write_text('fails\nfails\nfails\ndone\n')
-    done = launch(cloud, 'retry_tpu_vm.sh', '--wait=0', '--failures=3')
+    done = retry(cloud, '--failures=3')
     assert done.returncode == 1
     assert 'failed 3 times' in done.stderr
-    assert verbs(cloud).count('run') == 3
-    assert 'create' not in verbs(cloud)
+    assert deeds(cloud) == [*MADE, 'run a', 'run a', 'run a', 'delete a']
+
+
+def test_retry_gives_up_on_a_vm_that_cannot_be_set_up(cloud):
+    (cloud / 'broken').touch()
+    assert retry(cloud, '--failures=2').returncode == 1
+    assert deeds(cloud) == [*MADE, 'delete a']
+
+
+def test_retry_takes_the_vm_of_an_earlier_launch_in_any_zone(cloud):
+    (cloud / 'plan').write_text('done\n')
+    (cloud / 'b.request').write_text('ACTIVE\n')
+    (cloud / 'b.node').write_text('READY\n')
+    assert retry(cloud, '--keep', zone='a,b').returncode == 0
+    assert deeds(cloud) == ['setup b', 'run b']
+
+
+def test_retry_makes_no_second_vm_where_gcloud_does_not_answer(cloud):
+    (cloud / 'plan').write_text('done\n')
+    (cloud / 'silent').touch()
+    assert retry(cloud, zone='a,b').returncode == 0
+    assert calls_of(cloud)[0] == calls_of(cloud)[1]  # asked again, before anything is made
+
+
+def test_retry_leaves_the_vm_where_the_results_are_on_it(cloud):
+    (cloud / 'plan').write_text('done\n')
+    done = retry(cloud, '--workdir=run')
+    assert done.returncode == 0
+    assert 'delete_tpu_vm.sh --name=covseg --zone=a' in done.stdout
+    assert deeds(cloud) == [*MADE, 'run a']
+
+
+def test_a_vm_of_somebody_else_is_never_deleted(cloud):
+    (cloud / 'a.request').write_text('SUSPENDED\n')
+    (cloud / 'a.label').write_text('team: other\n')
+    done = launch(cloud, 'delete_tpu_vm.sh')
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: covseg in a was not made by create_tpu_vm.sh')
+    done = launch(cloud, 'create_tpu_vm.sh', '--poll=0')
+    assert done.returncode == 1  # the name is taken
+    assert deeds(cloud) == ['create a']
+    assert (cloud / 'a.request').exists()
+
+
+def test_a_request_that_is_interrupted_is_taken_back(cloud):
+    (cloud / 'fate.a').write_text('WAITING_FOR_RESOURCES\n')
+    program = cloud / 'bin' / 'sleep'
+    program.write_text('#!/bin/bash\nkill -TERM $PPID\n')
+    program.chmod(0o755)
+    assert launch(cloud, 'create_tpu_vm.sh').returncode == 130
+    assert deeds(cloud) == ['create a', 'delete a']
+
+
+@pytest.mark.parametrize(
+    ('accelerator', 'version'),
+    [
+        ('v5litepod-8', 'v2-alpha-tpuv5-lite'),
+        ('v5p-8', 'v2-alpha-tpuv5'),
+        ('v6e-8', 'v2-alpha-tpuv6e'),
+        ('v4-8', 'tpu-ubuntu2204-base'),
+    ],
+)
+def test_each_type_has_its_runtime(cloud, accelerator, version):
+    done = launch(cloud, 'create_tpu_vm.sh', '--dry_run', f'--accelerator={accelerator}')
+    words = shlex.split(done.stdout.splitlines()[0])
+    assert f'--runtime-version={version}' in words
+    assert '--spot' in words
+
+
+def test_other_ways_to_pay_and_types_that_are_not_known(cloud):
+    def create(*flags):
+        return launch(cloud, 'create_tpu_vm.sh', '--dry_run', *flags)
+
+    assert '--spot' not in create('--on_demand').stdout
+    reserved = create('--reserved').stdout
+    assert '--reserved' in reserved
+    assert '--spot' not in reserved
+    assert create('--reserved', '--on_demand').returncode == 2
+    unknown = create('--accelerator=v9-8')
+    assert unknown.returncode == 2
+    assert 'name it with --version' in unknown.stderr
 
 
 def run_with_fakes(folder, script, *arguments):
@@ -150,6 +277,7 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
 
 SCRIPTS = (
     'create_tpu_vm.sh',
+    'delete_tpu_vm.sh',
     'setup_tpu_vm.sh',
     'run_tpu_vm.sh',
     'retry_tpu_vm.sh',
@@ -166,8 +294,8 @@ def test_dry_run_prints_the_commands_and_calls_nothing(cloud, script):
     assert lines
     for line in lines:
         words = shlex.split(line)
-        assert {'--zone=us-west4-a', '--project=lab'} <= set(words)
-        assert any(word.startswith('mine') for word in words)
+        assert {'--zone=a', '--project=lab'} <= set(words)
+        assert 'list' in words or any(word.startswith('mine') for word in words)
     assert not (cloud / 'calls').read_text()
 
 

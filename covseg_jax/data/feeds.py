@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from covseg_jax import cpu
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Case
@@ -28,9 +29,18 @@ COVID_LUNGS = 'covid_lungs'
 CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
 COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
+# More would wait for each other: a slice is opened in Python.
+_MOST_THREADS = 8
+
 
 def _as_input(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float32)[..., None]
+
+
+def _stack_inputs(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    # They become float32 as they are copied into the batch: each value is touched once.
+    plain = [np.asarray(array) for array in arrays]  # of mapped files, too
+    return np.stack(plain, dtype=np.float32, casting='same_kind')[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,27 +56,26 @@ class Slices:
         return len(self.index)
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        case_number, z = self.index[item]
-        case, target = self.cases[case_number], self.targets[case_number]
-        image = _as_input(case.image()[z])
-        is_healthy = target is None
+        return {key: rows[0] for key, rows in self.read([item]).items()}
+
+    def read(self, items: Sequence[int]) -> dict[str, np.ndarray]:
+        """A batch of the slices with these numbers, in their order."""
+        index = self.index[items]
+        rows = [(self.cases[number], self.targets[number], z) for number, z in index.tolist()]
+        images = [case.read_slice('image', z) for case, _, z in rows]
+        empty = np.zeros_like(images[0])
         return {
-            IMAGE: image,
-            TARGET: np.zeros_like(image) if is_healthy else _as_input(target[z]),
-            LUNGS: _as_input(case.lungs()[z]),
-            LABEL: self.labels[item],
-            HEALTHY: np.float32(is_healthy),
-            CASE: np.int32(case_number),
+            IMAGE: _stack_inputs(images),
+            TARGET: _stack_inputs([empty if each is None else each[z] for _, each, z in rows]),
+            LUNGS: _stack_inputs([case.read_slice('lungs', z) for case, _, z in rows]),
+            LABEL: self.labels[items],
+            HEALTHY: np.array([target is None for _, target, _ in rows], np.float32),
+            CASE: index[:, 0].astype(np.int32),
         }
 
     def are_healthy(self) -> np.ndarray:
         """(N,) bool: which slices are of healthy cases, those without a target."""
         return np.array([self.targets[number] is None for number, _ in self.index])
-
-    def select(self, label: int) -> 'Slices':
-        """The slices with one label."""
-        chosen = self.labels == label
-        return dataclasses.replace(self, index=self.index[chosen], labels=self.labels[chosen])
 
 
 def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> Slices:
@@ -134,7 +143,8 @@ class Feed:
 
     def start(self, number: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Batches from the given one on; threads read ahead."""
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)
+        threads = min(cpu.count_cores(), _MOST_THREADS)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
         return iter(self.batches.slice(slice(number, None)).to_iter_dataset(options))
 
     def inputs(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -173,30 +183,27 @@ def balanced_feed(
     Raises:
       InputError: one of the two groups is empty, or the batch size is odd or not shareable.
     """
-    groups = [slices.select(1), slices.select(0)]
+    groups = [np.flatnonzero(slices.labels == label) for label in (1, 0)]
     if batch_size % 2 or not all(len(group) for group in groups):
         raise InputError(
             f'training slices: {len(groups[0])} high- and {len(groups[1])} low-infection, batch '
             f'size {batch_size}; both groups must be there and the batch size even '
             '(is the pseudo-mask threshold right?)'
         )
+    # Of numbers of slices: only a whole batch is read.
     shuffled = [
         repeat_shuffled(group, seed, name)
         for name, group in zip(('high', 'low'), groups, strict=True)
     ]
     # Pairs of both groups go to a host together: each host's share is balanced too.
     pairs = grain.experimental.ZipMapDataset(shuffled)
-    batches = share_batches(pairs, batch_size // 2, host, num_hosts).map(_in_turn)
+    numbers = share_batches(pairs, batch_size // 2, host, num_hosts)
+    batches = numbers.map(lambda pair: slices.read(np.stack(pair, 1).ravel()))
     return Feed(batches, {CASE: _study_ids(slices.cases)})
 
 
 def _study_ids(cases: Sequence[Case]) -> tuple[str, ...]:
     return tuple(case.study_id for case in cases)
-
-
-def _in_turn(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
-    high, low = pair
-    return {key: np.stack([high[key], low[key]], 1).reshape(-1, *low[key].shape[1:]) for key in low}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +269,6 @@ def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
 def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """All slices once, in order; the last batch is filled up with rows whose VALID is 0."""
     for start in range(0, len(slices), batch_size):
-        rows = [slices[i] for i in range(start, min(start + batch_size, len(slices)))]
-        valid = np.zeros(batch_size, np.float32)
-        valid[: len(rows)] = 1
-        rows += [rows[-1]] * (batch_size - len(rows))
-        yield {key: np.stack([row[key] for row in rows]) for key in rows[0]} | {VALID: valid}
+        numbers = np.arange(start, start + batch_size)
+        valid = (numbers < len(slices)).astype(np.float32)
+        yield slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid}

@@ -29,7 +29,7 @@ from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.logging import image_strip
 from covseg_jax.training.optim import make_adam
-from covseg_jax.training.parts import make_learning_rate
+from covseg_jax.training.parts import make_learning_rate, scale_rate
 
 
 def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None = None) -> GANParts:
@@ -66,7 +66,9 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
             'generator': make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
             # A short memory of gradients: the generator that D judges keeps moving.
             'discriminator': make_adam(
-                gan.discriminator_learning_rate, b1=0.9 if published else 0.5, epsilon=epsilon
+                scale_rate(gan.discriminator_learning_rate, gan),
+                b1=0.9 if published else 0.5,
+                epsilon=epsilon,
             ),
         },
         opacities=opacity_model(config),

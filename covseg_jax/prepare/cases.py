@@ -51,8 +51,26 @@ class Case:
         """(D, H, W) uint8 human (or phantom) mask, memory-mapped."""
         return _open(self.folder / 'lesion.npy')
 
+    def read_slice(self, name: str, z: int) -> np.ndarray:
+        """(H, W), slice z of 'image' or 'lungs' as it is stored: for feeds, which read single
+        slices of all cases in turn, and would parse a header and map a file for each."""
+        path = f'{self.folder}/{name}.npy'
+        if name not in self._layouts:
+            found = _open(path)
+            self._layouts[name] = (found.dtype, found.shape, found.offset, found.flags.c_contiguous)
+        dtype, shape, offset, is_in_rows = self._layouts[name]
+        if not is_in_rows:
+            return _open(path)[z]
+        count = shape[1] * shape[2]
+        start = offset + range(shape[0])[z] * count * dtype.itemsize
+        return np.fromfile(path, dtype, count, offset=start).reshape(shape[1:])
 
-def _open(path: pathlib.Path) -> np.ndarray:
+    @functools.cached_property
+    def _layouts(self) -> dict[str, tuple[np.dtype, tuple[int, ...], int, bool]]:
+        return {}
+
+
+def _open(path: str | pathlib.Path) -> np.ndarray:
     # One at a time: NumPy parses the header with ast, whose count of its depth threads share in
     # Python 3.11 (python/cpython#106905), and a thread of a feed then fails, rarely.
     with _OPENING:

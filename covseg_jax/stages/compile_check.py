@@ -6,6 +6,7 @@ the `estimated_cycles` in it. It runs in a process of its own (`run_check`), bec
 the process with it when it fails.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -13,7 +14,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -34,12 +35,13 @@ class Chip:
     flops_per_s: float  # in bfloat16
     bytes_per_s: float
     cycles_per_s: float  # of the clock that the compiler's cycles are of
+    link_bytes_per_s: float  # that it sends to others, over all its links
 
 
 CHIPS = {
-    'v4': Chip(16, 137.5e12, 614e9, 1.05e9),
-    'v5e': Chip(16, 197e12, 819e9, 1.5e9),
-    'v5p': Chip(95, 459e12, 2765e9, 1.75e9),
+    'v4': Chip(16, 137.5e12, 614e9, 1.05e9, 150e9),
+    'v5e': Chip(16, 197e12, 819e9, 1.5e9, 200e9),
+    'v5p': Chip(95, 459e12, 2765e9, 1.75e9, 600e9),
 }
 _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8}
@@ -48,12 +50,13 @@ _BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 
 def run_check(config: ml_collections.ConfigDict, topology: str) -> dict[str, dict[str, dict]]:
     """Compiles for a topology, such as 'v5e:2x4' or 'v4:2x2x1', every training step that the
     config's stages 'gan' and 'train' take, and what their trained networks are applied with. Batch
-    sizes are global ones, as in training.
+    sizes are global ones, as in training, or with compile_check.batch_per_device each device's.
 
     Returns:
       For each of the two stages that the config runs, and each of its programs by name (training
       steps by the losses that they minimise, then 'heal' or 'predict'), what `describe` gives, with
-      'fits', and the batch size; where it does not fit, 'largest_batch_size' that does (0: none).
+      'fits', the batch size and 'steps', how many of the training's steps it is; where it does not
+      fit, 'largest_batch_size' that does (0: none).
 
     Raises:
       InputError: no such chip or topology, no libtpu, or the compiler ended the process.
@@ -129,6 +132,7 @@ class Program:
     arguments: Callable[[int], tuple]
     batch_size: int  # the config's
     least: int  # the size that others are multiples of
+    steps: int = 0  # of the training
 
 
 def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -> dict[str, dict]:
@@ -144,16 +148,17 @@ def _check_stage(config: ml_collections.ConfigDict, topology: str, stage: str) -
                 'topology': topology,
                 'devices': len(devices),
                 'batch_size': program.batch_size,
+                'steps': program.steps,
                 'compute_dtype': (config.gan if stage == 'gan' else config.train).compute_dtype,
-                **_check_program(program, CHIPS[topology.split(':')[0]]),
+                **_check_program(program, CHIPS[topology.split(':')[0]], len(devices)),
             }
     return found
 
 
-def _check_program(program: Program, chip: Chip) -> dict:
+def _check_program(program: Program, chip: Chip, devices: int) -> dict:
     compiled = _compile(program, program.batch_size)
     if compiled is not None:
-        return {'fits': True, **describe(compiled, chip)}
+        return {'fits': True, **describe(compiled, chip, devices)}
     largest = _largest_that(
         lambda size: _compile(program, size) is not None, program.batch_size, program.least
     )
@@ -177,7 +182,7 @@ def list_programs(
         choose_segmentation_step,
         segmentation_batch_shapes,
     )
-    from covseg_jax.training import loop, sharding
+    from covseg_jax.training import sharding
 
     mesh, one = sharding.make_mesh(devices), sharding.make_mesh(devices[:1])
     grid = config.prepare.grid
@@ -205,10 +210,11 @@ def list_programs(
         arguments = (parts.abstract_state.ema, image, *apply_key)
         return sharding.abstract(arguments, sharding.replicated(one))
 
-    size = group.batch_size
-    steps = loop.distinct_steps(step_at, group.num_steps)
+    size = group.batch_size * (len(devices) if config.compile_check.batch_per_device else 1)
+    steps = collections.Counter(map(step_at, range(group.num_steps)))
     programs = {
-        name_step(step, *of_step(size)): Program(step, of_step, size, least) for step in steps
+        name_step(step, *of_step(size)): Program(step, of_step, size, least, count)
+        for step, count in steps.items()
     }
     return programs | {name: Program(apply, of_apply, apply_size, 1)}
 
@@ -243,13 +249,15 @@ def _largest_that(fits: Callable[[int], bool], too_large: int, step: int) -> int
     return low * step
 
 
-def describe(compiled: Any, chip: Chip) -> dict:
+def describe(compiled: Any, chip: Chip, devices: int) -> dict:
     """What the compiler says of one chip's share of a program.
 
     Returns:
       peak_gib and memory_gib of the chip; gflops; gbytes that it reads and writes; estimated
-      mcycles and ms; the floors arithmetic_ms and bytes_ms (what the chip's units need at least for
-      the FLOPs and the bytes), and ratio, the estimate over the larger of the two; collectives:
+      mcycles and ms; the floors arithmetic_ms, bytes_ms and links_ms (what the chip's units and
+      links need at least for the FLOPs, the bytes and the collectives), and ratio, the estimate
+      over the larger of the first two; ms, what a step is taken to last: the estimate, in which
+      collectives have no cycles, and links_ms, as if nothing were computed meanwhile; collectives:
       kind -> {count, bytes}.
     """
     costs = compiled.cost_analysis() or {}
@@ -258,6 +266,8 @@ def describe(compiled: Any, chip: Chip) -> dict:
     cycles = sum_estimated_cycles(text)
     arithmetic_ms, bytes_ms = 1e3 * flops / chip.flops_per_s, 1e3 * moved / chip.bytes_per_s
     ms = 1e3 * cycles / chip.cycles_per_s
+    collectives = count_collectives(text)
+    links_ms = 1e3 * sum_link_bytes(collectives, devices) / chip.link_bytes_per_s
     return {
         'peak_gib': round(compiled.memory_analysis().peak_memory_in_bytes / _GIB, 3),
         'memory_gib': chip.memory_gib,
@@ -268,8 +278,21 @@ def describe(compiled: Any, chip: Chip) -> dict:
         'arithmetic_ms': round(arithmetic_ms, 2),
         'bytes_ms': round(bytes_ms, 2),
         'ratio': round(ms / max(arithmetic_ms, bytes_ms, 1e-9), 2),
-        'collectives': count_collectives(text),
+        'links_ms': round(links_ms, 3),
+        'ms': round(ms + links_ms, 3),
+        'collectives': collectives,
     }
+
+
+def sum_link_bytes(collectives: Mapping[str, Mapping[str, int]], devices: int) -> float:
+    """The bytes that a device has to send for collectives of n: 2 (n - 1) / n of an all-reduce's
+    (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations,
+    2009), and half of that of another's result."""
+    share = (devices - 1) / devices
+    return sum(
+        each['bytes'] * share * (2 if kind == 'all-reduce' else 1)
+        for kind, each in collectives.items()
+    )
 
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}', re.MULTILINE | re.DOTALL)

@@ -78,22 +78,32 @@ def run_verify(config: Config, workdir: pathlib.Path, given: Request) -> None:
 
 
 def run_compile_check(config: Config, workdir: pathlib.Path, given: Request) -> None:
-    """Compiles what the config's stages run for a TPU topology, and writes compile_check.json."""
+    """Compiles what the config's stages run for TPU topologies, and writes compile_check.json."""
     del given
     from covseg_jax.stages.compile_check import run_check
+    from covseg_jax.stages.cost import estimate_costs
 
-    topology = config.compile_check.topology
-    found = run_check(config, topology)
-    workdir.mkdir(parents=True, exist_ok=True)
+    topologies = [name.strip() for name in config.compile_check.topology.split(',')]
+    price = config.compile_check.price_per_chip_hour
     path = workdir / 'compile_check.json'
-    atomic.write_text(path, json.dumps(found, indent=2))
-    rows = [
-        (stage, name, result['batch_size'], *_cost_cells(result))
-        for stage, programs in found.items()
-        for name, result in programs.items()
-    ]
-    print(f'compile_check: {topology}, costs of one chip')
-    show_table(rows, ('stage', 'program', 'batch', *_COSTS, 'collectives'))
+    programs = {}
+    for topology in topologies:
+        programs[topology] = run_check(config, topology)
+        costs = estimate_costs(programs, price)
+        workdir.mkdir(parents=True, exist_ok=True)
+        # after each: the next one's compiler may take an hour
+        atomic.write_text(path, json.dumps({'programs': programs, 'training': costs}, indent=2))
+        print(f'compile_check: {topology}, costs of one device')
+        rows = [
+            (stage, name, result['batch_size'], *_cost_cells(result))
+            for stage, results in programs[topology].items()
+            for name, result in results.items()
+        ]
+        show_table(rows, ('stage', 'program', 'batch', *_COSTS, 'collectives'))
+    print('compile_check: the training steps of the whole run')
+    columns = ['topology', 'stage', 'chips', 'hours', 'samples_per_s_per_chip', 'efficiency']
+    columns += ['price'] if price > 0 else []
+    show_table([[row.get(name) for name in columns] for row in costs], columns)
     print(f'compile_check: {path}')
 
 
@@ -101,6 +111,7 @@ _COSTS = {
     'GiB': '{peak_gib:.2f}', 'of': '{memory_gib:g}', 'GFLOP': '{gflops:.0f}',
     'GB': '{gbytes:.1f}', 'ms, estimated': '{estimated_ms:.1f}',
     'ms, arithmetic': '{arithmetic_ms:.1f}', 'ms, bytes': '{bytes_ms:.1f}',
+    'ms, links': '{links_ms:.2f}',
 }  # fmt: skip
 
 

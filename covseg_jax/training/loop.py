@@ -54,11 +54,6 @@ class Schedule:
         return cls(**{each.name: group[each.name] for each in dataclasses.fields(cls)} | changes)
 
 
-def distinct_steps(step_at: Callable[[int], Callable], num_steps: int) -> list[Callable]:
-    """The compiled steps that a run of `num_steps` takes, in the order of their first use."""
-    return list(dict.fromkeys(map(step_at, range(num_steps))))
-
-
 def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
     """Merges (sum, count) pairs of many steps into means; nothing counted gives NaN."""
     sums: dict[str, list[float]] = {}
@@ -72,14 +67,20 @@ def mean_metrics(collected: Sequence[Metrics]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block, Ctrl-C and SIGTERM only ask: the function it yields tells whether."""
+    """Within the block, Ctrl-C and SIGTERM only ask: the function it yields tells whether. On
+    several hosts they ask all of them, see `hosts.reached_stop`, and it never does."""
     asked = False
 
     def ask(signum: int, frame: Any) -> None:
         nonlocal asked
-        asked = True
+        if hosts.count() > 1:
+            hosts.ask_all_to_stop()
+        else:
+            asked = True
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    # On several hosts SIGTERM is JAX's: a handler of Python's would take its place.
+    chosen = (signal.SIGINT, signal.SIGTERM) if hosts.count() == 1 else (signal.SIGINT,)
+    before = {s: signal.signal(s, ask) for s in chosen}
     try:
         yield lambda: asked
     finally:
@@ -173,9 +174,7 @@ class _Records:
             self._log.write(step, {f'validation/{name}': value for name, value in values.items()})
             for name, picture in pictures.items():
                 self._log.write_image(step, f'pictures/{name}', picture)
-        # Hosts have to agree on it, and agreeing waits for the device.
-        asks = hosts.count() == 1 or _is_due(step, schedule.log_every)
-        stop = asks and hosts.is_any(stop_asked())
+        stop = stop_asked() or hosts.reached_stop(step)
         if is_new and (at_end or stop or _is_due(step, schedule.save_every)):
             self._save(step, state)
         if evaluates or stop:
@@ -271,6 +270,7 @@ def run(
         contextlib.closing(_Profiler(folder / 'profile', schedule.profile_steps)) as profiler,
         tqdm(total=end, initial=start, desc=name, unit='step', disable=None) as bar,
     ):
+        hosts.wait_for_all(f'{name} begins')
         for step in range(start, end + 1):
             with timer.measure('pause'):
                 state, stop = records.keep(step, state, evaluate, stop_asked)

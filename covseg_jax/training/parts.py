@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +49,19 @@ class Parts(abc.ABC):
         return self._placed[1]
 
 
+def scale_rate(rate: float, group: ml_collections.ConfigDict) -> float:
+    """A rate of a config's group for its batch size, where `learning_rate_batch_size` says that it
+    is of another: times the square root of their ratio.
+
+    That is the rule of adaptive optimizers, whose steps do not grow with the gradient: Malladi et
+    al., On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022, whose changes
+    of Adam's own settings are left out, as is common. SGD's, linear with a warm-up (Goyal et al.,
+    Accurate, large minibatch SGD, 2017), is too much for Adam.
+    """
+    of = group.learning_rate_batch_size
+    return rate * math.sqrt(group.batch_size / of) if of else rate
+
+
 def make_learning_rate(
     name: str, group: ml_collections.ConfigDict, ends: Sequence[int]
 ) -> optax.Schedule:
@@ -58,7 +72,7 @@ def make_learning_rate(
     """
     try:
         return restarting_schedule(
-            peak=group.learning_rate,
+            peak=scale_rate(group.learning_rate, group),
             schedule=group.schedule,
             warmup_steps=group.warmup_steps,
             ends=ends,

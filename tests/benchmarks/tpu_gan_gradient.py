@@ -44,7 +44,7 @@ def main() -> None:
         return jnp.square(judged[:, 1] - 1).mean()
 
     compiled = jax.jit(jax.grad(loss)).lower(params, d_params, volume, noise).compile()
-    print(json.dumps(compile_check.describe(compiled, compile_check.CHIPS['v5e'])))
+    print(json.dumps(compile_check.describe(compiled, compile_check.CHIPS['v5e'], 1)))
 
 
 if __name__ == '__main__':

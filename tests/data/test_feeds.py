@@ -70,6 +70,35 @@ def test_balanced_feed_is_half_high_half_low(slices):
         assert batch[feeds.IMAGE].dtype == np.float32
 
 
+def test_balanced_feed_reads_what_its_cases_hold(slices):
+    batches = feeds.balanced_feed(slices, batch_size=8, seed=0).start()
+    for _, batch in zip(range(3), batches, strict=False):
+        for row, number in enumerate(batch[feeds.CASE]):
+            folder, target = slices.cases[number].folder, slices.targets[number]
+            held = {
+                feeds.IMAGE: np.load(folder / 'image.npy'),
+                feeds.LUNGS: np.load(folder / 'lungs.npy'),
+                feeds.TARGET: np.zeros((16, 32, 32)) if target is None else target,
+            }
+            (z,) = np.flatnonzero(
+                (held[feeds.IMAGE] == batch[feeds.IMAGE][row, ..., 0]).all((1, 2))
+            )
+            for key, array in held.items():
+                np.testing.assert_array_equal(batch[key][row, ..., 0], array[z].astype(np.float32))
+            assert batch[feeds.HEALTHY][row] == (target is None)
+
+
+def test_slices_stored_column_by_column_are_read_as_those_in_rows(slices):
+    case = slices.cases[0]
+    whole = np.load(case.folder / 'image.npy')
+    np.save(case.folder / 'lungs.npy', np.asfortranarray(whole))
+    for z in (0, 7, -1):
+        for name in ('image', 'lungs'):
+            np.testing.assert_array_equal(case.read_slice(name, z), whole[z])
+    with pytest.raises(IndexError):
+        case.read_slice('image', 16)
+
+
 def test_balanced_feed_gives_two_hosts_the_rows_of_one_in_their_order(slices):
     one, *two = (
         feeds.balanced_feed(slices, batch_size=8, seed=3, host=host, num_hosts=num_hosts).start()

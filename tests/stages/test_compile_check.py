@@ -4,7 +4,7 @@ import pytest
 
 from configs import transunet
 from covseg_jax.errors import InputError
-from covseg_jax.stages import compile_check
+from covseg_jax.stages import compile_check, cost
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true
@@ -55,6 +55,54 @@ def test_collectives_are_counted_once_with_their_bytes():
     }
 
 
+def test_links_carry_twice_an_all_reduce_but_for_the_devices_own_share():
+    collectives = {
+        'all-reduce': {'count': 2, 'bytes': 800},
+        'all-gather': {'count': 1, 'bytes': 80},
+    }
+    assert compile_check.sum_link_bytes(collectives, 8) == 2 * 800 * 7 / 8 + 80 * 7 / 8
+    assert compile_check.sum_link_bytes(collectives, 1) == 0
+
+
+def program(topology, devices, *, steps, ms, batch_size, fits=True):
+    found = {'topology': topology, 'devices': devices, 'steps': steps, 'batch_size': batch_size}
+    return found | ({'fits': True, 'ms': ms} if fits else {'fits': False, 'largest_batch_size': 8})
+
+
+def test_training_costs_its_steps_and_more_chips_are_compared_with_the_first():
+    def train(*where, ms):
+        return {
+            'train': {
+                'contrastive': program(*where, steps=1000, ms=ms, batch_size=32),
+                'mse': program(*where, steps=9000, ms=3 * ms, batch_size=32),
+                'predict': program(*where, steps=0, ms=1e9, batch_size=32),
+            }
+        }
+
+    found = {
+        'v5e:1x1': train('v5e:1x1', 1, ms=10.0),
+        'v5e:2x4': train('v5e:2x4', 8, ms=2.0),
+        'v4:2x2x1': train('v4:2x2x1', 8, ms=2.0),  # two devices are a chip
+    }
+    one, eight, four = cost.estimate_costs(found, price_per_chip_hour=1.2)
+    # 1000 steps of 10 ms and 9000 of 30 are 280 s, in which 320,000 slices pass.
+    assert one['hours'] == pytest.approx(280 / 3600, abs=1e-4)
+    assert one['samples_per_s_per_chip'] == pytest.approx(320_000 / 280, abs=0.01)
+    assert one['price'] == pytest.approx(1.2 * 280 / 3600, abs=0.01)
+    # A fifth of the time on eight chips.
+    assert (one['efficiency'], eight['efficiency']) == (1, 5 / 8)
+    assert eight['price'] == pytest.approx(8 / 5 * 1.2 * 280 / 3600, abs=0.01)
+    assert (four['chips'], four['efficiency']) == (4, 1)
+
+
+def test_training_that_does_not_fit_has_no_costs():
+    found = {
+        'v5e:1x1': {'gan': {'a': program('v5e:1x1', 1, steps=9, ms=0, batch_size=8, fits=False)}}
+    }
+    (row,) = cost.estimate_costs(found, price_per_chip_hour=1.0)
+    assert row == {'topology': 'v5e:1x1', 'stage': 'gan', 'efficiency': None, 'price': None}
+
+
 def test_largest_batch_is_found_by_bisection():
     asked = []
 
@@ -95,6 +143,8 @@ def test_tiny_step_compiles_for_eight_chips():
     assert 0 < step['peak_gib'] < 1
     assert step['estimated_ms'] > 0
     assert step['collectives']['all-reduce']['count'] >= 1
+    assert step['steps'] == config.train.num_steps
+    assert step['ms'] == pytest.approx(step['estimated_ms'] + step['links_ms'], abs=0.02)
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
 from covseg_jax.training import optim
+from covseg_jax.training.parts import make_learning_rate
 
 
 def test_reduce_on_plateau_cuts_after_more_than_patience_bad_evaluations():
@@ -67,6 +69,17 @@ def test_restarting_schedule_rises_and_falls_in_each_round():
     assert [float(schedule(step)) for step in (0, 2, 10, 12)] == pytest.approx([0, 1, 0, 1])
     assert float(schedule(9)) < 0.1
     assert float(schedule(30)) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(('of', 'peak'), [(0, 1e-3), (32, 1e-3 * 8**0.5), (256, 1e-3)])
+def test_rate_of_another_batch_size_is_scaled_by_the_square_root(of, peak):
+    group = ml_collections.ConfigDict({
+        'learning_rate': 1e-3, 'learning_rate_batch_size': of, 'batch_size': 256,
+        'schedule': 'constant', 'warmup_steps': 10,
+    })  # fmt: skip
+    rate = make_learning_rate('train', group, [100])
+    assert float(rate(5)) == pytest.approx(peak / 2)
+    assert float(rate(50)) == pytest.approx(peak)
 
 
 def test_update_ema_forgets_its_start():
