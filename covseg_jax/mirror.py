@@ -1,8 +1,8 @@
 """Folders in buckets as folders on this host's disk, where all work is done.
 
 `bucket.fetch` brings what lies below a gs:// URL. `opened` mirrors a folder that this program
-writes: it brings what the bucket has, and `Mirror.push` takes there what changed since. A push is in the
-bucket as a whole or not at all, whenever it is cut off, though only single objects are:
+writes: it brings what the bucket has, and `Mirror.push` takes there what changed since. Whenever a
+push is cut off, it is in the bucket as a whole or not at all, though only single objects are:
 
 1. The list, `.covseg_jax_bucket.json`, names what is about to come, with sizes and checksums.
 2. New objects get their names; the contents of those that are replaced lie in
@@ -31,6 +31,7 @@ from covseg_jax.bucket import (
     Note,
     Stored,
     crc32c,
+    fetch,
     is_mirrored,
     run_all,
 )
@@ -138,7 +139,8 @@ class Mirror:
 
         # Manifests last: who looks into the bucket sees a stage as done when it is all there.
         jobs = sorted(notes.items(), key=lambda item: item[0].startswith('manifests/'))
-        return [name for (name, _), done in zip(jobs, run_all(upload, jobs, 'upload')) if done]
+        done = run_all(upload, jobs, 'upload')
+        return [name for (name, _), is_done in zip(jobs, done, strict=True) if is_done]
 
     def _commit(self, content: dict, together: bool) -> None:
         self._write_list(content)
@@ -195,8 +197,8 @@ class Mirror:
         if LIST not in self._stored:
             if self._stored:
                 raise InputError(
-                    f'{self.url}/{min(self._stored)}: is in the way, for this program began nothing '
-                    f'in this folder (it has no {LIST}); name another one'
+                    f'{self.url}/{min(self._stored)}: is in the way, for this program did not '
+                    f'begin this folder (it has no {LIST}); name another one'
                 )
             return {'files': {}}
         try:
@@ -230,6 +232,11 @@ def look(url: str, is_wanted: Callable[[str], bool]) -> None:
             chosen = {n: each for n, each in stored.items() if is_mirrored(n) and is_wanted(n)}
             local.fetch(bucket, {n: s for n, s in chosen.items() if not local.has(n, s.crc32c)})
             local.write_record(generation)
+
+
+def fetch_on_all(url: str) -> None:
+    """`bucket.fetch`, on every host; all call it."""
+    _as_one(lambda: fetch(url) and None, together=True)
 
 
 _workdir: Mirror | None = None
@@ -298,8 +305,8 @@ def share() -> None:
 
 
 def push_after(wait: Callable[[], None]) -> None:
-    """Takes to the bucket what changed in the work directory once `wait` returns, while this thread
-    goes on. Ends when `join` is called, which must be before the next."""
+    """Takes to the bucket what changed in the work directory, once `wait` returns, while this
+    thread goes on. `join` comes before the next."""
     global _pushing
     if _workdir is not None and hosts.is_first():
         mirror = _workdir

@@ -6,7 +6,6 @@ preconditions and CRC-32C, listings in pages, uploads in one request and in seve
 
 import base64
 import contextlib
-import email
 import itertools
 import json
 import re
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
 
+_OBJECT = re.compile(r'/storage/v1/b/([^/]+)/o(?:/([^/]+)(/rewriteTo/b/[^/]+/o/([^/]+))?)?')
 PAGE = 50  # objects of a listing's page, so that a run has several
 
 
@@ -54,7 +54,9 @@ class BucketServer:
         return made
 
     def names(self, bucket, prefix=''):
-        return {name.removeprefix(prefix) for name in self.buckets[bucket] if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix) for name in self.buckets[bucket] if name.startswith(prefix)
+        }
 
     @contextlib.contextmanager
     def serving(self):
@@ -77,7 +79,7 @@ class BucketServer:
         if status := self.refuse.get(method):
             raise Refused(status)
         path = parts.path.removeprefix('/download').removeprefix('/upload')
-        found = re.fullmatch(r'/storage/v1/b/([^/]+)/o(?:/([^/]+))?(/rewriteTo/b/[^/]+/o/([^/]+))?', path)
+        found = _OBJECT.fullmatch(path)
         if found is None:  # about the bucket itself: who may write objects may not ask
             raise Refused(403)
         bucket, name, _, target = (unquote(part) if part else part for part in found.groups())
@@ -104,7 +106,10 @@ class BucketServer:
                 return 204, {}, b''
             if query.get('alt') == 'media':
                 each = objects[name]
-                said = {'x-goog-hash': f'crc32c={each.crc32c}', 'x-goog-generation': each.generation}
+                said = {
+                    'x-goog-hash': f'crc32c={each.crc32c}',
+                    'x-goog-generation': each.generation,
+                }
                 return 200, said, each.content
             return 200, {}, _json(_describe(name, objects[name]))
 
@@ -128,11 +133,10 @@ class BucketServer:
             self._sessions[key] = {'name': name, 'content': b'', 'query': query}
             place = f'http://{headers["Host"]}/upload/storage/v1/b/{self._name_of(objects)}/o'
             return 200, {'Location': f'{place}?uploadType=resumable&upload_id={key}'}, b''
-        kind = f'Content-Type: {headers["Content-Type"]}\r\n\r\n'.encode()
-        described, content = email.message_from_bytes(kind + body).get_payload()
-        return self._store(
-            objects, json.loads(described.get_payload())['name'], _content(body, headers), query
-        )
+        boundary = re.search('boundary="?([^";]+)"?', headers['Content-Type'])[1].encode()
+        _, described, content, _ = body.split(b'--' + boundary)
+        name = json.loads(_part(described))['name']
+        return self._store(objects, name, _part(content), query)
 
     def _store(self, objects, name, content, query):
         if self.hold and re.search(self.hold, name):
@@ -147,10 +151,7 @@ class BucketServer:
         return next(name for name, each in self.buckets.items() if each is objects)
 
 
-def _content(body, headers):
-    """The second part of a multipart body, byte by byte."""
-    boundary = re.search(r'boundary="?([^";]+)"?', headers['Content-Type'])[1].encode()
-    part = body.split(b'--' + boundary)[2]
+def _part(part):
     return part.partition(b'\r\n\r\n')[2].removesuffix(b'\r\n')
 
 
