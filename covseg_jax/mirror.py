@@ -58,8 +58,9 @@ class Mirror:
 
     def _pull(self, before: int | None) -> None:
         self._read_list()
-        known = self.local.read_record() if before is not None else None
-        is_ahead = known == before and known != ABSENT if before is not None else False
+        is_start = before is not None
+        # Nobody changed the bucket since this host knew it.
+        is_ahead = is_start and self.local.read_record() == before != ABSENT
         wanted = {}
         for name, note in self._notes.items():
             found = self.local.describe(name)
@@ -69,8 +70,8 @@ class Mirror:
                 wanted[name] = self._stored[name]
             else:
                 self.local.forget([name])
-        if not is_ahead:  # others changed the bucket
-            own = self.local.names() if before is not None else self.local.known_names()
+        if not is_ahead:
+            own = self.local.names() if is_start else self.local.known_names()
             self.local.remove([name for name in own if name not in self._notes])
         self.local.fetch(self._bucket, wanted)
         self._write_record()
@@ -81,7 +82,12 @@ class Mirror:
         changed = self._find_changes()
         own = {name: _content(note) for name, note in changed.items()}
         plan = {'changed': own, 'removed': self.local.find_removed()}
-        plans = hosts.gather([plan], hosts.count()) if together else [plan]
+        plans = [plan]
+        if together and hosts.count() > 1:
+            # Host 0 alone knows what it pushed alone.
+            notes = self._notes if hosts.is_first() else None
+            plans = hosts.gather([plan | {'notes': notes}], hosts.count())
+            self._notes = plans[0]['notes']
         coming, owners, going = self._merge(plans)
         if coming or going:
             me, is_writer = hosts.index() if together else 0, hosts.is_first() or not together
@@ -144,11 +150,10 @@ class Mirror:
 
     def _commit(self, content: dict, together: bool) -> None:
         self._write_list(content)
+        self._notes = content['files']
         if together and hosts.count() > 1:
             self._stored = self._bucket.list()  # with what the others brought
         self._settle(content)
-        self._notes = content['files']
-        self._write_record()
 
     def end_push(self) -> int:
         """Takes back what a push had brought that was cut off before it was valid, and ends one
@@ -158,6 +163,7 @@ class Mirror:
         self._settle(content)
         if content.get('coming'):
             self._write_list({'files': content['files']})
+        self._notes = content['files']
         return before
 
     def _settle(self, content: dict) -> None:

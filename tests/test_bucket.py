@@ -1,6 +1,7 @@
 """Folders in buckets, against a bucket on loopback."""
 
 import contextlib
+import itertools
 import json
 import pathlib
 import subprocess
@@ -17,13 +18,14 @@ URL = 'gs://b/runs/one'
 
 
 class CutOff(BucketServer):
-    """Answers so many calls, and no more."""
+    """Refuses the calls of which `is_cut_off` tells that, by their numbers from 0."""
 
-    calls_left = 1_000_000
+    is_cut_off = staticmethod(lambda number: False)
+    number = -1
 
     def answer(self, *request):
-        self.calls_left -= 1
-        if self.calls_left < 0:
+        self.number += 1
+        if self.is_cut_off(self.number):
             raise Refused(403)
         return super().answer(*request)
 
@@ -89,7 +91,10 @@ def test_a_mirror_brings_and_takes_what_changed(server, elsewhere):
     assert {method for method, _ in server.calls[number:]} == {'GET'}
 
 
-def test_a_push_cut_off_before_any_call_is_there_as_a_whole_or_not_at_all(server, elsewhere):
+@pytest.mark.parametrize('is_for_good', [True, False])
+def test_a_push_cut_off_at_any_call_is_there_as_a_whole_or_not_at_all(
+    server, elsewhere, is_for_good
+):
     with mirror.opened(URL):
         write(OLD)
     before, number = dict(server.buckets['b']), len(server.calls)
@@ -100,15 +105,16 @@ def test_a_push_cut_off_before_any_call_is_there_as_a_whole_or_not_at_all(server
     for calls in range(len(server.calls) - number):
         server.buckets['b'] = dict(before)
         elsewhere()
-        server.calls_left = calls
+        server.number = -1
+        server.is_cut_off = calls.__le__ if is_for_good else calls.__eq__
         with contextlib.suppress(InputError), mirror.opened(URL):
             write(NEW | GONE)
-        server.calls_left = 1_000_000
+        server.is_cut_off = lambda number: False
         elsewhere()
         with mirror.opened(URL):
             found.append(read())
         assert found[-1] == in_bucket(server)  # the list names all that is there
-    changes = sum(one != other for one, other in zip(found, found[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(found))
     assert (found[0], found[-1], changes) == (OLD, NEW, 1)
 
 
@@ -175,12 +181,13 @@ def test_what_the_bucket_refuses_is_said_in_one_line(server):
             contextlib.ExitStack().enter_context(mirror.opened(url))
     with mirror.opened(URL):
         write(OLD)
-    for method, status in (('GET', 401), ('POST', 403)):
+    for method, status, line in (
+        ('GET', 401, r'one: no credentials .* run `gcloud auth'),
+        ('GET', 403, r'one: permission is missing \(403\).*objectUser\) on gs://b'),
+        ('POST', 403, r'bucket.json: permission is missing \(403\)'),
+    ):
         server.refuse = {method: status}
-        with (
-            pytest.raises(InputError, match=rf'permission is missing \({status}\).*objectUser'),
-            mirror.opened(URL),
-        ):
+        with pytest.raises(InputError, match=line), mirror.opened(URL):
             write({'log': 'more'})
 
 
