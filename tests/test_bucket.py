@@ -7,10 +7,14 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from covseg_jax import bucket, mirror
 from covseg_jax.errors import InputError
+from covseg_jax.training.checkpoint import Checkpoints
 from tests.bucket_server import BucketServer, Refused
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,7 +70,7 @@ def in_bucket(server):
     """The objects, without the list."""
     found = server.buckets['b']
     names = server.names('b', 'runs/one/') - {bucket.LIST}
-    return {name: found[f'runs/one/{name}'].content.decode() for name in names}
+    return {name: found[f'runs/one/{name}'].content.decode(errors='replace') for name in names}
 
 
 OLD = {'log': 'one', 'checkpoints/4/state': 'four', 'checkpoints/4/sum': '4', 'manifests/a': 'old'}
@@ -249,3 +253,38 @@ def test_a_large_file_goes_in_parts_and_one_that_grows_as_it_was(server):
     assert ('PUT', 'list') in server.calls
     files = json.loads(server.buckets['b'][f'runs/one/{bucket.LIST}'].content)['files']
     assert files['log'] == {'bytes': 8, 'crc32c': server.buckets['b']['runs/one/log'].crc32c}
+
+
+def test_checkpoints_and_their_log_go_on_elsewhere_from_the_last_whole_push(server, elsewhere):
+    def state(step):
+        return {'weights': jnp.arange(5.0) * step, 'step': jnp.int32(step)}
+
+    with mirror.opened(URL, is_workdir=True):
+        folder = bucket.local_path(URL)
+        checkpoints = Checkpoints(folder / 'checkpoints')
+        for step in (2, 4, 6):
+            write({'log': f'of step {step}'})
+            checkpoints.save(step, state(step), {'loss': step / 2})
+        checkpoints.close()
+        server.refuse = {'POST': 403}  # what comes after is lost with the host
+        checkpoints = Checkpoints(folder / 'checkpoints')
+        write({'log': 'of step 8'})
+        checkpoints.save(8, state(8), {})
+        with pytest.raises(InputError, match='permission is missing'):
+            checkpoints.close()
+        server.refuse = {}
+        lost = dict(server.buckets['b'])
+    whole = {name.split('/')[1] for name in in_bucket(server) if '/' in name}
+    assert whole == {'6', '8'}  # what was refused came at the end
+    server.buckets['b'] = lost
+    elsewhere()
+    with mirror.opened(URL, is_workdir=True):
+        folder = bucket.local_path(URL)
+        assert (folder / 'log').read_text() == 'of step 6'
+        checkpoints = Checkpoints(folder / 'checkpoints')
+        found = checkpoints.restore(jax.eval_shape(lambda: state(0)))
+        checkpoints.close()
+        assert (found.step, found.progress) == (6, {'loss': 3.0})
+        np.testing.assert_array_equal(found.state['weights'], state(6)['weights'])
+        kept = {path.name for path in (folder / 'checkpoints').iterdir()}
+    assert kept == {'4', '6'}
