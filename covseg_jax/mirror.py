@@ -155,6 +155,15 @@ class Mirror:
             self._stored = self._bucket.list()  # with what the others brought
         self._settle(content)
 
+    def push_rest(self) -> None:
+        """Takes what is left to the bucket where a run failed, maybe in a push, unless another run
+        has begun there."""
+        stored = self._bucket.find(LIST)
+        if (stored.generation if stored else ABSENT) != self._generation():
+            raise InputError(f'{self.url}: another run works there')
+        self.end_push()
+        self.push()
+
     def end_push(self) -> int:
         """Takes back what a push had brought that was cut off before it was valid, and ends one
         that was valid. Returns the generation of the list before that."""
@@ -276,8 +285,7 @@ def opened(url: str, *, is_workdir: bool = False) -> Iterator[None]:
                 try:
                     with contextlib.suppress(Exception):  # it is what ends the run
                         join()
-                    mirror.end_push()
-                    mirror.push()
+                    mirror.push_rest()
                 except (InputError, OSError) as error:
                     print(
                         f'note: {one_line(error)}; what is new is in {mirror.local.folder}',

@@ -195,6 +195,22 @@ def test_what_the_bucket_refuses_is_said_in_one_line(server):
             write({'log': 'more'})
 
 
+def test_a_run_that_another_host_took_over_changes_nothing_more(server, elsewhere, capsys):
+    with mirror.opened(URL):
+        write(OLD)
+    first = bucket.local_path(URL)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(InputError, match='another run works there'))
+        stack.enter_context(mirror.opened(URL, is_workdir=True))
+        elsewhere()
+        with mirror.opened(URL):
+            write(NEW)
+        (first / 'log').write_text('late')
+        mirror.push()
+    assert in_bucket(server) == OLD | NEW
+    assert capsys.readouterr().err.startswith('note: gs://b/runs/one: another run works there;')
+
+
 def test_two_runs_on_one_host_do_not_share_a_folder(server):
     with mirror.opened(URL):
         write(OLD)
