@@ -18,18 +18,31 @@ if __name__ == '__main__':
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from covseg_jax import atomic, hosts, manifest
+from covseg_jax import atomic, bucket, hosts, manifest, mirror
 from covseg_jax.environment import describe_environment
 from covseg_jax.errors import GO_ON, InputError, Stopped, one_line
 from covseg_jax.predict.default import DEFAULT
-from covseg_jax.stages import guide, initial_model, on_request, outcome, pipeline, settings
+from covseg_jax.stages import (
+    buckets,
+    guide,
+    initial_model,
+    on_request,
+    outcome,
+    pipeline,
+    settings,
+)
 from covseg_jax.stages.inputs import Config, Request
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'FILE[:VARIANT], such as configs/transunet.py:phantom'
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'folder of the run; default: runs/<config>-<variant>'
+    'workdir',
+    None,
+    'the folder of the run, or gs://BUCKET/FOLDER; default: runs/<config>-<variant>',
+)
+_CACHE = flags.DEFINE_string(
+    'bucket_cache', None, 'where this host keeps what is in buckets; default: in ~/.cache'
 )
 _STAGES = flags.DEFINE_string(
     'stages', None, "comma list of stages; default: the config's; without a config predict"
@@ -88,11 +101,14 @@ def run_stages(
         if not hosts.first_decides(begin, f'{name} begins'):
             print(f'{name}: done before with the same settings, skipped')
             continue
+        mirror.push()  # that it is begun, before anything that it replaces goes
         began = time.monotonic()
         done = pipeline.PIPELINE[name][0](config, workdir)
         seconds = time.monotonic() - began
+        mirror.share()
         finish = functools.partial(_finish, config, workdir, name, done.outputs, seconds)
         hosts.first_alone(finish, f'{name} is done')
+        mirror.push()
         print(f'{name}: done in {seconds:.0f} s')
         outcome.show_table(done.rows, done.head)
 
@@ -152,6 +168,7 @@ def _check_stages(text: str) -> list[str]:
 
 def _read_request() -> Request:
     given = {flag.name: flag.value for flag in _REQUEST}
+    given |= {name: buckets.local_paths(given[name]) for name in (*_PATHS, 'model')}
     paths = {name: pathlib.Path(given[name]) if given[name] else None for name in _PATHS}
     request = Request(**given | paths)
     if _CONFIG.value is not None or request.model:
@@ -168,6 +185,8 @@ def _run(arguments: list[str]) -> None:
     if len(arguments) > 1:
         meant = f' (did you mean --stages={arguments[1]}?)' if arguments[1] in guide.STAGES else ''
         raise InputError(f'{arguments[1]}: not a flag{meant}; flags begin with --, see --help')
+    if _CACHE.value:
+        bucket.use_cache(_CACHE.value)
     config, given = _CONFIG.value, _read_request()
     try:
         names = _check_stages(_STAGES.value or ('predict' if given.model else config.stages))
@@ -175,10 +194,12 @@ def _run(arguments: list[str]) -> None:
         raise InputError(f'--config: {_one_line(error)}') from error
     if given.model and names not in (['predict'], ['evaluate']):
         raise InputError('--model is for --stages=predict or --stages=evaluate alone')
+    place = ''
     if config is None:
         workdir, cache = pathlib.Path(), pathlib.Path.home() / '.cache' / 'covseg_jax'
     else:
-        workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}-{config.variant}')
+        place = _WORKDIR.value or f'runs/{config.name}-{config.variant}'
+        workdir = bucket.local_path(place)
         cache = workdir / 'compile_cache'
     # JAX reads it when a stage imports it: what was compiled once is there for the next run.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache.absolute()))
@@ -188,6 +209,8 @@ def _run(arguments: list[str]) -> None:
             os.environ['TQDM_DISABLE'] = '1'
             nowhere = stack.enter_context(open(os.devnull, 'w'))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+        flags_given = {flag.name: flag.value for flag in _REQUEST}
+        stack.enter_context(buckets.opened(config, place, names, flags_given))
         in_workdir = not given.model and any(name in pipeline.PIPELINE for name in names)
         if in_workdir:
             atomic.remove_leftovers(workdir)  # each host its own

@@ -34,12 +34,16 @@ def environment():
     return os.environ | {'XLA_FLAGS': COMPILED_QUICKLY, 'PYTHONPATH': str(ROOT)}
 
 
-def run(*flags, cwd=ROOT, timeout=900):
-    """`command(*flags)`, to its end."""
+def run(*flags, cwd=ROOT, timeout=900, variables=None, kill_at=None):
+    """`command(*flags)`, to its end, or until an event, at which it is killed."""
     with tempfile.TemporaryDirectory() as folder:
         files = [pathlib.Path(folder) / name for name in ('out', 'err')]
-        process = _SERVER.Process(target=_run_main, args=(list(map(str, flags)), cwd, files))
+        arguments = list(map(str, flags)), cwd, files, variables or {}
+        process = _SERVER.Process(target=_run_main, args=arguments)
         process.start()
+        if kill_at is not None:
+            kill_at.wait(timeout)
+            process.kill()
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -48,12 +52,12 @@ def run(*flags, cwd=ROOT, timeout=900):
     return subprocess.CompletedProcess(flags, process.exitcode, out, err)
 
 
-def _run_main(flags, cwd, files):
+def _run_main(flags, cwd, files, variables):
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         with file.open('w') as target:
             os.dup2(target.fileno(), stream.fileno())
     os.chdir(cwd)
-    os.environ |= environment()
+    os.environ |= environment() | variables
     os.environ.setdefault('GLIBC_TUNABLES', '')  # or `cpu.tune_process` would start it over
     for name, value in cpu.compiler_options().items():
         os.environ['XLA_FLAGS'] += f' --{name}={value}'

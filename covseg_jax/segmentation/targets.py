@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from covseg_jax import atomic, hosts
+from covseg_jax import atomic, hosts, mirror
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Case, Splits
 
@@ -113,4 +113,5 @@ def refine_targets(
         with atomic.new_file(path) as temporary:
             np.save(temporary, target.astype(np.float16))
     hosts.wait_for_all(f'{folder.name} is refined')
+    mirror.share()
     return lambda case: np.load(folder / f'{case.study_id}.npy', mmap_mode='r')

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable
 import ml_collections
 import numpy as np
 
-from covseg_jax import cpu, hosts
+from covseg_jax import bucket, cpu, hosts
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging import formats
@@ -61,7 +61,7 @@ def prepared_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
 
 def data_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:
     # Absolute: prepared cases note their files' paths, which must hold from another folder too.
-    return pathlib.Path(config.data.folder or workdir / 'studies').absolute()
+    return bucket.local_path(config.data.folder or workdir / 'studies').absolute()
 
 
 def pseudo_mask_folder(config: Config, workdir: pathlib.Path) -> pathlib.Path:

@@ -8,7 +8,7 @@ import pathlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
-from covseg_jax import atomic, hosts, manifest, written
+from covseg_jax import atomic, hosts, manifest, mirror, written
 from covseg_jax.errors import FileFault, InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
 from covseg_jax.imaging.studies import find_inputs, find_studies
@@ -244,6 +244,7 @@ def run_export(config: Config, workdir: pathlib.Path, given: Request) -> None:
     hosts.first_alone(
         lambda: write_export(folder, network, variables, contents), 'the export is written'
     )
+    mirror.share()
     size = sum(path.stat().st_size for path in folder.iterdir())
     show_table([('export', folder), ('step', step), ('MB', size / 1e6)])
 

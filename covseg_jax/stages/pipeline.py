@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from covseg_jax import atomic, hosts, written
+from covseg_jax import atomic, hosts, mirror, written
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
 from covseg_jax.imaging.studies import Study, find_studies
@@ -35,6 +35,7 @@ def run_prepare(config: Config, workdir: pathlib.Path) -> Outcome:
                 raise InputError(f'config.phantom: {error}') from error
 
         hosts.first_alone(make_phantoms, 'phantoms are made')
+        mirror.share()
     prepared = inputs.prepared_folder(config, workdir)
     studies = find_studies(folder, config.data.layout, inputs.tell_stray('prepare'))
     settings = PrepareSettings(**config.prepare)
@@ -72,6 +73,7 @@ def prepare_shared(
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
     is_good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
+    mirror.share()
     good = [study for study, kept in zip(studies, is_good, strict=True) if kept]
     if not good:
         raise InputError(f'{folder}: no study can be used; the faults are listed above')

@@ -19,9 +19,10 @@ import orbax.checkpoint as ocp
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
-from covseg_jax import hosts
+from covseg_jax import hosts, mirror
 from covseg_jax.errors import InputError
 from covseg_jax.training.flat import from_vectors, layout, to_vectors
+from covseg_jax.training.sharding import make_local_mesh, replicated
 
 _CHECKSUM, _LAYOUT = 'checksum', 'layout'  # beside a run's progress
 
@@ -41,22 +42,29 @@ class Checkpoints:
     temporary folder that is never taken for a checkpoint and goes when the folder is opened again.
     All hosts call the same methods. `save`, `wait` and `close` raise an InputError where the disk
     is full or cannot be written.
+
+    Where the work directory is in a bucket, each save goes there when it is whole. Of several
+    hosts, which then have a disk each, host 0 alone saves.
     """
 
     def __init__(self, folder: pathlib.Path):
         """Opens or makes `folder`."""
+        mirror.share()  # the checkpoints that host 0 has
         self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.LatestN(2),
                 cleanup_tmp_directories=True,
+                **_on_own_disk(),
             ),
         )
+        self._saved = self._manager.latest_step()
 
     def latest_step(self) -> int | None:
         """The newest checkpoint's step, or None."""
-        return self._manager.latest_step()
+        return self._saved
 
     def check_space(self, state: Any) -> None:
         """Raises an InputError where the disk cannot hold the checkpoints that a run keeps at a
@@ -77,12 +85,18 @@ class Checkpoints:
             return
         vectors = jax.jit(to_vectors, out_shardings=_sharding_of(state))(state)
         signs = {_CHECKSUM: int(_checksum(vectors)), _LAYOUT: _digest_layout(state)}
+        if mirror.is_apart():  # arrays of all hosts would be saved by all of them
+            vectors = jax.device_get(vectors)
         items = {
             'state': ocp.args.StandardSave(vectors),
             'progress': ocp.args.JsonSave(progress | signs),
         }
+        self._saved = step
         with self._explained():  # an error may be of the save before this one
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            mirror.join()
+            if hosts.is_first() or not mirror.is_apart():
+                self._manager.save(step, args=ocp.args.Composite(**items))
+                mirror.push_after(self._manager.wait_until_finished)
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that is whole, laid out as `abstract_state` says (shapes and
@@ -95,23 +109,26 @@ class Checkpoints:
         found, damaged = _restore_newest(self._manager, self._folder, abstract_state)
         for step in damaged:
             aside = self._folder.parent / 'damaged_checkpoints' / str(step)
-            if hosts.is_first():
+            if hosts.is_first() or mirror.is_apart():
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(exist_ok=True)
                 (self._folder / str(step)).rename(aside)
         if damaged:
             hosts.wait_for_all('damaged checkpoints are set aside')
             self._manager.reload()
+        self._saved = self._manager.latest_step()
         return found
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
+        """Returns once everything is on disk, and in the bucket."""
         with self._explained():
+            mirror.join()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
         with self._explained():
+            mirror.join()
             self._manager.close()
 
     @contextlib.contextmanager
@@ -140,8 +157,9 @@ def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[An
       InputError: there is no checkpoint, or none that fits the config.
     """
     found = None
+    mirror.share()
     if folder.is_dir():
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(read_only=True, **_on_own_disk())
         with contextlib.closing(
             ocp.CheckpointManager(folder.resolve(), options=options)
         ) as manager:
@@ -180,8 +198,11 @@ def _restore_newest(
 
 def _read(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> Restored:
     place = _sharding_of(abstract_state)
+    local = make_local_mesh() if mirror.is_apart() else None
     vectors = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=replicated(local) if local else place
+        ),
         jax.eval_shape(to_vectors, abstract_state),
     )
     items = {'state': ocp.args.StandardRestore(vectors), 'progress': ocp.args.JsonRestore()}
@@ -192,7 +213,19 @@ def _read(manager: ocp.CheckpointManager, step: int, abstract_state: Any) -> Res
     if progress.pop(_CHECKSUM) != int(_checksum(found['state'])):
         raise ValueError('its numbers are not those that were saved')
     restore = functools.partial(from_vectors, like=abstract_state)
-    return Restored(step, jax.jit(restore, out_shardings=place)(found['state']), progress)
+    state = jax.device_get(found['state']) if local else found['state']
+    return Restored(step, jax.jit(restore, out_shardings=place)(state), progress)
+
+
+def _on_own_disk() -> dict[str, Any]:
+    """Orbax's options where hosts have a disk each: each reads what it has, and waits for none."""
+    if not mirror.is_apart():
+        return {}
+    host = hosts.index()
+    own = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f'host_{host}'
+    )
+    return {'multiprocessing_options': own, 'create': False}
 
 
 def _sharding_of(state: Any) -> jax.sharding.Sharding | None:
