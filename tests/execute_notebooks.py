@@ -47,9 +47,26 @@ def execute(path: pathlib.Path, folder: pathlib.Path) -> nbformat.NotebookNode:
     )
     client.execute(env=env)
     notebook.metadata[MADE_FROM] = hash_code(notebook)
-    for cell in notebook.cells:  # when each ran is of no interest
-        cell.metadata.pop('execution', None)
+    tidy_outputs(notebook)
     return notebook
+
+
+def tidy_outputs(notebook: nbformat.NotebookNode) -> None:
+    """Joins what was printed in pieces; leaves out when a cell ran and where the checkout is."""
+    for cell in notebook.cells:
+        cell.metadata.pop('execution', None)
+        joined = []
+        for output in cell.get('outputs', ()):
+            name = output.get('name')
+            if name and joined and joined[-1].get('name') == name:
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        for output in joined:
+            if 'text' in output:
+                output.text = output.text.replace(f'{ROOT}/', '')
+        if cell.cell_type == 'code':
+            cell.outputs = joined
 
 
 def main() -> None:
