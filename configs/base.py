@@ -230,7 +230,7 @@ def _lungs() -> ml_collections.ConfigDict:
     lungs.num_phantoms = 60  # that it learns from
     lungs.num_validation = 5  # phantoms beside them
     lungs.widths = (16, 32, 64, 96)  # channels of its levels; models/unet.py
-    lungs.num_steps = 3000  # updates
+    lungs.num_steps = 4500  # updates
     lungs.batch_size = 8  # slices
     lungs.learning_rate = 3e-3  # at its highest
     lungs.learning_rate_batch_size = 0  # as train.learning_rate_batch_size
@@ -251,8 +251,8 @@ def _lungs() -> ml_collections.ConfigDict:
     opacities.core_share = 0.75
     opacities.core_hu = (-80.0, 80.0)
     opacities.clean_fraction = 0.25
-    # Of a share of the samples: lobes without air but in their airways, mostly the lower ones.
-    lungs.lobe_share = 0.25
+    lungs.lobe_share = 0.25  # of the samples, into which `lobes` are painted instead
+    # as opacities, but lobes without air except in their airways, mostly the lower ones.
     lungs.lobes = lobes = ml_collections.ConfigDict()
     lobes.target_hu = (0.0, 80.0)
     lobes.opacity = (0.9, 1.0)

@@ -89,7 +89,9 @@ def _said_elsewhere(path: str, comments: dict[str, str]) -> str:
         for names, says in attributes:
             if name in names.split(', '):
                 return ' '.join(says.split())
-    twin = f'{group.rpartition(".")[2]}.{name}'  # lungs.opacities is as opacities
+    # lungs.opacities is as opacities, and another group where its comment begins so.
+    said = re.match(r'as (\w+),', comments.get(group, ''))
+    twin = f'{said[1] if said else group.rpartition(".")[2]}.{name}'
     return f'as `{twin}`' if twin != path and twin in comments else ''
 
 
