@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the model that comes with the code, from phantoms alone: trains it in FOLDER, exports it, and
-# puts it into covseg_jax/default_model/.
+# Makes the model that comes with the code, from phantoms alone: two networks, whose outputs are
+# averaged, are trained in FOLDER/seed_0 and FOLDER/seed_1, each on phantoms of its own, exported, and
+# put into covseg_jax/default_model/.
 #   launch/make_model.sh [FOLDER] [flags]     default: runs/default_model
 # The seeds are fixed: the same flags give the same model. A run that was stopped goes on with the same
 # command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
@@ -20,8 +21,6 @@ folder="$(cd "$folder" && pwd)"
 # most on labelled slices of real scans. The stage synthesize only makes what validation looks at.
 recipe=(
   --config=configs/transunet.py:phantom
-  --config.seed=0
-  --config.phantom.seed=0
   --config.phantom.num_healthy=80
   --config.phantom.num_covid=24
   --config.phantom.num_masked=12
@@ -36,24 +35,28 @@ recipe=(
   --config.train.evaluate_every=1000
   "--config.export.licence=as this repository's; no patient's data went into it"
 )
-# Each flag once, and --config first: the program takes them in no other way.
-flags=()
-for flag in "${recipe[@]}"; do
+cd "$here/.."
+exports=()
+for seed in 0 1; do
+  # Each flag once, and --config first: the program takes them in no other way.
+  flags=()
+  for flag in "${recipe[@]}" "--config.seed=$seed" "--config.phantom.seed=$seed"; do
+    for argument in "$@"; do
+      if [[ "$argument" == "${flag%%=*}="* ]]; then
+        flag="$argument"
+      fi
+    done
+    flags+=("$flag")
+  done
   for argument in "$@"; do
-    if [[ "$argument" == "${flag%%=*}="* ]]; then
-      flag="$argument"
+    if [[ " ${flags[*]} " != *" $argument "* ]]; then
+      flags+=("$argument")
     fi
   done
-  flags+=("$flag")
+  run="$folder/seed_$seed"
+  flags+=(--workdir="$run")
+  "$here/local.sh" run "${flags[@]}" --stages=prepare,synthesize,train,evaluate
+  "$here/local.sh" run "${flags[@]}" --stages=export --output="$run/export"
+  exports+=("$run/export")
 done
-for argument in "$@"; do
-  if [[ " ${flags[*]} " != *" $argument "* ]]; then
-    flags+=("$argument")
-  fi
-done
-flags+=(--workdir="$folder")
-
-cd "$here/.."
-"$here/local.sh" run "${flags[@]}" --stages=prepare,synthesize,train,evaluate
-"$here/local.sh" run "${flags[@]}" --stages=export --output="$folder/export"
-"${VENV:-.venv}/bin/python" -m launch.pack_model "$folder/export" covseg_jax/default_model
+"${VENV:-.venv}/bin/python" -m launch.pack_model "${exports[@]}" covseg_jax/default_model

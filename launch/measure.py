@@ -25,6 +25,7 @@ from covseg_jax.evaluation.model_scores import Row, score_studies
 from covseg_jax.evaluation.model_table import Recipe
 from covseg_jax.imaging.studies import Study, find_inputs, find_studies
 from covseg_jax.phantom.studies import write_phantom_data_set
+from covseg_jax.predict import default
 from covseg_jax.predict.model import Model
 
 # No training and no choice of a setting saw phantoms of this seed.
@@ -34,7 +35,7 @@ NUM_PHANTOMS = 60
 # study of CT-4 among 60.
 SEVERE_SHARES = (0.15, 0.05, 0.02)
 TABLE, SCORES = 'table.md', 'scores.csv'
-_RUN_CONFIG = 'transunet/config.json'
+_RUN_CONFIG, _SUMS = 'transunet/config.json', 'SHA256SUMS'
 
 
 def make_phantoms(folder: pathlib.Path, num: int, **grid: Any) -> dict[str, tuple[Study, ...]]:
@@ -91,7 +92,7 @@ def load_model(path: pathlib.Path) -> Model:
 
     made_with = path / _RUN_CONFIG
     if not made_with.is_file():
-        return export.load(path)
+        return export.load(default.DEFAULT if path == default.FOLDER else path)
     manifest.refuse_other_settings(path, 'train', {}, '')  # by its names alone, for now
     # What an older run's config lacks is as it is today.
     config = transunet.get_config().unlock()
@@ -109,19 +110,24 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
+def _find_model(name: str) -> str:
+    return str(default.FOLDER) if name == default.DEFAULT else os.path.abspath(name)
+
+
 def name_models(arguments: Sequence[str]) -> dict[str, dict[str, pathlib.Path]]:
     """Row of the table → run → its folder. Names are paths without what all have in common.
 
     Raises:
       InputError: a model is named twice, or is neither a run nor an export.
     """
-    recipes = [[os.path.abspath(each) for each in text.split(',')] for text in arguments]
+    recipes = [[_find_model(each) for each in text.split(',')] for text in arguments]
     paths = [path for recipe in recipes for path in recipe]
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f'{path}: is named twice; name each model once')
         folder = pathlib.Path(path)
-        if not any((folder / name).is_file() for name in (_RUN_CONFIG, 'SHA256SUMS')):
+        is_default = folder == default.FOLDER
+        if not (is_default or any((folder / name).is_file() for name in (_RUN_CONFIG, _SUMS))):
             raise InputError(
                 f'{path}: neither a work directory with a trained network (no {_RUN_CONFIG} in it) '
                 'nor an export; --stages=export makes one'

@@ -260,19 +260,22 @@ def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp
 
 
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
-    flags = '--config.train.num_steps=9', '--config.seed=7', '--config=configs/transunet.py:tiny'
-    run, export, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
-    # Each once, --config before its fields.
-    *given, stages = run
-    assert stages == '--stages=prepare,synthesize,train,evaluate'
-    assert given[:4] == ['run', flags[2], flags[1], '--config.phantom.seed=0']
-    assert flags[0] in given
-    assert given[-1] == f'--workdir={tmp_path}/made'
-    names = [flag.split('=')[0] for flag in given]
-    assert len(set(names)) == len(names)
-    assert export == [*given, '--stages=export', f'--output={tmp_path}/made/export']
-    assert pack == ['-m', 'launch.pack_model', f'{tmp_path}/made/export',
-                    'covseg_jax/default_model']  # fmt: skip
+    flags = '--config.train.num_steps=9', '--config=configs/transunet.py:tiny'
+    *runs, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
+    assert len(runs) == 4
+    folders = [f'{tmp_path}/made/seed_{seed}' for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        (*given, stages), export = runs[2 * seed : 2 * seed + 2]
+        assert stages == '--stages=prepare,synthesize,train,evaluate'
+        # Each once, --config before its fields.
+        assert given[:2] == ['run', flags[1]]
+        assert {flags[0], f'--config.seed={seed}', f'--config.phantom.seed={seed}'} < set(given)
+        assert given[-1] == f'--workdir={folder}'
+        names = [flag.split('=')[0] for flag in given]
+        assert len(set(names)) == len(names)
+        assert export == [*given, '--stages=export', f'--output={folder}/export']
+    exports = [f'{folder}/export' for folder in folders]
+    assert pack == ['-m', 'launch.pack_model', *exports, 'covseg_jax/default_model']
 
 
 SCRIPTS = (

@@ -5,6 +5,8 @@ import pathlib
 
 DEFAULT = 'default'  # its name, in place of an export's folder
 FOLDER = pathlib.Path(__file__).parents[1] / 'default_model'
+# Its networks, each an export: of one recipe and several seeds, averaged.
+MEMBERS = tuple(sorted(path.parent for path in FOLDER.glob('*/model.json')))
 CARD = 'MODEL_CARD.md'
 INTENDED_USE = (
     'Research only. Not a medical device: not for diagnosis, nor for decisions about patients.'

@@ -20,8 +20,8 @@ Nothing in it is a pickle or code: the functions are StableHLO. JAX reads a func
 a year after the version that wrote it. Where it refuses one, or there is none for this platform,
 the network is built from its fields and weights, as the training code builds it.
 
-The model that comes with the program (`write_compact`) has no functions, its kernels in float16,
-and a MODEL_CARD.md.
+The networks that come with the program (`write_compact`) have no functions, and their kernels in
+float16.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -49,8 +49,7 @@ from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
 from covseg_jax.models.convolution import tracing_for
-from covseg_jax.predict.default import CARD, DEFAULT, INTENDED_USE
-from covseg_jax.predict.default import FOLDER as DEFAULT_FOLDER
+from covseg_jax.predict.default import DEFAULT, INTENDED_USE, MEMBERS
 from covseg_jax.predict.model import Model, Origin, average_models
 from covseg_jax.prepare import lung_network
 from covseg_jax.prepare.prepare_studies import PrepareSettings
@@ -144,14 +143,13 @@ def _write_description_and_sums(folder: pathlib.Path, description: Mapping[str, 
 
 def write_compact(folder: pathlib.Path, source: pathlib.Path) -> None:
     """Writes an export in the form in which a model comes with the program: without functions,
-    kernels in float16, and without the lung network where it is the program's own. A model card
-    that lies in the folder stays; it has no checksum, for people write in it.
+    kernels in float16, and without the lung network where it is the program's own.
 
     Raises:
       InputError: the source is no export or does not say of what network, or the folder holds
         something else.
     """
-    refuse_other_contents(folder, but=(CARD,))
+    refuse_other_contents(folder)
     sums, description = _check_sums(source), _read_description(source / 'model.json')
     tensors = {name: _shrink(each) for name, each in _read_tensors(source).items()}
     # Version 4's; an earlier one does not say its dtype.
@@ -164,8 +162,6 @@ def write_compact(folder: pathlib.Path, source: pathlib.Path) -> None:
         if own:
             (temporary / own).write_bytes((source / own).read_bytes())
         _write_description_and_sums(temporary, description)
-        if (folder / CARD).exists():
-            (temporary / CARD).write_bytes((folder / CARD).read_bytes())
 
 
 def _shrink(tensor: np.ndarray) -> np.ndarray:
@@ -203,9 +199,9 @@ def _write_onnx(
         )
 
 
-def refuse_other_contents(folder: pathlib.Path, but: Collection[str] = ()) -> None:
+def refuse_other_contents(folder: pathlib.Path) -> None:
     """To be called before the folder is replaced: it must be empty or new, or an export whose files
-    all have their checksums, `but` those of some names.
+    all have their checksums.
 
     Raises:
       InputError: it holds a file that was not exported, or that was changed since.
@@ -213,7 +209,6 @@ def refuse_other_contents(folder: pathlib.Path, but: Collection[str] = ()) -> No
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise InputError(f'{folder}: is not a folder; name one that is new')
     files = sorted(folder.iterdir()) if folder.exists() else []
-    files = [path for path in files if path.name not in but]
     sums = {}
     with contextlib.suppress(FileFault, OSError):
         _read_description(folder / 'model.json')  # folders of other programs have checksums too
@@ -228,18 +223,22 @@ def refuse_other_contents(folder: pathlib.Path, but: Collection[str] = ()) -> No
 
 
 def load(path: str | os.PathLike = DEFAULT, *others: str | os.PathLike) -> Model:
-    """Loads an export, or several whose probabilities are averaged. 'default' is the one that comes
-    with the program.
+    """Loads an export, or several whose probabilities are averaged. 'default' is the model that
+    comes with the program, which may be several itself.
 
     Raises:
       InputError: a folder is no export, is damaged, was written by a newer version, can neither be
         read by this JAX nor built again, or the exports see studies in different ways.
     """
-    return average_models([_load_one(each) for each in (path, *others)])
+    named = [
+        (each, folder)
+        for each in (path, *others)
+        for folder in (MEMBERS if each == DEFAULT else (pathlib.Path(each),))
+    ]
+    return average_models([_load_one(folder, str(name)) for name, folder in named])
 
 
-def _load_one(named: str | os.PathLike) -> Model:
-    folder = DEFAULT_FOLDER if named == DEFAULT else pathlib.Path(named)
+def _load_one(folder: pathlib.Path, name: str) -> Model:
     atomic.recover(folder)
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
@@ -264,7 +263,7 @@ def _load_one(named: str | os.PathLike) -> Model:
         description=description,
         origins=(
             Origin(
-                str(named),
+                name,
                 description.get('network', {}).get('name', ''),
                 volumes,
                 description.get('config'),

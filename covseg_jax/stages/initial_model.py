@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from covseg_jax import hosts
 from covseg_jax.errors import InputError
-from covseg_jax.predict.default import DEFAULT, FOLDER
+from covseg_jax.predict.default import DEFAULT, MEMBERS
 from covseg_jax.stages.inputs import Config
 
 NONE = 'none'
@@ -44,7 +44,8 @@ def read_initial_model(config: Config) -> InitialModel | None:
     name = config.train.init
     if not name:
         return None
-    folder = FOLDER if name == DEFAULT else pathlib.Path(name)
+    # A training goes on from one network: of the model of several from its first.
+    folder = MEMBERS[0] if name == DEFAULT else pathlib.Path(name)
     try:
         description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
         lines = (folder / 'SHA256SUMS').read_text(encoding='utf-8').splitlines()

@@ -9,7 +9,7 @@ import covseg_jax
 from covseg_jax.imaging import nifti
 from covseg_jax.imaging.geometry import to_canonical
 from covseg_jax.phantom.studies import make_phantom
-from covseg_jax.predict.default import CARD, FOLDER
+from covseg_jax.predict.default import CARD, FOLDER, MEMBERS
 
 # Small phantoms, quick to draw, of seeds on which nothing was chosen, and the Dice of their masks.
 # On another CPU they differ in rounding, which may drop or keep one small lesion.
@@ -18,11 +18,13 @@ SEEDS, DICE = (700, 701, 702), (0.769, 0.853, 0.741)
 
 
 def test_shipped_model_has_its_checksums():
-    lines = (FOLDER / 'SHA256SUMS').read_text().splitlines()
-    noted = {name: noted for noted, name in (line.split('  ') for line in lines)}
-    found = {name: hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() for name in noted}
-    assert found == noted
-    assert {path.name for path in FOLDER.iterdir()} == {*noted, 'SHA256SUMS', CARD}
+    assert {path.name for path in FOLDER.iterdir()} == {*(each.name for each in MEMBERS), CARD}
+    for folder in MEMBERS:
+        lines = (folder / 'SHA256SUMS').read_text().splitlines()
+        noted = {name: noted for noted, name in (line.split('  ') for line in lines)}
+        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in noted}
+        assert found == noted
+        assert {path.name for path in folder.iterdir()} == {*noted, 'SHA256SUMS'}
 
 
 def test_shipped_model_marks_phantoms_as_well_as_it_did(tmp_path):
