@@ -21,8 +21,8 @@ $common_flags
                      as run_tpu_vm.sh takes them
   --failures=N       give up after as many runs in a row that fail on a VM that is there; default $failures
   --wait=SECONDS     before all zones are asked again where none has a VM; default $wait
-  --keep             leave the VM in the end; so it is, too, where --workdir is not on the --share,
-                     for the results would go with it
+  --keep             leave the VM in the end; so it is, too, where --workdir is neither on the
+                     --share nor in a bucket, for the results would go with it
 END
 }
 
@@ -45,7 +45,7 @@ take_flag() {
 take_flags "$@"
 run+=(-- "${program_flags[@]}")
 IFS=, read -r -a zones <<<"$zone"
-if [ -z "$share" ] || [[ "$workdir" != /mnt/covseg/* ]]; then
+if [[ "$workdir" != gs://* ]] && { [ -z "$share" ] || [[ "$workdir" != /mnt/covseg/* ]]; }; then
   keep=true
 fi
 

@@ -178,6 +178,12 @@ def test_retry_leaves_the_vm_where_the_results_are_on_it(cloud):
     assert deeds(cloud) == [*MADE, 'run a']
 
 
+def test_retry_deletes_the_vm_where_the_results_are_in_a_bucket(cloud):
+    (cloud / 'plan').write_text('done\n')
+    assert retry(cloud, '--workdir=gs://mine/run').returncode == 0
+    assert deeds(cloud) == [*MADE, 'run a', 'delete a']
+
+
 def test_a_vm_of_somebody_else_is_never_deleted(cloud):
     (cloud / 'a.request').write_text('SUSPENDED\n')
     (cloud / 'a.label').write_text('team: other\n')

@@ -258,3 +258,25 @@ def test_segmentation_step_on_eight_devices_equals_one(config):
         history_one[0]['batch_stats'],
         history_eight[0]['batch_stats'],
     )
+
+
+@pytest.mark.slow
+def test_fifty_steps_on_eight_devices_equal_those_on_one():
+    """With augmentation, and with statistics of the whole batch, of which a device has a row."""
+    config = transunet.get_config('tiny').unlock()
+    config.train.num_steps = 50
+    config.network.name = 'unet'
+    batch = slice_batch() | {feeds.HEALTHY: np.zeros(8, np.float32)}
+
+    def losses_on(num_devices):
+        mesh = mesh_of(num_devices)
+        parts = build_segmentation(config, mesh)
+        step_at, state = choose_segmentation_step(config, parts), parts.make_state()
+        rows = sharding.shard_batch(batch, mesh)
+        for number in range(50):
+            state, metrics = step_at(number)(state, rows)
+            yield float(metrics['loss/total'][0])
+
+    one, eight = list(losses_on(1)), list(losses_on(8))
+    assert one[-1] < 0.5 * one[0]
+    np.testing.assert_allclose(eight, one, rtol=1e-4)
