@@ -112,7 +112,9 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
         from covseg_jax.predict.export import load
         from covseg_jax.predict.self_training import predict_pseudo_masks
 
-        model, least = initial_model.load(config, load), settings.min_component_ml
+        # All networks of a model of several teach, where a training goes on from the first.
+        model = initial_model.load(config, lambda _: load(config.train.init))
+        least = settings.min_component_ml
         facts = {'initial_model': initial_model.read_initial_model(config).describe()}
         summary = predict_pseudo_masks(model, calibration, covid, folder, least, facts, new_file)
     else:
