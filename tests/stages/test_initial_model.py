@@ -13,7 +13,7 @@ from covseg_jax import manifest
 from covseg_jax.errors import InputError
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import export
-from covseg_jax.predict.default import FOLDER
+from covseg_jax.predict.default import MEMBERS
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.volumes import predict_volumes
 from covseg_jax.stages import initial_model, settings
@@ -113,7 +113,7 @@ def test_phantom_variant_has_the_default_models_sizes():
     config = transunet.get_config('phantom').unlock()
     config.train.init = 'default'
     initial_model.refuse_misfit(config)
-    sums = (FOLDER / 'SHA256SUMS').read_text()
+    sums = (MEMBERS[0] / 'SHA256SUMS').read_text()
     assert initial_model.read_initial_model(config).weights_sha256 in sums
 
 
