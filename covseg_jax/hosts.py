@@ -1,8 +1,8 @@
 """Runs over several hosts, all with the same command; on one host nothing of this does anything.
 
-All hosts see the same work directory, or `mirror.share` gives each what the others wrote. Each takes
-its share of the studies, and what each found is gathered; only host 0 writes the files of the whole
-run.
+All hosts see the same work directory, or `mirror.share` gives each what the others wrote. Each
+takes its share of the studies, and what each found is gathered; only host 0 writes the files of the
+whole run.
 """
 
 import importlib.util
