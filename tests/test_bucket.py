@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covseg_jax import bucket, mirror
+from covseg_jax import bucket, hosts, mirror
 from covseg_jax.errors import InputError
+from covseg_jax.stages import buckets
 from covseg_jax.training.checkpoint import Checkpoints
 from tests.bucket_server import BucketServer, Refused
 
@@ -209,6 +210,15 @@ def test_a_run_that_another_host_took_over_changes_nothing_more(server, elsewher
         mirror.push()
     assert in_bucket(server) == OLD | NEW
     assert capsys.readouterr().err.startswith('note: gs://b/runs/one: another run works there;')
+
+
+def test_several_hosts_are_told_to_share_a_disk(monkeypatch):
+    monkeypatch.setattr(hosts, '_num_hosts', 2)
+    no_flags = dict.fromkeys(('input', 'output', 'reference', 'model'))
+    for workdir, output in ((URL, None), ('runs/one', URL)):
+        given = no_flags | {'output': output}
+        with pytest.raises(InputError, match='several hosts write into a folder on a disk'):
+            contextlib.ExitStack().enter_context(buckets.opened(None, workdir, ['train'], given))
 
 
 def test_two_runs_on_one_host_do_not_share_a_folder(server):
