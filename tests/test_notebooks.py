@@ -48,4 +48,4 @@ def test_notebook_is_kept_as_it_ran_and_small(path):
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert len(NOTEBOOKS) == 5
