@@ -69,3 +69,10 @@ def sha256(path: pathlib.Path) -> str:
     """The checksum of a file, in hexadecimal digits."""
     with path.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def read_sums(path: pathlib.Path) -> dict[str, str]:
+    """Name -> checksum in a file as `sha256sum` writes it; other lines are passed over."""
+    text = path.read_text(encoding='utf-8', errors='replace')
+    lines = [line.split('  ', 1) for line in text.splitlines()]
+    return {name: each for each, name in (line for line in lines if len(line) == 2)}

@@ -264,26 +264,28 @@ def _outside_box(lungs: jax.Array, margins: jax.Array) -> jax.Array:
     at = jnp.arange(lungs.shape[1])
     outside = jnp.zeros(lungs.shape, bool)
     for axis, (before, after) in ((2, margins[:, :2].T), (1, margins[:, 2:].T)):
-        seen = lungs.max(axis) > 0.5
-        first = jnp.where(seen, at, len(at)).min(1)
-        last = jnp.where(seen, at, -1).max(1)
+        first, last = _ends(lungs, axis)
         length = last - first
         is_out = (at < (first - before * length)[:, None]) | (at > (last + after * length)[:, None])
-        is_out &= seen.any(1)[:, None]
+        is_out &= (last >= 0)[:, None]
         outside |= jnp.expand_dims(is_out, axis)
     return outside
+
+
+def _ends(lungs: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The first and the last row, or column, with lung, (B,) each, without the given axis; the side
+    and -1 where there is none."""
+    seen, at = lungs.max(axis) > 0.5, jnp.arange(lungs.shape[1])
+    return jnp.where(seen, at, len(at)).min(1), jnp.where(seen, at, -1).max(1)
 
 
 def _frame(lungs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Middle (B, 2), row and column, and longer side (B,) of the lungs' boxes, in pixels; those of
     the whole slice where there is no lung."""
     side = lungs.shape[1]
-    at = jnp.arange(side)
     ends = []
     for axis in (2, 1):
-        seen = lungs.max(axis) > 0
-        first = jnp.where(seen, at, side).min(1)
-        last = jnp.where(seen, at, -1).max(1)
+        first, last = _ends(lungs, axis)
         ends.append((jnp.where(last < 0, 0, first), jnp.where(last < 0, side - 1, last)))
     middle = jnp.stack([(first + last) / 2 for first, last in ends], axis=1)
     longer = jnp.maximum(*(last - first for first, last in ends))

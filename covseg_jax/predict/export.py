@@ -44,7 +44,7 @@ from flax.errors import FlaxError
 from jax import export
 
 from covseg_jax import atomic, cpu, hosts
-from covseg_jax.checksums import sha256
+from covseg_jax.checksums import read_sums, sha256
 from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.manifest import fingerprint
@@ -212,7 +212,7 @@ def refuse_other_contents(folder: pathlib.Path) -> None:
     sums = {}
     with contextlib.suppress(FileFault, OSError):
         _read_description(folder / 'model.json')  # folders of other programs have checksums too
-        sums = _read_sums(folder / _SUMS)
+        sums = read_sums(folder / _SUMS)
     for path in files:
         is_ours = path.name in _NAMES and path.is_file() and not path.is_symlink() and bool(sums)
         if not is_ours or (path.name != _SUMS and sums.get(path.name) != sha256(path)):
@@ -369,7 +369,7 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
     path = folder / _SUMS
     if not path.is_file():
         raise InputError(f'{folder}: not an export (no {_SUMS} in it); --stages=export writes one')
-    sums = _read_sums(path)
+    sums = read_sums(path)
     for name in ('model.json', 'weights.safetensors'):
         if name not in sums:
             raise FileFault(path, f'says nothing of {name}', _EXPORT_AGAIN)
@@ -380,12 +380,6 @@ def _check_sums(folder: pathlib.Path) -> dict[str, str]:
         if sha256(file) != expected:
             raise FileFault(file, f'is not the file that was exported (see {_SUMS})', _EXPORT_AGAIN)
     return sums
-
-
-def _read_sums(path: pathlib.Path) -> dict[str, str]:
-    text = path.read_text(encoding='utf-8', errors='replace')
-    lines = [line.split('  ', 1) for line in text.splitlines()]
-    return {name: each for each, name in (line for line in lines if len(line) == 2)}
 
 
 def _read_description(path: pathlib.Path) -> dict:

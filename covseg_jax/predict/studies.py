@@ -206,10 +206,7 @@ def predict_studies(
             bar.update()
     all_rows = hosts.gather([rows[study.study_id] for study in own], len(studies))
     if hosts.is_first():
-        with written.new_file(results) as temporary, temporary.open('w', newline='') as file:
-            writer = csv.DictWriter(file, COLUMNS, restval='')
-            writer.writeheader()
-            writer.writerows(all_rows)
+        _write_table(results, all_rows)
         if wanted.report:
             _write_pages(output, all_rows)
     return all_rows, [str(row['status']) for row in all_rows if row['status'] != 'ok']
@@ -301,6 +298,13 @@ def _finish(
     write_record(_file_of(study.study_id, 'record', folder), study, case, row, what.run)
     what.journal.append(study, row, what.wanted.files(study.study_id, folder))
     return row
+
+
+def _write_table(path: pathlib.Path, rows: Sequence[Row]) -> None:
+    with written.new_file(path) as temporary, temporary.open('w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS, restval='')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _write_pages(output: pathlib.Path, rows: Sequence[Row]) -> None:

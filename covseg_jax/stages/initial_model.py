@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from covseg_jax import hosts
+from covseg_jax.checksums import read_sums
 from covseg_jax.errors import InputError
 from covseg_jax.predict.default import DEFAULT, MEMBERS
 from covseg_jax.stages.inputs import Config
@@ -48,8 +49,7 @@ def read_initial_model(config: Config) -> InitialModel | None:
     folder = MEMBERS[0] if name == DEFAULT else pathlib.Path(name)
     try:
         description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
-        lines = (folder / 'SHA256SUMS').read_text(encoding='utf-8').splitlines()
-        sums = {file: each for each, file in (line.split('  ', 1) for line in lines)}
+        sums = read_sums(folder / 'SHA256SUMS')
         _network_fields(description['network'])
         return InitialModel(folder, description, sums['weights.safetensors'])
     except (OSError, ValueError, KeyError, TypeError) as error:
