@@ -1,12 +1,15 @@
 """Tests run on the CPU, on eight simulated devices, whatever the machine has."""
 
+import fcntl
 import json
 import os
 import pathlib
+import shutil
 import time
+import types
 import zlib
 
-from tests.program import COMPILED_QUICKLY
+from tests.program import COMPILED_QUICKLY, run
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
@@ -44,7 +47,13 @@ def pytest_configure() -> None:
 # They take minutes, and begin first: all would wait for one that begins last.
 LONG = (
     'test_main.py',
+    'test_quality.py',
+    'test_bucket_run.py',
     'test_configs.py',
+    'test_commands.py',
+    'test_interrupts.py',
+    'test_notebooks.py',
+    'test_steps.py',
     'test_export.py',
     'test_lanes.py',
     'test_import_weights.py',
@@ -63,6 +72,35 @@ def shared_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f'no folder {folder}')
     return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+    """A work directory in which every stage of the tiny variant has run, and what the program said.
+
+    It is made once for all processes that test; test_main.py alone uses it, the others copies.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        shared = shared.parent
+    workdir, said = shared / 'tiny', shared / 'tiny.json'
+    with (shared / 'tiny.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
+            if done.returncode == 0:
+                shutil.copytree(workdir, shared / 'tiny_copy')
+            said.write_text(json.dumps(vars(done)))
+    done = types.SimpleNamespace(**json.loads(said.read_text()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done
+
+
+@pytest.fixture(scope='module')
+def own_tiny_run(tiny_run, tmp_path_factory):
+    """The same work directory, of a module's own."""
+    copy = tiny_run[0].with_name('tiny_copy')
+    return shutil.copytree(copy, tmp_path_factory.mktemp('run') / 'tiny')
 
 
 @pytest.fixture(scope='session')

@@ -34,12 +34,13 @@ def environment():
     return os.environ | {'XLA_FLAGS': COMPILED_QUICKLY, 'PYTHONPATH': str(ROOT)}
 
 
-def run(*flags, cwd=ROOT, timeout=900, variables=None, kill_at=None):
-    """`command(*flags)`, to its end, or until an event, at which it is killed."""
+def run(*flags, cwd=ROOT, timeout=900, variables=None, kill_at=None, module='covseg_jax.main'):
+    """`command(*flags)`, or another module's, to its end, or until an event, at which it is
+    killed."""
     with tempfile.TemporaryDirectory() as folder:
         files = [pathlib.Path(folder) / name for name in ('out', 'err')]
-        arguments = list(map(str, flags)), cwd, files, variables or {}
-        process = _SERVER.Process(target=_run_main, args=arguments)
+        arguments = module, list(map(str, flags)), cwd, files, variables or {}
+        process = _SERVER.Process(target=_run_module, args=arguments)
         process.start()
         if kill_at is not None:
             kill_at.wait(timeout)
@@ -52,7 +53,7 @@ def run(*flags, cwd=ROOT, timeout=900, variables=None, kill_at=None):
     return subprocess.CompletedProcess(flags, process.exitcode, out, err)
 
 
-def _run_main(flags, cwd, files, variables):
+def _run_module(module, flags, cwd, files, variables):
     for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
         with file.open('w') as target:
             os.dup2(target.fileno(), stream.fileno())
@@ -61,8 +62,8 @@ def _run_main(flags, cwd, files, variables):
     os.environ.setdefault('GLIBC_TUNABLES', '')  # or `cpu.tune_process` would start it over
     for name, value in cpu.compiler_options().items():
         os.environ['XLA_FLAGS'] += f' --{name}={value}'
-    sys.argv = ['covseg_jax.main', *flags]
-    runpy.run_module('covseg_jax.main', run_name='__main__', alter_sys=True)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 
 def assert_one_line_error(done, *parts):

@@ -19,11 +19,11 @@ from tests.documents import DOCUMENTS, blocks, commands, inline, prose, read
 from tests.program import ROOT
 
 # How the commands of the README begin, and the test that really runs them.
-FIRST = 'test_main.py::test_first_commands_of_the_readme_run_in_an_environment_that_is_there'
+FIRST = 'test_commands.py::test_first_commands_of_the_readme_run_in_an_environment_that_is_there'
 RUN_BY = {
     'launch/local.sh predict': FIRST,
     'launch/local.sh run': FIRST,
-    'python -m covseg_jax.main': 'test_main.py::test_command_of_the_documents_runs',
+    'python -m covseg_jax.main': 'test_commands.py::test_command_of_the_documents_runs',
     'launch/measure.sh': 'test_measure.py::test_models_are_measured_on_phantoms_and_real_scans'
     '_once',
 }

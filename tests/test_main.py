@@ -1,21 +1,11 @@
-"""The program as a person runs it: every stage on tiny phantoms, twice, its complaints, and every
-command of the documents on the tiny variant in place of the others."""
+"""The program as a person runs it: every stage on tiny phantoms, twice, and its complaints."""
 
-import importlib.util
 import json
-import pathlib
-import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import nibabel
 import numpy as np
 import pytest
-import safetensors.numpy
 from matplotlib import image
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -27,34 +17,12 @@ from covseg_jax.imaging.studies import find_studies
 from covseg_jax.stages import guide, settings
 from covseg_jax.stages.inputs import Request
 from launch import measure
-from tests.documents import DOCUMENTS, PROGRAM, blocks, commands, read
-from tests.program import ROOT, assert_one_line_error, command, environment, run
-from tests.segmentation.test_import_weights import make_variables, to_pytorch
-
-# Whose commands of the program are run here, in this order: what one writes, the next may read. The
-# other documents' are parsed by test_documents.py.
-RUN = ('README.md', 'docs/predict.md', 'docs/data.md', 'docs/training.md', 'docs/evaluation.md')
-LINES = [line for name in RUN for line in commands(read(name))]
-LINES += [line for line in commands(read('docs/tpu.md')) if '--stages=compile_check' in line]
-COMMANDS = list(
-    dict.fromkeys(line.removeprefix(PROGRAM) for line in LINES if line.startswith(PROGRAM))
-)
-TEXTS = '\n'.join(map(read, DOCUMENTS))
-SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', TEXTS)))
-BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', TEXTS)))
+from tests.program import assert_one_line_error, run
+from tests.segmentation.test_import_weights import write_weights
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    """A work directory in which every stage of the tiny variant has run."""
-    workdir = tmp_path_factory.mktemp('tiny')
-    done = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workdir, done
-
-
-def test_main_runs_every_stage_to_a_summary(finished):
-    workdir, _ = finished
+def test_main_runs_every_stage_to_a_summary(tiny_run):
+    workdir, _ = tiny_run
     summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
     assert {'protocols', 'pseudo_masks', 'threshold', 'checkpoint_step', 'studies'} <= set(summary)
     assert set(summary['protocols']) == {'volume', 'slice_infection_over_1pct', 'slice_all'}
@@ -73,22 +41,22 @@ def test_main_runs_every_stage_to_a_summary(finished):
     assert json.loads((workdir / 'environment.json').read_text())['packages']['jax']
 
 
-def test_main_ends_each_stage_with_a_table(finished):
-    _, done = finished
+def test_main_ends_each_stage_with_a_table(tiny_run):
+    _, done = tiny_run
     for row in ('made', 'validation/removed', 'median infection, %', 'threshold', 'slice_all'):
         assert any(line.startswith(row) or f' {row} ' in line for line in done.stdout.splitlines())
     assert '%|' not in done.stderr  # progress bars are for terminals
 
 
-def test_main_says_before_each_stage_what_it_does_and_where(finished):
-    workdir, done = finished
+def test_main_says_before_each_stage_what_it_does_and_where(tiny_run):
+    workdir, done = tiny_run
     for name, place in (('gan', 'gan'), ('train', 'transunet'), ('synthesize', 'pseudo_masks')):
         line = f'{name}: {guide.STAGES[name]}; writes {workdir / place}\n'
         assert 0 <= done.stdout.index(line) < done.stdout.index(f'{name}: done in')
 
 
-def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(finished):
-    workdir, _ = finished
+def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(tiny_run):
+    workdir, _ = tiny_run
     assert image.imread(workdir / 'progress.png').shape[1] > 1000
     summary = json.loads((workdir / 'evaluation' / 'summary.json').read_text())
     found = event_accumulator.EventAccumulator(str(workdir / 'evaluation' / 'tensorboard')).Reload()
@@ -105,15 +73,15 @@ def test_main_leaves_pictures_and_tensorboard_of_the_whole_run(finished):
         assert f'<td class="number">{volume[metric]["mean"]:.3f}</td>' in report
 
 
-def test_main_leaves_nothing_that_needs_pickle(finished):
-    workdir, _ = finished
+def test_main_leaves_nothing_that_needs_pickle(tiny_run):
+    workdir, _ = tiny_run
     for path in workdir.rglob('*.npy'):
         np.load(path, allow_pickle=False)
     assert not [p for p in workdir.rglob('*') if p.suffix in ('.pkl', '.pickle', '.pt')]
 
 
-def test_main_run_twice_does_nothing_and_says_so(finished):
-    workdir, _ = finished
+def test_main_run_twice_does_nothing_and_says_so(tiny_run):
+    workdir, _ = tiny_run
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
     again = run('--config=configs/transunet.py:tiny', f'--workdir={workdir}')
     assert again.returncode == 0
@@ -123,8 +91,8 @@ def test_main_run_twice_does_nothing_and_says_so(finished):
     assert after == before
 
 
-def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
-    workdir, _ = finished
+def test_main_predict_writes_masks_on_the_studies_own_grid(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     scans = tmp_path / 'scans'
     scans.mkdir()
     source = next((workdir / 'studies' / 'studies').rglob('*.nii.gz'))
@@ -152,8 +120,8 @@ def test_main_predict_writes_masks_on_the_studies_own_grid(finished, tmp_path):
     assert len(rows) == 3
 
 
-def test_main_exports_a_model_that_predicts_without_a_config(finished, tmp_path):
-    workdir, _ = finished
+def test_main_exports_a_model_that_predicts_without_a_config(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
     exported = run(*tiny, '--stages=export', f'--output={tmp_path / "export"}')
     assert exported.returncode == 0, exported.stderr
@@ -177,8 +145,8 @@ def test_main_exports_a_model_that_predicts_without_a_config(finished, tmp_path)
     assert_one_line_error(wrong, '--model', 'predict')
 
 
-def test_run_is_measured_beside_others_as_it_was_evaluated(finished, tmp_path):
-    workdir, _ = finished
+def test_run_is_measured_beside_others_as_it_was_evaluated(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     studies = {study.study_id: study for study in find_studies(workdir / 'studies')}
     case_rows, _ = scores.read_tables(workdir / 'evaluation')
     sets = {'phantoms': [studies[row['study_id']] for row in case_rows]}
@@ -187,8 +155,8 @@ def test_run_is_measured_beside_others_as_it_was_evaluated(finished, tmp_path):
     np.testing.assert_allclose(recipe.column('phantoms', 'dice'), [expected])
 
 
-def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, tmp_path):
-    workdir, _ = finished
+def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     tiny = '--config=configs/transunet.py:tiny', f'--workdir={workdir}'
     status = run(*tiny, '--stages=status')
     assert status.returncode == 0, status.stderr
@@ -205,8 +173,8 @@ def test_main_says_where_a_run_stands_and_scores_any_folder_of_masks(finished, t
     assert '[+0.000, +0.000]' in compared.stdout
 
 
-def test_main_hands_out_pseudo_masks_and_the_training_set_made_of_them(finished, tmp_path):
-    workdir, _ = finished
+def test_main_hands_out_pseudo_masks_and_the_training_set_made_of_them(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     done = run(
         '--config=configs/transunet.py:tiny',
         f'--workdir={workdir}',
@@ -230,8 +198,8 @@ def test_main_hands_out_pseudo_masks_and_the_training_set_made_of_them(finished,
     np.testing.assert_array_equal(label.affine, nibabel.load(source).affine)
 
 
-def test_main_refuses_to_train_on_under_other_settings(finished):
-    workdir, _ = finished
+def test_main_refuses_to_train_on_under_other_settings(tiny_run):
+    workdir, _ = tiny_run
     done = run(
         '--config=configs/transunet.py:tiny',
         f'--workdir={workdir}',
@@ -266,9 +234,9 @@ def call(workdir, stage, fields, **given):
     ],
 )
 def test_main_refuses_what_a_run_was_not_made_with_and_leaves_the_run_as_it_was(
-    finished, tmp_path, stage, field, value
+    tiny_run, tmp_path, stage, field, value
 ):
-    workdir, _ = finished
+    workdir, _ = tiny_run
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
     usual = transunet.get_config('tiny')
     for name in field.split('.'):
@@ -295,16 +263,16 @@ def test_main_refuses_what_a_run_was_not_made_with_and_leaves_the_run_as_it_was(
         ('train', {'train.log_every': 1, 'train.save_every': 7}),
     ],
 )  # fmt: skip
-def test_stages_take_settings_that_change_nothing_of_what_they_use(finished, stage, fields):
-    workdir, _ = finished
+def test_stages_take_settings_that_change_nothing_of_what_they_use(tiny_run, stage, fields):
+    workdir, _ = tiny_run
     config = transunet.get_config('tiny').unlock()
     config.update_from_flattened_dict(fields)
     assert config.to_dict() != transunet.get_config('tiny').to_dict()
     settings.refuse_other_settings(config, workdir, stage)
 
 
-def test_main_keeps_with_each_network_what_it_was_trained_with(finished, tmp_path):
-    workdir, _ = finished
+def test_main_keeps_with_each_network_what_it_was_trained_with(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     for name in ('gan', 'transunet'):
         begun = json.loads((workdir / name / 'config.json').read_text())
         assert begun['train']['num_steps'] == 8
@@ -323,15 +291,15 @@ def test_main_keeps_with_each_network_what_it_was_trained_with(finished, tmp_pat
         settings.refuse_other_settings(transunet.get_config('tiny'), copy, 'train')
 
 
-def test_imported_weights_are_held_to_the_settings_of_their_import(place, tmp_path):
+def test_imported_weights_are_held_to_the_settings_of_their_import(tiny_run, tmp_path):
+    workdir, _ = tiny_run
     fields = {'network.final_width': 0, 'network.published_attention': True}
-    call(tmp_path, 'import_weights', fields, input=place / 'weights.safetensors')
-    scans = {'input': place / 'scans', 'output': tmp_path / 'masks'}
+    call(tmp_path, 'import_weights', fields, input=write_weights(tmp_path / 'weights.safetensors'))
+    scans = {'input': workdir / 'studies' / 'studies' / 'CT-1', 'output': tmp_path / 'masks'}
     forgotten = 'network.published_attention was True, is False'
     with pytest.raises(InputError, match=forgotten):
         call(tmp_path, 'predict', {'network.final_width': 0}, **scans)
-    run_of_place = place / 'runs' / 'transunet-tiny'
-    prepared = {f'data.{name}': str(run_of_place / name) for name in ('prepared', 'pseudo_masks')}
+    prepared = {f'data.{name}': str(workdir / name) for name in ('prepared', 'pseudo_masks')}
     with pytest.raises(InputError, match=forgotten):
         call(tmp_path, 'train', prepared | {'network.final_width': 0})
     with pytest.raises(InputError, match='batch_size'):
@@ -367,165 +335,3 @@ def test_main_says_what_is_wrong_in_one_line(flags, parts, tmp_path):
 
     work = [] if any('stages=predict' in f for f in flags) else [f'--workdir={tmp_path / "w"}']
     assert_one_line_error(run(*map(fill, flags), *work), *map(fill, parts))
-
-
-def test_main_stopped_by_ctrl_c_goes_on(finished, tmp_path):
-    studies, _ = finished
-    flags = (
-        '--config=configs/transunet.py:tiny',
-        f'--workdir={tmp_path}',
-        f'--config.data.prepared={studies / "prepared"}',
-        '--stages=gan',
-        '--config.gan.num_steps=80',
-        '--config.gan.save_every=1000',
-        '--config.gan.evaluate_every=40',
-        '--config.gan.adversarial_every=0',  # one program to compile in place of two
-    )
-    process = subprocess.Popen(
-        command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / 'gan' / 'metrics.jsonl'
-    deadline = time.monotonic() + 600
-    while not (log.exists() and log.read_text().count('\n') >= 3):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) == 0
-    assert 'run the same command again' in process.stderr.read()
-    stopped_at = max(int(p.name) for p in (tmp_path / 'gan' / 'checkpoints').iterdir())
-    assert 0 < stopped_at < 80
-    done = run(*flags)
-    assert done.returncode == 0, done.stderr
-    steps = [
-        row['step'] for row in map(json.loads, log.read_text().splitlines()) if 'loss/total' in row
-    ]
-    assert steps == list(range(2, 81, 2))
-
-
-def test_main_predict_stopped_by_ctrl_c_says_how_to_go_on_and_does(finished, tmp_path):
-    workdir, _ = finished
-    scan = next((workdir / 'studies' / 'studies' / 'CT-1').iterdir())
-    (tmp_path / 'scans').mkdir()
-    for number in range(30):
-        (tmp_path / 'scans' / f'study_{number:02d}.nii.gz').symlink_to(scan)
-    flags = ('--config=configs/transunet.py:tiny', f'--workdir={workdir}', '--stages=predict',
-             f'--input={tmp_path / "scans"}', f'--output={tmp_path / "masks"}')  # fmt: skip
-    process = subprocess.Popen(
-        command(*flags), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    journal = tmp_path / 'masks' / 'results.0.jsonl'
-    while not journal.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) == 130
-    assert 'run it again with --resume' in process.stderr.read()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'masks').glob('*_mask.nii.gz')}
-    assert 0 < len(before) < 30
-    done = run(*flags, '--resume')
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / 'masks').glob('*_mask.nii.gz'))) == 30
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def tiny_flags(text):
-    """A command's flags for the tiny variant; where all stages would run anew, the first alone."""
-    text = re.sub(r'configs/transunet\.py(:\w+)?', 'configs/transunet.py:tiny', text)
-    flags = shlex.split(text)
-    if '--config.data.folder=mydata' in flags:
-        flags.append('--config.phantom.make=false')
-        if not any(flag.startswith('--stages') for flag in flags):
-            flags.append('--stages=prepare')
-    if '--stages=import_weights' in flags:
-        flags += ['--workdir=runs/imported', '--config.network.final_width=0']
-    return flags
-
-
-@pytest.fixture(scope='module')
-def place(finished, tmp_path_factory):
-    """A folder as a reader of the documents has it."""
-    workdir, _ = finished
-    place = tmp_path_factory.mktemp('reader')
-    (place / 'configs').symlink_to(ROOT / 'configs')
-    shutil.copytree(workdir, place / 'runs' / 'transunet-tiny')
-    for name in ('a', 'b'):
-        (place / 'runs' / name).symlink_to(workdir)
-    (place / 'data').mkdir()
-    for name in ('data/MosMedData', 'mydata'):
-        (place / name).symlink_to(workdir / 'studies')
-    (place / 'scans').mkdir()
-    (place / 'scan.nii.gz').symlink_to(next((workdir / 'studies' / 'studies' / 'CT-1').iterdir()))
-    shutil.copytree(workdir / 'studies' / 'masks', place / 'true_masks')
-    for mask in (place / 'true_masks').iterdir():
-        (scan,) = (workdir / 'studies' / 'studies').rglob(mask.name.replace('_mask', ''))
-        (place / 'scans' / scan.name).symlink_to(scan)
-    config = transunet.get_config('tiny').unlock()
-    config.network.final_width = 0
-    weights = to_pytorch(config, make_variables(config))
-    safetensors.numpy.save_file(weights, place / 'weights.safetensors')
-    return place
-
-
-def test_documents_have_the_commands_that_are_tested_here():
-    assert len(COMMANDS) >= 15
-    assert len(SCRIPTS) >= 7
-
-
-@pytest.mark.parametrize('text', COMMANDS)
-def test_command_of_the_documents_runs(place, text):
-    done = run(*tiny_flags(text), cwd=place)
-    if '--stages=compile_check' in text and importlib.util.find_spec('libtpu') is None:
-        assert_one_line_error(done, 'libtpu')  # docs/tpu.md says that it has to be installed
-        return
-    assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
-
-
-def test_python_of_the_documents_runs(place):
-    (code,) = blocks(read('docs/predict.md'), ('python',))
-    code = code.replace('study_0001', sorted((place / 'scans').iterdir())[0].name.split('.')[0])
-    done = subprocess.run(
-        [sys.executable, '-c', code], cwd=place, env=environment(), capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert 'CT-' in done.stdout
-
-
-def test_first_commands_of_the_readme_run_in_an_environment_that_is_there(place):
-    assert LINES[0] == 'launch/local.sh predict scan.nii.gz'
-    assert LINES[1] == 'launch/local.sh run'
-    venv = pathlib.Path(sys.prefix)
-    if not (venv / 'requirements.installed').exists():
-        pytest.skip('not an environment of launch/local.sh')
-    workdir = f'--workdir={place / "runs" / "transunet-tiny"}'
-    for arguments, result in (
-        (['predict', 'scan.nii.gz', 'marked'], '1 studies done'),  # paths as the caller has them
-        (['run', '--config=configs/transunet.py:tiny', workdir], 'evaluate: done before'),
-    ):
-        done = subprocess.run(
-            [ROOT / 'launch' / 'local.sh', *arguments], cwd=place,
-            env=environment() | {'VENV': str(venv)}, capture_output=True, text=True, timeout=600,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert result in done.stdout
-    assert len(list((place / 'marked').glob('*_preview.png'))) == 1
-    for name in ('report.html', 'methods.txt', 'scan_results.json'):
-        assert (place / 'marked' / name).exists()
-
-
-@pytest.mark.parametrize('name', SCRIPTS)
-def test_script_of_the_documents_is_there(name):
-    # What they do is tested by test_launch.py.
-    assert (ROOT / 'launch' / name.removeprefix('launch/')).exists()
-
-
-@pytest.mark.parametrize('name', BENCHMARKS)
-def test_benchmark_of_the_documents_starts(name):
-    arguments = [sys.executable, '-m', f'tests.benchmarks.{name}', '--help']
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert 'usage' in done.stdout

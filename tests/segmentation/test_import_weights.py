@@ -40,6 +40,14 @@ def make_variables(config):
     return jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape).astype('f4'), shapes)
 
 
+def write_weights(path):
+    """A file of random weights for the tiny variant with the published number of channels."""
+    config = transunet.get_config('tiny').unlock()
+    config.network.final_width = 0
+    safetensors.numpy.save_file(to_pytorch(config, make_variables(config)), path)
+    return path
+
+
 @pytest.fixture(scope='module')
 def variables(config):
     return make_variables(config)
