@@ -24,6 +24,7 @@ from covseg_jax.prepare.cases import Case
 # How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
 _CORE_EDGE = 0.15
+_NUMBERS = 10  # that are drawn for each sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,11 @@ def _field_of_mixed_grain(key: jax.Array, shape: tuple[int, ...], model: Opacity
         ((thin * thick) ** 0.5, (fine * coarse) ** 0.5, (fine * coarse) ** 0.5),
         (thick, coarse, coarse),
     ]
-    weights = jax.random.dirichlet(weight_key, jnp.array([0.6, 1.0, 1.0]), (shape[0],))
+    # Exponential numbers over their sum are uniform over all mixtures; of the fine field there is
+    # less.
+    drawn = jax.random.exponential(weight_key, (shape[0] * 3,)).reshape(shape[0], 3)
+    drawn *= jnp.array([0.6, 1.0, 1.0])
+    weights = drawn / drawn.sum(1, keepdims=True)
     field = sum(
         weights[:, i, None, None, None] * _smooth_field(keys[i], shape, spacing)
         for i, spacing in enumerate(spacings)
@@ -114,10 +119,13 @@ def add_opacities(
       opacities' soft mask in [0, 1], both shaped as image.
     """
     shape, inside = image.shape[:-1], lungs[..., 0]
-    keys = iter(jax.random.split(key, 14))
+    numbers_key, *keys = jax.random.split(key, 4)
+    keys = iter(keys)
+    # All numbers at once: each draw of its own costs XLA for CPUs as long to compile as this one.
+    numbers = iter(jax.random.uniform(numbers_key, (shape[0] * _NUMBERS,)).reshape(_NUMBERS, -1))
 
     def uniform(bounds: tuple[float, float]) -> jax.Array:
-        drawn = jax.random.uniform(next(keys), shape[:1], minval=bounds[0], maxval=bounds[1])
+        drawn = bounds[0] + (bounds[1] - bounds[0]) * next(numbers)
         return drawn.reshape(shape[0], 1, 1, 1)
 
     field = _field_of_mixed_grain(next(keys), shape, model)
