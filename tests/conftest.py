@@ -44,19 +44,20 @@ def pytest_configure() -> None:
                 file.unlink(missing_ok=True)
 
 
-# They take minutes, and begin first: all would wait for one that begins last.
+# They take minutes, and begin first: all would wait for one that begins last. Those from
+# test_commands.py on use what test_main.py compiles.
 LONG = (
     'test_main.py',
     'test_quality.py',
-    'test_bucket_run.py',
     'test_configs.py',
-    'test_commands.py',
-    'test_interrupts.py',
-    'test_notebooks.py',
     'test_steps.py',
-    'test_export.py',
     'test_lanes.py',
     'test_import_weights.py',
+    'test_export.py',
+    'test_commands.py',
+    'test_bucket_run.py',
+    'test_notebooks.py',
+    'test_interrupts.py',
 )
 
 

@@ -81,7 +81,7 @@ def test_pooled_and_transposed_blocks_equal_the_volume():
     assert_equal(lanes.merge_depth(blocks), layer.apply(variables, volume))
 
 
-@pytest.mark.parametrize('use_norm', [False, True])
+@pytest.mark.parametrize('use_norm', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gan_in_blocks_equals_the_plain_one(use_norm):
     volume, covid = (jax.nn.sigmoid(draw(seed, 1, 16, 16, 16, 1)) for seed in (0, 1))
     fields = {'filters': (2, 3), 'bottleneck_filters': 3, 'branch_filters': 3, 'use_norm': use_norm}
