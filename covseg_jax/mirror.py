@@ -105,7 +105,7 @@ class Mirror:
             content = {'files': kept | arrived, 'moving': moving, 'going': going}
             for name in mine.keys() & arrived.keys():
                 self.local.keep(name, changed[name])
-            self.local.forget(going)
+            self.local.forget(plan['removed'])
             _as_one(lambda: self._commit(content, together) if is_writer else None, together)
         if together and hosts.count() > 1:
             _as_one(self._pull, together)
