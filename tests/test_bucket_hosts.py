@@ -1,7 +1,6 @@
 """Two processes as two hosts with a disk each, whose work directory is in a bucket."""
 
 import json
-import signal
 import time
 
 import numpy as np
@@ -123,15 +122,18 @@ def test_a_run_that_loses_a_host_goes_on_with_the_same_numbers(server, tmp_path)
     assert len([name for name in names if name.endswith('/geometry.json')]) == 10
 
     # One of them goes away in the midst of the training, and the other cannot go on.
-    processes = run('cut', first)
     log = 'transunet/metrics.jsonl'
-    while f'cut/{log}' not in server.names('b'):
-        time.sleep(0.005)
-        assert processes[1].poll() is None
-    processes[1].kill()
-    processes[0].communicate(timeout=300)
+    processes = run('cut', first)
+    try:
+        while f'cut/{log}' not in server.names('b'):
+            time.sleep(0.02)
+            assert processes[1].poll() is None
+        processes[1].kill()
+        processes[0].communicate(timeout=600)
+    finally:
+        for process in processes:
+            process.kill()
     assert processes[0].returncode != 0
-    assert processes[1].wait() == -signal.SIGKILL
 
     # Its successor has an empty disk.
     second[0] = first[0]
