@@ -22,7 +22,8 @@ hosts.connect({'coordinator': f'localhost:{port}', 'num_processes': 2, 'process_
 bucket.use_cache(cache)
 folder = bucket.local_path('gs://b/run')
 def read():
-    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob('*.txt') if 'commit' not in p.name}
+    files = [p for p in folder.rglob('*.txt') if 'commit' not in p.name]  # Orbax's
+    return {str(p.relative_to(folder)): p.read_text() for p in files}
 told = []
 with mirror.opened('gs://b/run', is_workdir=True):
     (folder / 'shared').mkdir(parents=True, exist_ok=True)
