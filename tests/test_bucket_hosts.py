@@ -12,9 +12,10 @@ from tests.bucket_server import BucketServer
 from tests.test_hosts import begin, end, free_port
 
 CALLS = """
-import json, sys
+import contextlib, json, shutil, sys
 import jax, numpy as np
 from covseg_jax import bucket, hosts, mirror
+from covseg_jax.errors import InputError
 from covseg_jax.training import sharding
 from covseg_jax.training.checkpoint import Checkpoints, restore_for_inference
 number, port, cache = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -52,6 +53,18 @@ with mirror.opened('gs://b/run', is_workdir=True):
 (folder / f'late {number}.txt').write_text('late')
 with mirror.opened('gs://b/run', is_workdir=True):
     told.append(read())
+    checkpoints = Checkpoints(folder / 'checkpoints')
+    if number == 1:
+        shutil.rmtree(folder / 'checkpoints' / '3' / 'state')
+    for work in (
+        lambda: checkpoints.restore(abstract),
+        lambda: contextlib.ExitStack().enter_context(mirror.opened('gs://b/other')),
+    ):
+        try:
+            work()
+        except InputError as error:
+            told.append(str(error))
+        bucket.use_cache(sys.argv[4])  # the other host's too
 print(json.dumps(told))
 """
 
@@ -66,14 +79,18 @@ def server(monkeypatch):
 
 def test_hosts_with_a_disk_each_have_what_the_others_wrote(server, tmp_path):
     port = free_port()
-    flags = [['-c', CALLS, number, port, tmp_path / str(number)] for number in range(2)]
+    caches = [[tmp_path / str(number), tmp_path / 'shared'] for number in range(2)]
+    flags = [['-c', CALLS, number, port, *each] for number, each in enumerate(caches)]
     numbers = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     late = {'late 0.txt': 'late', 'late 1.txt': 'late'}
     for out, _ in end([begin(each, 1) for each in flags]):
-        first, second, *rest = json.loads(out.splitlines()[-1])
+        first, second, *rest, damaged, taken = json.loads(out.splitlines()[-1])
         assert first == {'shared/0.txt': '0', 'shared/1.txt': '1', 'both.txt': 'of 0'}
         assert second == {'both.txt': 'of 0', 'log.txt': 'of step 3'}
         assert rest == [3, {'loss': 0.5}, numbers, 3, numbers, second | late]
+        # What ends one of them ends both.
+        assert 'checkpoints/3: the checkpoint does not fit the config or is damaged' in damaged
+        assert taken.startswith('gs://b/other: another run on this host works there;')
     assert {'both.txt', 'log.txt', *late} == {
         name for name in server.names('b', 'run/') if name.endswith('.txt') and 'commit' not in name
     }
