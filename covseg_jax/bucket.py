@@ -136,18 +136,18 @@ class Bucket:
             )
 
     def fetch(self, name: str, stored: Stored, path: pathlib.Path) -> None:
-        """Copies an object into a file, which is there once it is whole."""
-        with (
-            self._explained(name),
-            atomic.new_file(path) as temporary,
-            temporary.open('wb') as file,
-        ):
-            self._bucket.blob(self._key_of(name)).download_to_file(
-                file,
-                if_generation_match=stored.generation,
-                raw_download=True,
-                checksum='crc32c',
-            )
+        """Copies an object into a file, which is there once it is whole. Its time is the object's,
+        the same on every host: by it `predict --resume` knows a scan."""
+        with self._explained(name), atomic.new_file(path) as temporary:
+            with temporary.open('wb') as file:
+                self._bucket.blob(self._key_of(name)).download_to_file(
+                    file,
+                    if_generation_match=stored.generation,
+                    raw_download=True,
+                    checksum='crc32c',
+                )
+            made_at = stored.generation * 1000  # a generation is the microsecond of its making
+            os.utime(temporary, ns=(made_at, made_at))
 
     def write(self, name: str, content: bytes, generation: int = ABSENT) -> Stored:
         """Writes an object in place of the generation that is there."""

@@ -50,13 +50,17 @@ class Mirror:
         self._stored: dict[str, Stored] = {}  # the bucket's objects
         self._notes: dict[str, Note] = {}  # of those that the list names
 
-    def pull(self, *, at_start: bool = False) -> None:
-        """Makes the mirror what the bucket holds; all hosts call it. At the start, files stay as
-        they are where an earlier process of this host changed them, and nobody the bucket since."""
+    def begin(self) -> None:
+        """Makes the mirror what the bucket holds; all hosts call it. Files stay as they are where
+        an earlier process of this host changed them, and nobody the bucket since: of several hosts
+        each has then what the others kept so."""
         before = hosts.first_decides(self.end_push, 'what was cut off is ended')
-        _as_one(lambda: self._pull(before if at_start else None), together=True)
+        _as_one(lambda: self._pull(before), together=True)
+        if hosts.count() > 1:
+            self.push(together=True)
 
-    def _pull(self, before: int | None) -> None:
+    def _pull(self, before: int | None = None) -> None:
+        """Brings what the bucket has; `before` is the list's generation at the start."""
         self._read_list()
         is_start = before is not None
         # Nobody changed the bucket since this host knew it.
@@ -101,10 +105,10 @@ class Mirror:
             content = {'files': kept | arrived, 'moving': moving, 'going': going}
             for name in mine.keys() & arrived.keys():
                 self.local.keep(name, changed[name])
-            self.local.forget(going)
+            self.local.forget(plan['removed'])
             _as_one(lambda: self._commit(content, together) if is_writer else None, together)
         if together and hosts.count() > 1:
-            self.pull()
+            _as_one(self._pull, together)
 
     def _find_changes(self) -> dict[str, Note]:
         changed = {}
@@ -270,12 +274,8 @@ def opened(url: str, *, is_workdir: bool = False) -> Iterator[None]:
     global _workdir
     mirror = Mirror(url)
     with mirror.local.locked() as is_free:
-        if not is_free:
-            raise InputError(
-                f'{url}: another run on this host works there; wait for its end, or name another '
-                'folder'
-            )
-        mirror.pull(at_start=True)
+        _as_one(lambda: None if is_free else _refuse_taken(url), together=True)
+        mirror.begin()
         _workdir = mirror if is_workdir else _workdir
         try:
             yield
@@ -297,6 +297,13 @@ def opened(url: str, *, is_workdir: bool = False) -> Iterator[None]:
             mirror.push(together=True)
         finally:
             _workdir = None if is_workdir else _workdir
+
+
+def _refuse_taken(url: str) -> None:
+    raise InputError(
+        f'{url}: another run on this host works there; wait for its end, or name another folder '
+        '(hosts of one run that share a disk need a --bucket_cache each)'
+    )
 
 
 def is_apart() -> bool:

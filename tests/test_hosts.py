@@ -53,7 +53,11 @@ def begin(command, num_devices):
 
 def end(processes):
     """What each wrote, once all ended well."""
-    written = [process.communicate(timeout=300) for process in processes]
+    try:
+        written = [process.communicate(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     for process, (_, err) in zip(processes, written, strict=True):
         assert process.returncode == 0, err[-3000:]
     return written

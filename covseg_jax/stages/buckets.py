@@ -38,7 +38,7 @@ def opened(
     Raises:
       InputError: a bucket cannot be used, or must not be where it is named.
     """
-    _refuse(config, workdir, given)
+    _refuse(config, given)
     for url in _urls_to_fetch(config, names, given):
         mirror.fetch_on_all(url)
     with contextlib.ExitStack() as stack:
@@ -53,13 +53,13 @@ def opened(
         yield
 
 
-def _refuse(config: Config | None, workdir: str, given: Mapping[str, str | None]) -> None:
-    for flag, url in (('workdir', workdir), ('output', given['output'])):
-        if bucket.is_url(url) and hosts.count() > 1:
-            raise InputError(
-                f'--{flag}={url}: several hosts write into a folder on a disk that they share, not '
-                'into a bucket; name such a folder, or use one host'
-            )
+def _refuse(config: Config | None, given: Mapping[str, str | None]) -> None:
+    # Its record of what is the program's, see `written`, would be another on each host.
+    if bucket.is_url(given['output']) and hosts.count() > 1:
+        raise InputError(
+            f'--output={given["output"]}: several hosts write into a folder on a disk that they '
+            'share, not into a bucket; name such a folder, or use one host'
+        )
     if config is None:
         return
     for name in _ON_A_DISK:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable
 
 import ml_collections
 import numpy as np
+from isal import isal_zlib
 
 from covseg_jax import bucket, cpu, hosts
 from covseg_jax.errors import FileFault, InputError
@@ -195,6 +196,9 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
 
     masks = load_masks(config, workdir)
     network, variables, step = load_variables(config, workdir / 'transunet')
+    weights = 0  # their checksum: the same wherever the work directory lies
+    for leaf in jax.tree.leaves(jax.device_get(variables)):
+        weights = isal_zlib.crc32(leaf.tobytes(), weights)
     model = Model(
         probabilities=tuple(
             make_probability(config, network, jax.device_put(variables, device))
@@ -204,9 +208,7 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
         masks=masks,
         identity=fingerprint(
             [config.network.to_dict(), config.predict.to_dict(), config.prepare.to_dict(),
-             dataclasses.asdict(masks), step, str(workdir.resolve()),
-             # another training of the same length
-             (workdir / _CALIBRATION).stat().st_mtime_ns]
+             dataclasses.asdict(masks), step, weights]
         ),
         origins=(
             Origin(

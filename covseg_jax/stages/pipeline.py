@@ -59,14 +59,20 @@ def prepare_shared(
     Raises:
       InputError: no study can be used.
     """
-    own = hosts.share(studies)
-    report = prepare_studies(
-        own,
-        prepared,
-        settings,
-        num_workers=num_workers or inputs.num_workers(config, own),
-        on_bad_study=config.data.on_bad_study,
-    )
+    own, reports = hosts.share(studies), []
+
+    def prepare_own(_: int) -> None:
+        report = prepare_studies(
+            own,
+            prepared,
+            settings,
+            num_workers=num_workers or inputs.num_workers(config, own),
+            on_bad_study=config.data.on_bad_study,
+        )
+        reports.append(report)
+
+    hosts.check_shared(prepare_own, range(hosts.count()))  # what ends one of them ends all
+    (report,) = reports
     for study_id, notes in report.notes.items():
         for note in notes:
             print(f'prepare: note: {study_id}: {note}')

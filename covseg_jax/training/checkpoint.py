@@ -104,9 +104,22 @@ class Checkpoints:
         `damaged_checkpoints` beside the folder, with a line that says so.
 
         Raises:
-          InputError: none of those that are there can be read.
+          InputError: none of those that are there can be read, or hosts with a disk each read
+            other ones.
         """
-        found, damaged = _restore_newest(self._manager, self._folder, abstract_state)
+        read: list[tuple[Restored | None, list[int]]] = []
+        hosts.check_shared(
+            lambda _: read.append(_restore_newest(self._manager, self._folder, abstract_state)),
+            range(hosts.count()),
+        )
+        found, damaged = read[0]
+        steps = hosts.gather([found and found.step], hosts.count())
+        if len(set(steps)) > 1:  # each read its own disk
+            raise InputError(
+                f'{self._folder}: of hosts 0 to {len(steps) - 1} the newest checkpoints that can '
+                f'be read are of the steps {steps}; remove this folder where it is not the newest, '
+                'and run the same command again: it comes from the bucket'
+            )
         for step in damaged:
             aside = self._folder.parent / 'damaged_checkpoints' / str(step)
             if hosts.is_first() or mirror.is_apart():

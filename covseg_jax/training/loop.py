@@ -258,7 +258,8 @@ def run(
       InputError: too many steps in a row are not finite, or the disk cannot be written.
     """
     checkpoints = Checkpoints(folder / 'checkpoints')
-    checkpoints.check_space(abstract_state)
+    # Each has a disk, maybe of its own.
+    hosts.check_shared(lambda _: checkpoints.check_space(abstract_state), range(hosts.count()))
     found = checkpoints.restore(abstract_state) or Restored(0, state, {})
     state, start, end = found.state, int(found.state.step), schedule.num_steps
     batches = feed.start(max(start - first_step, 0))

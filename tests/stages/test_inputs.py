@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ from configs import transunet
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import Study
+from covseg_jax.segmentation import train
 from covseg_jax.stages import inputs
 
 
@@ -52,6 +54,27 @@ def test_a_signed_pseudo_mask_is_a_probability_where_it_is_scored(tmp_path):
     assert scored.ravel().tolist() == [0, 0, 0.25, 1]
     assert inputs.pseudo_mask_cuts(config) == MaskSettings(0.5, 0.0, 0.0, share_of_max=0.2)
     assert inputs.pseudo_mask_cuts(transunet.get_config('mosmed')) == MaskSettings(0.5, 0.0, 0.1)
+
+
+def test_a_network_is_known_by_its_weights_and_not_by_its_folder(tmp_path, monkeypatch):
+    config = transunet.get_config('tiny')
+    weights = {}
+    monkeypatch.setattr(
+        train, 'load_variables', lambda _, folder: (None, {'params': weights[folder.parent]}, 8)
+    )
+    monkeypatch.setattr(train, 'make_probability', lambda *_: None)
+
+    def identity(name, values, time):
+        folder = tmp_path / name
+        folder.mkdir()
+        weights[folder] = np.asarray(values, np.float32)
+        write_calibration(folder, {'threshold': 0.4})
+        os.utime(folder / 'transunet' / 'calibration.json', (time, time))
+        return inputs.load_model(config, folder, num_devices=1)[0].identity
+
+    here = identity('here', [1, 2], time=1e9)
+    assert identity('brought from a bucket', [1, 2], time=2e9) == here
+    assert identity('trained again', [2, 1], time=1e9) != here
 
 
 def make_study(path, content):
