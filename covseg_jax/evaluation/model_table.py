@@ -38,9 +38,9 @@ NOTES = textwrap.fill(
     'true volume lies in the range of lesion ml, "range\'s width" the median of its width in parts '
     f'of the true volume, and "factor for {RANGE_SHARE:g}" the least of the odds at which so many '
     'do, with the correction of split conformal prediction for the number of scans. In brackets '
-    'are 95 % bootstrap intervals over studies, each taken for a subject, and where a model has several runs over these too. Differences are to the first '
-    'model, paired by study. Where a score is undefined in some studies, the number of the others '
-    'stands beside it.',
+    'are 95 % bootstrap intervals over studies, each taken for a subject, and where a model has '
+    'several runs over these too. Differences are to the first model, paired by study. Where a '
+    'score is undefined in some studies, the number of the others stands beside it.',
     width=100,
 )
 _MOST_LISTED = 12  # healthy scans that are listed one by one
