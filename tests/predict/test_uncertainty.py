@@ -90,7 +90,7 @@ def test_two_networks_give_a_map_and_a_range(tmp_path):
     assert (found.as_stored.shape, found.as_stored.dtype) == (SHAPE, np.float32)
     assert 0 == found.as_stored.min() < found.as_stored.max() <= np.float32(0.45)
     apart_ml = np.count_nonzero(found.as_stored > 0.3) * found.voxel_ml
-    assert apart_ml == pytest.approx(33.5 / 2, rel=0.2)
+    assert 33.5 / 4 < apart_ml < 33.5 * 0.7
 
     page = (tmp_path / 'report.html').read_text()
     span = f'{row["lesion_ml_low"]:.1f} to {row["lesion_ml_high"]:.1f}'
