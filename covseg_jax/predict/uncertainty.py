@@ -102,9 +102,6 @@ def where_networks_differ(
     """Boolean, on the study's canonical grid (Z, Y, X): what one network alone would mark as
     lesion and another would not, by the model's cuts."""
     settings = find_thresholds(networks.mean(axis=0), settings)
-    sure = [drop_unsure_lesions(each, settings) for each in networks]
-    any_of_them, all_of_them = (
-        to_study_grid(each, geometry, deblur=True, threshold=settings.threshold)
-        for each in (np.max(sure, axis=0), np.min(sure, axis=0))
-    )
-    return any_of_them & ~all_of_them
+    marked = [drop_unsure_lesions(each, settings) >= settings.threshold for each in networks]
+    differ = np.any(marked, axis=0) & ~np.all(marked, axis=0)
+    return to_study_grid(differ, geometry, threshold=0.5)
