@@ -19,7 +19,8 @@ def load(path: str | os.PathLike = DEFAULT, *others: str | os.PathLike) -> Model
     `path` is the folder that `--stages=export` wrote; without it, or as 'default', it is the model
     that comes with the program. With `others` the probabilities of all are averaged. `predict`
     takes a NIfTI file or the folder of a DICOM series and gives a `Prediction`: mask, probability,
-    lungs, affine, lesion_ml, lung_ml, infection_percent, severity; of a DICOM series its
+    lungs, affine, lesion_ml, lung_ml, infection_percent, severity; of several networks also
+    disagreement, lesion_ml_low and lesion_ml_high, else None; of a DICOM series its
     `write_dicom_seg(path)` writes a DICOM Segmentation.
 
     Raises:

@@ -60,6 +60,7 @@ _SWITCHES = {
     'preview': 'predict: a PNG a study, lesions outlined',
     'per_lung': 'predict: lesions of either lung too',
     'probability': 'predict: probability maps too',
+    'disagreement': 'predict: of several networks, maps of where they disagree too',
     'report': 'predict: report.html, a page to look at all results, and methods.txt for a paper',
     'dicom_seg': 'predict: of DICOM series a DICOM Segmentation too',
 }

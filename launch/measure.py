@@ -38,7 +38,9 @@ TABLE, SCORES = 'table.md', 'scores.csv'
 _RUN_CONFIG, _SUMS = 'transunet/config.json', 'SHA256SUMS'
 
 
-def make_phantoms(folder: pathlib.Path, num: int, **grid: Any) -> dict[str, tuple[Study, ...]]:
+def make_phantoms(
+    folder: pathlib.Path, num: int, seed: int = SEED, **grid: Any
+) -> dict[str, tuple[Study, ...]]:
     """Set → its studies: phantoms with lesions and true masks, and as many healthy ones, which are
     the same chests. Those that are there are kept. `grid` is shape and spacing_mm."""
     makes = {
@@ -48,7 +50,7 @@ def make_phantoms(folder: pathlib.Path, num: int, **grid: Any) -> dict[str, tupl
     studies = {}
     for name, counts in makes.items():
         write_phantom_data_set(
-            folder / name, **counts, **grid, seed=SEED, severe_shares=SEVERE_SHARES,
+            folder / name, **counts, **grid, seed=seed, severe_shares=SEVERE_SHARES,
             num_workers=cpu.count_cores(),
         )  # fmt: skip
         studies[name] = find_studies(folder / name, 'mosmed')
@@ -193,6 +195,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         parser.add_argument(f'--{name}', type=pathlib.Path, metavar='DIR', help=text)
     parser.add_argument('--phantoms', type=int, default=NUM_PHANTOMS, metavar='N')
+    parser.add_argument('--seed', type=int, default=SEED, metavar='N', help='of the phantoms')
     parser.add_argument('--num_workers', type=int, metavar='N')
     return parser.parse_intermixed_args(arguments)
 
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         atomic.remove_leftovers(given.folder)
         grid = {'shape': tuple(phantom.shape), 'spacing_mm': tuple(phantom.spacing_mm)}
         if given.phantoms > 0:
-            sets = make_phantoms(given.folder, given.phantoms, **grid) | sets
+            sets = make_phantoms(given.folder, given.phantoms, given.seed, **grid) | sets
         measure(given.folder, models, sets, given.num_workers)
     except (InputError, OSError) as error:
         print(f'error: {one_line(error)}', file=sys.stderr)

@@ -8,6 +8,7 @@
 #   --real_slices=DIR   a data set with lesion masks, such as labelled slices, scored too
 #   --healthy=DIR       healthy scans, of which is said how much each model marks in them
 #   --phantoms=N        how many phantoms there are, with lesions and as many without (60; 0 makes none)
+#   --seed=N            of the phantoms (777001: choose nothing on them)
 #   --num_workers=N     processes beside the network's (one a core, as memory allows; 0 is none)
 set -euo pipefail
 

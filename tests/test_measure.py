@@ -33,9 +33,9 @@ def asked(monkeypatch):
 
         return dataclasses.replace(MODEL, probabilities=(mark,), identity=path.name)
 
-    def make_tiny(folder, num, **grid):
+    def make_tiny(folder, num, seed, **grid):
         assert grid == {'shape': (192, 192, 40), 'spacing_mm': (1.75, 1.75, 8.0)}
-        return make(folder, num, **TINY)
+        return make(folder, num, seed, **TINY)
 
     monkeypatch.setattr(measure, 'load_model', load)
     monkeypatch.setattr(measure, 'make_phantoms', make_tiny)

@@ -18,7 +18,7 @@ from covseg_jax.prepare.cases import name_subject
 FILES = ('cases.csv', 'slices.csv', 'summary.json')
 # study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study.
 _ENDINGS = re.compile(r'(_mask|_seg|_0000)$')
-_NO_MASK = re.compile(r'_(probability|lungs)$')
+_NO_MASK = re.compile(r'_(probability|disagreement|lungs)$')
 
 
 def pair_masks(

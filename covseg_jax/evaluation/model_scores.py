@@ -19,8 +19,9 @@ from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study
 from covseg_jax.manifest import fingerprint
 from covseg_jax.predict.journal import Journal
-from covseg_jax.predict.model import Model, native_probability
+from covseg_jax.predict.model import RANGE, Model, native_probability, range_cells
 from covseg_jax.predict.studies import predict_each
+from covseg_jax.predict.uncertainty import least_factor
 from covseg_jax.prepare.prepare_studies import CASE_VERSION, PreparedCase
 from covseg_jax.prepare.study_files import read_image, read_mask
 
@@ -32,7 +33,7 @@ NODULE_ML = 1.0  # a true lesion under it is a nodule
 DICE_AT = tuple(f'dice_at_{cut:.2f}' for cut in CUTS)
 COLUMNS = (
     'study_id', 'category', 'status', 'true_ml', 'marked_ml', 'dice', *DICE_AT,
-    'average_precision', 'lesion_f1', 'nodules', 'nodules_found', 'ece',
+    'average_precision', 'lesion_f1', 'nodules', 'nodules_found', 'ece', *RANGE, 'range_factor',
 )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def score_studies(
 
     Returns:
       A row of COLUMNS a study; a score that is undefined (rules in metrics.py) is NaN, and one that
-      a healthy study does not have is not there.
+      a healthy study or a model of one network does not have is not there.
 
     Raises:
       InputError: a scan or mask cannot be read, or `folder` holds what this program did not write.
@@ -86,13 +87,20 @@ def _finish(
     settings: MaskSettings,
     study: Study,
     case: PreparedCase,
-    probability: np.ndarray,
+    networks: np.ndarray,
     seconds: float,
 ) -> Row:
     del seconds
-    found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
+    probability, geometry = networks.mean(axis=0), case.geometry
+    found = mask_on_study_grid(probability, case.lungs, geometry, settings)
     native = native_probability(case, probability, found)
-    return _note(journal, study, native, found, case.geometry.study_voxel_ml, 'ok')
+    row = _score(study, native, found, geometry.study_voxel_ml, 'ok')
+    row |= range_cells(networks, case, settings, row['marked_ml'])
+    if len(networks) > 1 and study.lesion_mask is not None:
+        volumes = row['marked_ml'], row['true_ml']
+        row['range_factor'] = least_factor(networks, geometry.voxel_ml, settings, *volumes)
+    journal.append(study, row, ())
+    return row
 
 
 def _refuse(journal: Journal, study: Study, status: str) -> Row:
@@ -100,11 +108,12 @@ def _refuse(journal: Journal, study: Study, status: str) -> Row:
     nothing = np.zeros(image.array.shape, bool)
     voxel_ml = math.prod(image.spacing_mm) / 1000
     found = StudyMask(nothing, nothing)
-    return _note(journal, study, nothing.astype(np.float32), found, voxel_ml, status)
+    row = _score(study, nothing.astype(np.float32), found, voxel_ml, status)
+    journal.append(study, row, ())
+    return row
 
 
-def _note(
-    journal: Journal,
+def _score(
     study: Study,
     probability: np.ndarray,
     found: StudyMask,
@@ -118,7 +127,6 @@ def _note(
     else:
         marked = np.count_nonzero(found.mask) * voxel_ml
         row['marked_ml'] = float(marked) if status == 'ok' else math.nan
-    journal.append(study, row, ())
     return row
 
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from tabulate import tabulate
 
 from covseg_jax.evaluation import metrics
 from covseg_jax.evaluation.model_scores import COLUMNS, CUTS, DICE_AT, LEAST_SHARE, NODULE_ML, Row
+from covseg_jax.predict.model import RANGE
 
 # Kind of scans → the set that has lesion masks, the set of healthy scans. Either may be missing.
 KINDS = {
@@ -18,9 +20,11 @@ KINDS = {
     'real': ('real_slices', 'healthy_scans'),
 }
 CSV_COLUMNS = ('model', 'run', 'set', *COLUMNS)
+RANGE_SHARE = 0.9  # of the true volumes, for which a factor is looked for
 HEAD = (
     'scans', 'model', 'n', 'Dice as cut', 'Dice, best single cut', 'at', 'mean over cuts',
     'average precision', 'lesion-wise F1', f'found under {NODULE_ML:g} ml', 'ECE', 'healthy ml',
+    'true ml in range', "range's width", f'factor for {RANGE_SHARE:g}',
     'Dice as cut, difference', 'best single cut, difference', 'healthy ml, difference',
 )  # fmt: skip
 NOTES = textwrap.fill(
@@ -30,10 +34,13 @@ NOTES = textwrap.fill(
     f'voxel of a study. A true lesion is found where at least {100 * LEAST_SHARE:g} % of its '
     'voxels are marked; a marked one that touches no true one is false. The expected calibration '
     'error (ECE) is inside the lungs that the model found. "Healthy ml" is what is marked in a '
-    'healthy scan. In brackets are 95 % bootstrap intervals over studies, each taken for a '
-    'subject, and where a model has several runs over these too. Differences are to the first '
-    'model, paired by study. Where a score is undefined in some studies, the number of the others '
-    'stands beside it.',
+    'healthy scan. Of a model of several networks, "true ml in range" is the share of scans whose '
+    'true volume lies in the range of lesion ml, "range\'s width" the median of its width in parts '
+    f'of the true volume, and "factor for {RANGE_SHARE:g}" the least of the odds at which so many '
+    'do, with the correction of split conformal prediction for the number of scans. In brackets '
+    'are 95 % bootstrap intervals over studies, each taken for a subject, and where a model has '
+    'several runs over these too. Differences are to the first model, paired by study. Where a '
+    'score is undefined in some studies, the number of the others stands beside it.',
     width=100,
 )
 _MOST_LISTED = 12  # healthy scans that are listed one by one
@@ -102,6 +109,7 @@ def _cells(kind: str, recipe: Recipe, first: Recipe) -> list[str]:
         _found_nodules(recipe, lesion_set),
         _mean_with_n(recipe.column(lesion_set, 'ece'), 4),
         _healthy(marked),
+        *_range_cells(recipe, lesion_set),
     ]  # fmt: skip
     if recipe is first:
         return [*cells, '', '', '']
@@ -131,6 +139,28 @@ def difference(runs: np.ndarray, against: np.ndarray) -> tuple[float, tuple[floa
     both = ~np.isnan(runs).any(axis=0) & ~np.isnan(against).any(axis=0)
     runs, against = runs[:, both], against[:, both]
     return _mean(runs) - _mean(against), metrics.bootstrap_runs(runs, against)
+
+
+def _range_cells(recipe: Recipe, set_name: str) -> list[str]:
+    low, high, true_ml, factors = (
+        recipe.column(set_name, name) for name in (*RANGE, 'true_ml', 'range_factor')
+    )
+    if np.isnan(low).all():
+        return ['', '', '']
+    held = np.where(np.isnan(low), np.nan, (low <= true_ml) & (true_ml <= high))
+    widths = ((high - low) / true_ml)[~np.isnan(low) & (true_ml > 0)]
+    return [
+        _mean_with_interval(held),
+        _format(float(np.median(widths)), 2),
+        _format(conformal_quantile(factors[~np.isnan(factors)], RANGE_SHARE), 2),
+    ]
+
+
+def conformal_quantile(scores: np.ndarray, share: float) -> float:
+    """The least bound that a further score, exchangeable with these, keeps with a probability of
+    `share`: the ⌈(n + 1) share⌉-th of n, infinite where there are fewer (Vovk et al. 2005)."""
+    rank = math.ceil((len(scores) + 1) * share)
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else math.inf
 
 
 def _difference(runs: np.ndarray, against: np.ndarray, digits: int = 3) -> str:

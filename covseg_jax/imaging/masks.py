@@ -54,6 +54,8 @@ def drop_unsure_lesions(probability: np.ndarray, settings: MaskSettings) -> np.n
     reaches `seed_threshold`. A lesion thus keeps its faint border and its faint slices, and what
     is faint throughout, as vessels are, is dropped.
     """
+    if settings.seed_threshold <= settings.threshold:
+        return probability
     labels = cc3d.connected_components(probability >= settings.threshold, connectivity=6)
     unsure = np.ones(int(labels.max()) + 1, bool)
     unsure[labels[probability >= settings.seed_threshold]] = False

@@ -13,7 +13,7 @@ from covseg_jax.imaging.geometry import from_canonical, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.studies import Study, find_inputs
 from covseg_jax.manifest import fingerprint
-from covseg_jax.predict import dicom_seg
+from covseg_jax.predict import dicom_seg, uncertainty
 from covseg_jax.prepare.prepare_studies import (
     PreparedCase,
     PrepareSettings,
@@ -21,6 +21,8 @@ from covseg_jax.prepare.prepare_studies import (
     prepare_volume,
 )
 from covseg_jax.segmentation.volumes import Probability, VolumeSettings
+
+RANGE = ('lesion_ml_low', 'lesion_ml_high')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Prediction(Measures):
     notes: tuple[str, ...]  # what was settled by rule in the scan's file
     study: Study
     model_identity: str
+    # Of a model of several networks: their disagreement, (X, Y, Z) float32 in [0, 0.5], and the
+    # range of lesion_ml that they speak for.
+    disagreement: np.ndarray | None = None
+    lesion_ml_low: float | None = None
+    lesion_ml_high: float | None = None
 
     def write_dicom_seg(self, path: str | os.PathLike) -> None:
         """Writes lesions and lungs of a DICOM series as a DICOM Segmentation object.
@@ -90,6 +97,22 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeanProbability:
+    """A `Probability` that is the mean of several networks'."""
+
+    networks: tuple[Probability, ...]
+
+    def __call__(self, image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+        return run_networks(self, image, lungs).mean(axis=0)
+
+
+def run_networks(probability: Probability, image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+    """(N, D, H, W): what each network says whose mean a `Probability` is; N is 1 of one network."""
+    networks = probability.networks if isinstance(probability, MeanProbability) else (probability,)
+    return np.stack([network(image, lungs) for network in networks])
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """A trained network, or several whose probabilities are averaged."""
 
@@ -100,6 +123,12 @@ class Model:
     # model.json of an export; {} of a run that is not exported
     description: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     origins: tuple[Origin, ...] = ()  # of each network
+
+    @property
+    def num_networks(self) -> int:
+        """How many networks' mean its probability is."""
+        first = self.probabilities[0]
+        return len(first.networks) if isinstance(first, MeanProbability) else 1
 
     def predict(self, scan: str | os.PathLike) -> Prediction:
         """Segments one study: a NIfTI file, or the folder of a DICOM series.
@@ -115,12 +144,19 @@ class Model:
                 'the file or folder of one of them, or give each series a folder of its own'
             )
         case = prepare_volume(studies[0], self.preparation)
-        probability = self.probabilities[0](case.image, case.lungs)
+        networks = run_networks(self.probabilities[0], case.image, case.lungs)
+        probability = networks.mean(axis=0)
         found = mask_on_study_grid(probability, case.lungs, case.geometry, self.masks)
         native = native_probability(case, probability, found)
         affine = np.asarray(case.geometry.affine)
+        measures, more = measure(found.mask, found.lungs, case.geometry.study_voxel_ml), {}
+        if len(networks) > 1:
+            apart = native_probability(case, uncertainty.disagreement(networks), found)
+            more = {'disagreement': from_canonical(apart, affine)}
+            more |= range_cells(networks, case, self.masks, measures.lesion_ml)
         return Prediction(
-            **vars(measure(found.mask, found.lungs, case.geometry.study_voxel_ml)),
+            **vars(measures),
+            **more,
             mask=from_canonical(found.mask.astype(np.uint8), affine),
             lungs=from_canonical(found.lungs.astype(np.uint8), affine),
             probability=from_canonical(native, affine),
@@ -134,6 +170,17 @@ class Model:
 def native_probability(case: PreparedCase, probability: np.ndarray, found: StudyMask) -> np.ndarray:
     """(Z, Y, X) float32, canonical: the probability on the study's own grid."""
     return (to_study_grid(probability, case.geometry) * found.lungs).astype(np.float32)
+
+
+def range_cells(
+    networks: np.ndarray, case: PreparedCase, settings: MaskSettings, lesion_ml: float
+) -> dict[str, float]:
+    """The range of lesion ml that a case's networks (N, D, H, W) speak for, by column of
+    results.csv; nothing of one network. `lesion_ml` is the mask's."""
+    if len(networks) == 1:
+        return {}
+    ends = uncertainty.lesion_range_ml(networks, case.geometry.voxel_ml, settings, lesion_ml)
+    return dict(zip(RANGE, ends, strict=True))
 
 
 def _without_paths(preparation: PrepareSettings) -> tuple:
@@ -163,16 +210,14 @@ def average_models(models: Sequence[Model]) -> Model:
                 'at a share of the maximum); average those of one kind'
             )
 
-    def average(members: Sequence[Probability]) -> Probability:
-        return lambda image, lungs: np.mean([each(image, lungs) for each in members], axis=0)
-
     means = {
         field.name: float(np.mean([getattr(model.masks, field.name) for model in models]))
         for field in dataclasses.fields(MaskSettings)
     }
     return Model(
         probabilities=tuple(
-            average(members) for members in zip(*(m.probabilities for m in models), strict=True)
+            MeanProbability(members)
+            for members in zip(*(m.probabilities for m in models), strict=True)
         ),
         preparation=first.preparation,
         masks=MaskSettings(**means),

@@ -15,7 +15,7 @@ from covseg_jax import written
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 TRUTH_COLOUR, PSEUDO_COLOUR, PREDICTION_COLOUR = '#009e73', '#56b4e9', '#e69f00'
-LUNGS_COLOUR = '#56b4e9'
+LUNGS_COLOUR, DISAGREEMENT_COLOUR = '#56b4e9', '#cc79a7'
 
 _MARGIN_MM = 10.0
 _MAX_TILES, _COLUMNS = 20, 5

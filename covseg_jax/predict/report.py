@@ -6,8 +6,14 @@ from typing import Any
 
 from covseg_jax.predict import viewer
 from covseg_jax.predict.default import INTENDED_USE
+from covseg_jax.predict.model import RANGE
 from covseg_jax.predict.page import make_environment
-from covseg_jax.predict.preview import LUNG_WINDOW_HU, LUNGS_COLOUR, PREDICTION_COLOUR
+from covseg_jax.predict.preview import (
+    DISAGREEMENT_COLOUR,
+    LUNG_WINDOW_HU,
+    LUNGS_COLOUR,
+    PREDICTION_COLOUR,
+)
 
 _ENVIRONMENT = make_environment()
 # Column of results.csv, title, digits.
@@ -17,6 +23,10 @@ _COLUMNS = (
     ('right_lesion_ml', 'Right lesions, ml', 1), ('right_lung_ml', 'Right lung, ml', 0),
     ('left_lesion_ml', 'Left lesions, ml', 1), ('left_lung_ml', 'Left lung, ml', 0),
 )  # fmt: skip
+_COLOURS = {
+    'lungs': LUNGS_COLOUR, 'lesions': PREDICTION_COLOUR, 'disagreement': DISAGREEMENT_COLOUR,
+}  # fmt: skip
+_TOGGLES = (('l', 'lesions'), ('u', 'lungs'), ('d', 'disagreement'))  # key, layer
 _SIDES = (('Both', ''), ('Right', 'right_'), ('Left', 'left_'))
 
 
@@ -39,14 +49,24 @@ def render_report(
     most_first = sorted(records, key=lambda each: (-_infection(each), each['study_id']))
     views = _choose_views([record['study_id'] for record in most_first], read_view)
     viewed = {view['study_id'] for view in views}
+    drawn = {name for view in views for name in view['masks']}
+    has_ranges = any(RANGE[0] in record['results'] for record in records)
     paragraph, references = methods
     return _ENVIRONMENT.get_template('results.html.j2').render(
-        columns=['Study', *(title for _, title, _ in _COLUMNS), 'Warnings'],
-        studies=[_describe_study(record) for record in most_first],
+        columns=[
+            'Study',
+            *(title for _, title, _ in _COLUMNS),
+            *(['Range of lesions, ml'] if has_ranges else []),
+            'Warnings',
+        ],
+        studies=[_describe_study(record, has_ranges) for record in most_first],
         set_aside=set_aside,
         views=views,
         viewed=viewed,
-        colours={'lungs': LUNGS_COLOUR, 'lesions': PREDICTION_COLOUR},
+        panel=[name for name in _COLOURS if name in drawn],
+        toggles=[(key, name, [name]) for key, name in _TOGGLES if name in drawn],
+        colours=_COLOURS,
+        has_ranges=has_ranges,
         window_hu=LUNG_WINDOW_HU,
         facts=_describe_run(most_first),
         settings=json.dumps(most_first[0]['settings'], indent=2) if most_first else '',
@@ -77,7 +97,7 @@ def _format(value: Any, digits: int | None) -> str:
     return str(value) if digits is None else f'{value:.{digits}f}'
 
 
-def _describe_study(record: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_study(record: Mapping[str, Any], has_ranges: bool) -> dict[str, Any]:
     """What the page shows of a study: cells of the table, (text, key to sort by, is it a number)
     each, and a small table of both lungs."""
     results, warnings = record['results'], record['warnings']
@@ -86,6 +106,10 @@ def _describe_study(record: Mapping[str, Any]) -> dict[str, Any]:
         (_format(results[name], digits), results[name], digits is not None)
         for name, _, digits in _COLUMNS
     ]
+    ends = [results[name] for name in RANGE if name in results]
+    span = ' to '.join(f'{each:.1f}' for each in ends)
+    if has_ranges:  # sorted by their widths
+        cells.append((span, ends[1] - ends[0] if ends else '', True))
     cells.append((str(len(warnings) or ''), len(warnings), True))
     lungs = []
     for title, prefix in _SIDES:
@@ -99,6 +123,7 @@ def _describe_study(record: Mapping[str, Any]) -> dict[str, Any]:
         'cells': cells,
         'severity': results['severity'],
         'lungs': lungs,
+        'range': span,
         'warnings': warnings,
         'mask': results['mask'],
         'scan': scan['name'],

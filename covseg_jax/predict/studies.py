@@ -23,10 +23,23 @@ from covseg_jax.imaging.nifti import write_volume
 from covseg_jax.imaging.studies import Study
 from covseg_jax.imaging.workers import process_pool
 from covseg_jax.manifest import fingerprint
-from covseg_jax.predict import dicom_seg, viewer
+from covseg_jax.predict import dicom_seg, uncertainty, viewer
 from covseg_jax.predict.journal import Journal
-from covseg_jax.predict.model import Measures, Model, measure, native_probability
-from covseg_jax.predict.preview import LUNGS_COLOUR, PREDICTION_COLOUR, write_preview
+from covseg_jax.predict.model import (
+    RANGE,
+    Measures,
+    Model,
+    measure,
+    native_probability,
+    range_cells,
+    run_networks,
+)
+from covseg_jax.predict.preview import (
+    DISAGREEMENT_COLOUR,
+    LUNGS_COLOUR,
+    PREDICTION_COLOUR,
+    write_preview,
+)
 from covseg_jax.predict.record import describe_run, write_record
 from covseg_jax.prepare.lung_report import measure_lungs
 from covseg_jax.prepare.lungs import split_lungs
@@ -38,13 +51,14 @@ Row = dict[str, str | float]
 
 _ENDINGS = {
     'mask': 'mask.nii.gz', 'probability': 'probability.nii.gz', 'preview': 'preview.png',
+    'disagreement': 'disagreement.nii.gz',
     'record': 'results.json', 'view': 'view.json', 'dicom_seg': 'seg.dcm',
 }  # fmt: skip
 REPORT, METHODS = 'report.html', 'methods.txt'
 _MEASURES = ('lesion_ml', 'lung_ml', 'infection_percent')
 COLUMNS = (
     'study_id', 'status', *_MEASURES, 'severity', 'seconds', 'mask',
-    *(f'{side}_{name}' for side in ('right', 'left') for name in _MEASURES), 'notes',
+    *(f'{side}_{name}' for side in ('right', 'left') for name in _MEASURES), *RANGE, 'notes',
 )  # fmt: skip
 
 
@@ -57,12 +71,13 @@ class Extras:
     per_lung: bool = False  # lesions of either lung, in results.csv
     report: bool = False  # `report.html` of all studies, lesions of either lung, `methods.txt`
     dicom_seg: bool = False  # `<study_id>_seg.dcm`, of a DICOM series
+    disagreement: bool = False  # `<study_id>_disagreement.nii.gz`, of several networks
 
     def files(self, study_id: str, output: pathlib.Path) -> list[pathlib.Path]:
         """What is written of a study."""
         asked = {
             'probability': self.probability, 'preview': self.preview, 'view': self.report,
-            'dicom_seg': self.dicom_seg,
+            'dicom_seg': self.dicom_seg, 'disagreement': self.disagreement,
         }  # fmt: skip
         return [_file_of(study_id, kind, output) for kind in _ENDINGS if asked.get(kind, True)]
 
@@ -75,7 +90,7 @@ def _file_of(study_id: str, kind: str, output: pathlib.Path) -> pathlib.Path:
 
 def write_prediction(
     case: PreparedCase,
-    probability: np.ndarray,
+    networks: np.ndarray,
     settings: MaskSettings,
     output: pathlib.Path,
     wanted: Extras,
@@ -83,13 +98,14 @@ def write_prediction(
     model_identity: str,
     limits: viewer.Limits = viewer.FEW,
 ) -> Row:
-    """Brings a case's lesion probability (D, H, W) back onto the study's grid and writes
-    `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what is wanted beside it.
-    Returns a row of results.csv. `limits` are those of the report's pictures.
+    """Brings the mean of the networks' lesion probabilities of a case (N, D, H, W) back onto the
+    study's grid and writes `<study_id>_mask.nii.gz` (uint8, the study's shape and affine) and what
+    is wanted beside it. Returns a row of results.csv. `limits` are those of the report's pictures.
 
     Raises:
       FileFault: no DICOM Segmentation can be made of the study, where one is wanted.
     """
+    probability = networks.mean(axis=0)
     found = mask_on_study_grid(probability, case.lungs, case.geometry, settings)
     affine = np.asarray(case.geometry.affine)
     measures = measure(found.mask, found.lungs, case.geometry.study_voxel_ml)
@@ -97,9 +113,12 @@ def write_prediction(
     if wanted.dicom_seg:  # first: what forbids it leaves nothing of the study
         masks = (from_canonical(each, affine) for each in (found.mask, found.lungs))
         dicom_seg.write_dicom_seg(place['dicom_seg'], study, *masks, model_identity)
-    if wanted.probability:
-        on_study_grid = native_probability(case, probability, found)
-        write_volume(place['probability'], on_study_grid, affine, written.new_file)
+    maps = {'probability': probability} if wanted.probability else {}
+    if wanted.disagreement and len(networks) > 1:
+        maps['disagreement'] = uncertainty.disagreement(networks)
+    for kind, values in maps.items():
+        on_study_grid = native_probability(case, values, found)
+        write_volume(place[kind], on_study_grid, affine, written.new_file)
     image_hu = read_image(study).array if wanted.preview or wanted.report else None
     if wanted.preview:
         title = (
@@ -110,32 +129,47 @@ def write_prediction(
             place['preview'], image_hu, found.mask, found.lungs, case.geometry.spacing_mm, title
         )
     if wanted.report:
-        view = _draw_view(case, image_hu, found, limits)
+        view = _draw_view(case, image_hu, found, networks, settings, limits)
         written.write_text(place['view'], json.dumps(view))
     write_volume(place['mask'], found.mask, affine, written.new_file)
     row: Row = {'study_id': case.study_id, 'status': 'ok'}
     row |= _cells(measures) | {'severity': measures.severity, 'mask': place['mask'].name}
-    if wanted.per_lung or wanted.report:
-        sides = split_lungs(found.lungs, case.geometry.spacing_mm)
-        for name, lung in zip(('right', 'left'), sides, strict=True):
-            of_lung = measure(found.mask, lung, case.geometry.study_voxel_ml)
-            row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
-    else:
-        right_ml, left_ml = measure_lungs(found.lungs, case.geometry.spacing_mm)
-        row |= {'right_lung_ml': round(right_ml, 4), 'left_lung_ml': round(left_ml, 4)}
+    row |= _cells_of_sides(case, found, with_lesions=wanted.per_lung or wanted.report)
+    ends = range_cells(networks, case, settings, measures.lesion_ml)
+    row |= {name: round(ml, 4) for name, ml in ends.items()}
     if case.notes:
         row['notes'] = '; '.join(case.notes)
     return row
 
 
+def _cells_of_sides(case: PreparedCase, found: StudyMask, *, with_lesions: bool) -> Row:
+    if not with_lesions:
+        right_ml, left_ml = measure_lungs(found.lungs, case.geometry.spacing_mm)
+        return {'right_lung_ml': round(right_ml, 4), 'left_lung_ml': round(left_ml, 4)}
+    row: Row = {}
+    sides = split_lungs(found.lungs, case.geometry.spacing_mm)
+    for name, lung in zip(('right', 'left'), sides, strict=True):
+        of_lung = measure(found.mask, lung, case.geometry.study_voxel_ml)
+        row |= {f'{name}_{key}': value for key, value in _cells(of_lung).items()}
+    return row
+
+
 def _draw_view(
-    case: PreparedCase, image_hu: np.ndarray, found: StudyMask, limits: viewer.Limits
+    case: PreparedCase,
+    image_hu: np.ndarray,
+    found: StudyMask,
+    networks: np.ndarray,
+    settings: MaskSettings,
+    limits: viewer.Limits,
 ) -> dict[str, Any]:
     # Of the lungs the outline alone, and below that of the lesions.
     layers = {
         'lungs': viewer.Layer(found.lungs, LUNGS_COLOUR, fill=0),
         'lesions': viewer.Layer(found.mask, PREDICTION_COLOUR, fill=40),
     }
+    if len(networks) > 1:
+        differ = uncertainty.where_networks_differ(networks, case.geometry, settings)
+        layers['disagreement'] = viewer.Layer(differ & found.lungs, DISAGREEMENT_COLOUR, fill=110)
     return viewer.draw_views(
         case.study_id, image_hu, found.lungs, layers, case.geometry.spacing_mm, limits,
         most_of=('lesions', 'lungs'),
@@ -178,6 +212,8 @@ def predict_studies(
       InputError: a process was killed, or something that this program did not write lies in
         `output` where a file would go.
     """
+    if model.num_networks == 1:  # it agrees with itself
+        wanted = dataclasses.replace(wanted, disagreement=False)
     identity = fingerprint([model.identity, dataclasses.asdict(wanted)])
     journal, run = Journal(output, hosts.index(), identity), describe_run(model)
     results, *pages = (output / name for name in ('results.csv', REPORT, METHODS))
@@ -221,10 +257,10 @@ def predict_each(
 ) -> Iterator[Row]:
     """The studies' rows, in the order in which they are done.
 
-    `finish` takes a study, its case, its (D, H, W) probability and the seconds so far, and gives
-    the row. `check` raises a FileFault of a study that is not to be begun. Both run in other
-    processes: they can be pickled. Of a study that cannot be used the row is its id and, as
-    `status`, the fault.
+    `finish` takes a study, its case, the lesion probabilities (N, D, H, W) of the model's networks
+    and the seconds so far, and gives the row. `check` raises a FileFault of a study that is not to
+    be begun. Both run in other processes: they can be pickled. Of a study that cannot be used the
+    row is its id and, as `status`, the fault.
     """
     devices = model.probabilities[: max(1, len(to_do))]
     with process_pool(min(num_workers, len(to_do) - 1), 'predict') as pool, ExitStack() as stack:
@@ -267,8 +303,8 @@ def _run(
     predict: Probability, case: PreparedCase, seconds: float
 ) -> tuple[PreparedCase, np.ndarray, float]:
     began = time.monotonic()
-    probability = predict(case.image, case.lungs)
-    return case, probability, seconds + time.monotonic() - began
+    networks = run_networks(predict, case.image, case.lungs)
+    return case, networks, seconds + time.monotonic() - began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,12 +320,12 @@ class _ToWrite:
 
 
 def _finish(
-    what: _ToWrite, study: Study, case: PreparedCase, probability: np.ndarray, seconds: float
+    what: _ToWrite, study: Study, case: PreparedCase, networks: np.ndarray, seconds: float
 ) -> Row:
     began, folder = time.monotonic(), what.journal.folder
     try:
         row = write_prediction(
-            case, probability, what.masks, folder, what.wanted, study, what.model_identity,
+            case, networks, what.masks, folder, what.wanted, study, what.model_identity,
             what.limits,
         )  # fmt: skip
     except FileFault as fault:

@@ -46,6 +46,7 @@ class Request:
     probability: bool = False
     report: bool = False
     dicom_seg: bool = False
+    disagreement: bool = False
     num_workers: int | None = None
 
 

@@ -291,6 +291,7 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     from covseg_jax.predict import dicom_seg
     from covseg_jax.predict.default import CARD, DEFAULT, FOLDER, INTENDED_USE
     from covseg_jax.predict.export import load
+    from covseg_jax.predict.model import RANGE
     from covseg_jax.predict.studies import METHODS, REPORT, Extras, predict_studies
 
     layout = (config or inputs.NO_CONFIG).data.layout
@@ -304,6 +305,8 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
             print(f'predict: {INTENDED_USE}')
     else:
         model, _ = inputs.load_model(config, workdir)
+    if given.disagreement and model.num_networks == 1:
+        print('predict: note: --disagreement: the model is one network; no map is written')
     try:
         with _interrupted_by_signals():
             rows, faults = predict_studies(
@@ -313,16 +316,17 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
                 num_workers=given.num_workers
                 or inputs.num_workers(config, studies, dicom_seg=given.dicom_seg),
                 wanted=Extras(
-                    given.probability, given.preview, given.per_lung, given.report, given.dicom_seg
+                    **{each.name: getattr(given, each.name) for each in dataclasses.fields(Extras)}
                 ),
                 resume=given.resume,
             )
     except KeyboardInterrupt as stop:
         message = 'predict: stopped; run it again with --resume to go on'
         raise Stopped(message, exit_code=130) from stop
+    ends = RANGE if model.num_networks > 1 else ()
     columns = (
-        'study_id', 'lesion_ml', 'lung_ml', 'right_lung_ml', 'left_lung_ml', 'infection_percent',
-        'severity', 'seconds',
+        'study_id', 'lesion_ml', *ends, 'lung_ml', 'right_lung_ml', 'left_lung_ml',
+        'infection_percent', 'severity', 'seconds',
     )  # fmt: skip
     done = [row for row in rows if row['status'] == 'ok']
     show_table([[row[name] for name in columns] for row in done[:_MOST_SHOWN]], columns)

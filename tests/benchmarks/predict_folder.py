@@ -71,7 +71,7 @@ def main() -> None:
         steps.append(time.perf_counter())
         mask = probability(case.image, case.lungs)
         steps.append(time.perf_counter())
-        write_prediction(case, mask, settings, folder / 'masks', Extras(), found[0], '')
+        write_prediction(case, mask[None], settings, folder / 'masks', Extras(), found[0], '')
         steps.append(time.perf_counter())
     alone, overlapped = (statistics.median(each) for each in seconds.values())
     prepare_s, network_s, write_s = np.diff(steps).round(3).tolist()

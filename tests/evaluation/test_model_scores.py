@@ -11,7 +11,7 @@ from covseg_jax.evaluation import model_scores
 from covseg_jax.evaluation.model_scores import score_arrays, score_studies
 from covseg_jax.imaging.masks import MaskSettings, StudyMask
 from covseg_jax.imaging.studies import find_inputs
-from covseg_jax.predict.model import Model
+from covseg_jax.predict.model import Model, average_models
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_stored, write_study
 from tests.settings import prepare_settings
 
@@ -88,11 +88,30 @@ def test_studies_are_scored_as_predicted_and_done_once(tmp_path):
 
     again = dataclasses.replace(MODEL, probabilities=(fail,))
     np.testing.assert_equal(score_studies(again, studies, done, 0, 'test'), rows)
+    assert 'range_factor' not in rows[0]  # it is one network
     with pytest.raises(AssertionError, match='done again'):  # it is another model
         score_studies(dataclasses.replace(again, identity='other'), studies, done, 0, 'test')
     write_stored(tmp_path / 'scans' / 'a_mask.nii.gz', 0 * truth.astype(np.uint8), AFFINE)
     changed = score_studies(MODEL, studies, done, 0, 'test')
     assert (changed[0]['dice'], changed[1]['dice']) == (0, rows[1]['dice'])
+
+
+def test_range_of_two_networks_is_scored_against_the_truth(tmp_path):
+    for name, lesion in (('a', True), ('healthy', False)):
+        write_study(tmp_path / 'scans', name, lesion=lesion)
+    nothing = dataclasses.replace(MODEL, probabilities=(lambda _, lungs: 0.0 * lungs,))
+    rows = score_studies(
+        average_models([MODEL, nothing]), find_inputs(tmp_path / 'scans'), tmp_path, 0, 'test'
+    )
+    # One marks the lesion with 0.7 and the other does not: their mean does not reach the cut.
+    assert (rows[0]['marked_ml'], rows[0]['lesion_ml_low']) == (0, 0)
+    # The model's grid is coarse for it.
+    assert rows[0]['lesion_ml_high'] == pytest.approx(rows[0]['true_ml'], rel=0.3)
+    # Outside the lesion are 0.2: at odds of a quarter and less of the cut's all of the lungs.
+    least = 1 if rows[0]['lesion_ml_high'] >= rows[0]['true_ml'] else 4
+    assert least <= rows[0]['range_factor'] <= 2**2.25
+    assert rows[1]['lesion_ml_high'] == pytest.approx(rows[0]['lesion_ml_high'], rel=0.01)
+    assert 'range_factor' not in rows[1]
 
 
 def test_scan_that_cannot_be_read_is_named(tmp_path):

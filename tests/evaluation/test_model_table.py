@@ -10,6 +10,7 @@ import pytest
 from covseg_jax.evaluation import model_table
 from covseg_jax.evaluation.model_scores import COLUMNS, DICE_AT
 from covseg_jax.evaluation.model_table import CSV_COLUMNS, HEAD, Recipe, make_table, write_rows
+from covseg_jax.predict.model import RANGE
 
 
 def rows(dice, peak, **more):
@@ -83,6 +84,23 @@ def test_undefined_scores_count_in_no_mean_and_in_no_difference():
     )
     assert mean == pytest.approx(0.1)
     assert all(map(math.isnan, interval))
+
+
+def test_range_is_held_against_the_truth_and_a_factor_is_found_for_it():
+    ranged = [
+        row | {'true_ml': 10.0, 'lesion_ml_low': 5.0, 'lesion_ml_high': high, 'range_factor': n + 1}
+        for n, (row, high) in enumerate(zip(rows(DICE, ''), [15.0] * 16 + [9.0] * 4, strict=True))
+    ]
+    refused = rows([0.0], '', status='no lungs')[0]
+    refused = {key: value for key, value in refused.items() if key not in RANGE}
+    del refused['range_factor']
+    table = read(make_table([Recipe('two', {'two': {'phantoms': [*ranged, refused]}})]))
+    found = table['phantoms', 'two']
+    assert found['true ml in range'].startswith('0.800 [0.')
+    assert found['true ml in range'].endswith('(n 20)')
+    assert found["range's width"] == '1.00'
+    assert found['factor for 0.9'] == '19.00'  # the 19th of 20: 0.9 of 21 are 18.9
+    assert model_table.conformal_quantile(np.arange(8.0), 0.9) == math.inf
 
 
 def test_sets_that_are_not_there_are_not_in_the_table():

@@ -10,7 +10,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from covseg_jax.imaging.studies import find_inputs
+from covseg_jax.predict.studies import Extras, predict_studies
+from tests.imaging.chest import write_study
 from tests.predict.test_report import predict, write_scans
+from tests.predict.test_uncertainty import TWO
 
 
 @pytest.fixture(scope='module')
@@ -158,4 +162,21 @@ def test_page_of_predictions_shows_a_study_its_outlines_and_its_facts(browser, t
     assert shown.startswith('b: CT-0')
     # Nothing lies beside the window, and nothing is fetched.
     assert browser.execute_script('return document.body.scrollWidth <= window.innerWidth')
+    assert browser.get_log('browser') == []
+
+
+def test_what_one_network_alone_marks_is_drawn_and_taken_away(browser, tmp_path):
+    write_study(tmp_path / 'scans', 'a', lesion=False)
+    studies = find_inputs(tmp_path / 'scans')
+    predict_studies(studies, TWO, tmp_path, num_workers=0, wanted=Extras(report=True))
+    browser.get((tmp_path / 'report.html').as_uri())
+    viewer = browser.find_element(By.ID, 'viewer')
+    WebDriverWait(browser, 10).until(lambda _: viewer.get_attribute('data-shown'))
+    # It opens on a slice that both mark; one alone marks those below the middle of the opacity.
+    press(browser, Keys.ARROW_LEFT * 2)
+    for key in 'lu':
+        press(browser, key)
+    assert count_colour(browser, 0) > 10
+    press(browser, 'd')
+    assert count_colour(browser, 0) == 0
     assert browser.get_log('browser') == []

@@ -15,7 +15,7 @@ from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import find_inputs
 from covseg_jax.predict import report, viewer
 from covseg_jax.predict.methods import describe_methods
-from covseg_jax.predict.model import Origin, average_models
+from covseg_jax.predict.model import RANGE, Origin, average_models
 from covseg_jax.predict.studies import Extras, predict_studies
 from covseg_jax.segmentation.volumes import VolumeSettings
 from tests.imaging.chest import AFFINE, SHAPE, draw_chest, write_stored, write_study
@@ -78,6 +78,7 @@ def test_record_of_a_study_has_its_row_and_what_it_was_made_from(predicted):
     for study_id in 'abc':
         record, row = read_record(output, study_id), rows[study_id]
         assert '; '.join(record['warnings']) == row.pop('notes')
+        assert [row.pop(name) for name in RANGE] == ['', '']  # it is one network
         assert {'study_id': study_id} | {k: str(v) for k, v in record['results'].items()} == row
     record = read_record(output, 'a')
     checksum = hashlib.sha256((scans / 'a.nii.gz').read_bytes()).hexdigest()
