@@ -141,9 +141,6 @@ def _train() -> ml_collections.ConfigDict:
     augment.gain = 0.1  # of image values, relative
     augment.bias = 0.02  # image value
     augment.noise = 0.01  # standard deviation, image value
-    augment.wall_share = (
-        0.0  # of the slices whose lungs hold some of the chest's wall, as no lesion
-    )
     train.projection_dim = 128  # of the contrastive loss
     train.clip_norm = 1.0  # as gan.clip_norm
     train.ema_decay = 0.999  # as gan.ema_decay

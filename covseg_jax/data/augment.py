@@ -11,10 +11,6 @@ import jax.numpy as jnp
 from covseg_jax.data.feeds import IMAGE, LUNGS, TARGET
 
 _DEPENDENT_DENSITY = 0.45  # image value; −370 HU in the default window
-_WALL = (0.64, 0.78)  # image values: −100 to 90 HU there, fat to muscle with some blood
-_WALL_TEXTURE = 0.02  # standard deviation, image value
-_WALL_REACH = 0.04  # of the image's side, half of what the outline may be too far: about 12 mm
-_WALL_NODES = 6  # along a side: places where it is too far are some cm apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +23,6 @@ class Augmentation:
     gain: float  # relative change of the lungs' contrast
     bias: float  # change of brightness, in units of [0, 1]
     noise: float  # standard deviation of added noise, in units of [0, 1]
-    wall_share: float  # of the slices whose lungs hold some of the tissue beside them
 
 
 def _resampling_matrix(size: int, zoom: jax.Array, shift: jax.Array) -> jax.Array:
@@ -67,56 +62,6 @@ def add_dependent_density(
     return image + weight * jnp.maximum(_DEPENDENT_DENSITY - image, 0.0)
 
 
-def _smooth_field(key: jax.Array, shape: tuple[int, int, int], nodes: int) -> jax.Array:
-    """(B, H, W) Gaussian field of unit variance, with nodes × nodes independent values."""
-    coarse = jax.random.normal(key, (shape[0] * nodes**2,)).reshape(shape[0], nodes, nodes)
-    field = jax.image.resize(coarse, shape, 'cubic')
-    return field / (field.std((1, 2), keepdims=True) + 1e-6)
-
-
-def _blur_matrix(size: int, sigma: float) -> jax.Array:
-    at = jnp.arange(size)
-    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / sigma))
-    return weights / weights.sum(1, keepdims=True)
-
-
-def add_wall(
-    key: jax.Array, image: jax.Array, lungs: jax.Array, share: float
-) -> tuple[jax.Array, jax.Array]:
-    """Draws the lungs' outline too far in places, and puts soft tissue into what is added.
-
-    Lungs that are found where they are dense hold some of the chest's wall, the heart and the
-    diaphragm. Lungs of phantoms hold none: without this a network takes it for consolidation.
-
-    Args:
-      key: PRNG key.
-      image: (B, H, W, 1) in [0, 1], 0 outside the lungs.
-      lungs: (B, H, W, 1), 0 or 1.
-      share: of the slices that are changed.
-
-    Returns:
-      Image and lungs, of the same shapes; both are as they were in the old lungs.
-    """
-    shape = image.shape[:3]
-    chosen_key, place_key, reach_key, hu_key, texture_key = jax.random.split(key, 5)
-
-    def per_slice(k: jax.Array, low: float, high: float) -> jax.Array:
-        return jax.random.uniform(k, shape[:1], minval=low, maxval=high).reshape(-1, 1, 1)
-
-    # Beside a straight edge the blurred lungs fall from one half to 0.02 over two deviations.
-    rows, columns = (_blur_matrix(size, _WALL_REACH * size) for size in shape[1:])
-    near = jnp.einsum('ih,bhw,jw->bij', rows, lungs[..., 0], columns)
-    reach = jnp.clip(_smooth_field(place_key, shape, _WALL_NODES) - 0.5, 0.0, 1.0)
-    reach *= per_slice(reach_key, 0.0, 1.0)
-    added = (near > 0.5 - 0.48 * jnp.sqrt(reach)) & (lungs[..., 0] < 0.5)
-    added &= per_slice(chosen_key, 0.0, 1.0) < share
-    tissue = per_slice(hu_key, *_WALL) + _WALL_TEXTURE * _smooth_field(
-        texture_key, shape, shape[1] // 4
-    )
-    image = jnp.where(added[..., None], jnp.clip(tissue, 0.0, 1.0)[..., None], image)
-    return image, jnp.maximum(lungs, added[..., None].astype(lungs.dtype))
-
-
 def augment_slices(
     key: jax.Array, batch: dict[str, jax.Array], settings: Augmentation
 ) -> dict[str, jax.Array]:
@@ -124,7 +69,7 @@ def augment_slices(
     TARGET, LUNGS (B, H, W, 1); other keys pass through. IMAGE and TARGET stay in [0, 1], and are 0
     outside the lungs."""
     num, height, width, _ = batch[IMAGE].shape
-    numbers_key, noise_key, wall_key = jax.random.split(key, 3)
+    numbers_key, noise_key = jax.random.split(key)
     # Drawn flat and at once: XLA for CPUs compiles draws of many axes, and many draws, slowly.
     numbers = jax.random.uniform(numbers_key, (8 * num,), minval=-1.0).reshape(8, num)
     rows, columns = (
@@ -139,8 +84,6 @@ def augment_slices(
     moved = rows[:, None] @ stacked @ columns.mT[:, None]
     image, target, lungs = moved.transpose(1, 0, 2, 3)[..., None]
     lungs = (lungs >= 0.5).astype(jnp.float32)
-    if settings.wall_share:
-        image, lungs = add_wall(wall_key, image, lungs, settings.wall_share)
     noise = jax.random.normal(noise_key, (image.size,)).reshape(image.shape)
     image = image * (1 + settings.gain * gain) + settings.bias * bias
     image = jnp.clip(image + settings.noise * deviation * noise, 0.0, 1.0) * lungs

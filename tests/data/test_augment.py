@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covseg_jax.data.augment import add_dependent_density, add_wall, augment_slices
+from covseg_jax.data.augment import add_dependent_density, augment_slices
 from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 from covseg_jax.data.opacities import add_opacities, paint_slices
 from tests.settings import augmentation, opacity_model
@@ -57,21 +57,6 @@ def test_augment_slices_moves_image_and_target_together(batch):
     )
     np.testing.assert_allclose(moved[TARGET], moved[IMAGE], atol=1e-6)
     assert np.abs(np.asarray(moved[IMAGE]) - batch[IMAGE]).max() > 0.05
-
-
-def test_add_wall_puts_soft_tissue_beside_the_lungs_of_some_slices_and_nowhere_else():
-    lungs = np.zeros((40, 64, 64, 1), np.float32)
-    lungs[:, 12:52, 8:28] = lungs[:, 12:52, 36:56] = 1
-    image = 0.1 * lungs
-    found, wider = map(np.asarray, add_wall(jax.random.key(0), image, lungs, 0.5))
-    assert np.all(wider >= lungs)
-    np.testing.assert_array_equal(found[lungs > 0], image[lungs > 0])
-    added = (wider > 0) & (lungs == 0)
-    assert np.all(found[(wider == 0)] == 0)
-    assert np.all((found[added] > 0.55) & (found[added] < 0.9))  # no lung, no bone
-    areas = added.sum((1, 2, 3)) / lungs[0].sum()
-    assert 10 < (areas > 0).sum() < 30
-    assert areas.max() < 0.5
 
 
 def test_add_dependent_density_is_at_the_back_of_the_lungs_and_never_darkens():
