@@ -6,6 +6,7 @@ import pytest
 from covseg_jax.imaging import formats, geometry, nifti
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs
+from covseg_jax.prepare.slicewise import dilate_in_plane, erode_in_plane
 
 SPACING_MM = (8.0, 3.0, 3.0)
 SHAPE = (30, 100, 126)
@@ -123,6 +124,34 @@ def test_dense_lung_that_a_network_sees_is_added_where_lung_can_be(chest):
     np.testing.assert_array_equal(
         lungs.find_lungs(image, SPACING_MM, _Seeing(image, np.zeros_like(seen))), without
     )
+
+
+def test_dense_lung_beside_as_much_lung_is_added_at_the_apex_and_with_none_below(chest):
+    image, truth = chest
+    apex = truth & (Z > 70) & (Y > 0)
+    lateral = truth & (X < -100) & (Z < 40)
+    image = np.where(apex | lateral, np.int16(40), image)
+    without = lungs.find_lungs(image, SPACING_MM)
+    found = lungs.find_lungs(image, SPACING_MM, _Seeing(image, truth))
+    for part in (apex, lateral):
+        assert without[part].mean() < 0.6
+        assert found[part].mean() > 0.95
+    assert _dice(found, truth) > 0.98
+
+
+def test_the_edge_of_ground_glass_is_added_where_a_network_sees_it(chest):
+    image, truth = chest
+    glass = truth & (X < 0) & (Y > 10)
+    rim = glass & ~erode_in_plane(truth)  # a voxel of 3 mm, half of it chest wall
+    image = np.where(glass, np.int16(-500), image)
+    image = np.where(rim, np.int16(-200), image)
+    # Beside lung full of air the threshold is right, and what is thin is the chest wall's edge.
+    seen = truth | (dilate_in_plane(truth) & (X > 0))
+    without = lungs.find_lungs(image, SPACING_MM)
+    found = lungs.find_lungs(image, SPACING_MM, _Seeing(image, seen))
+    assert without[rim].mean() < 0.4
+    assert found[rim].mean() > 0.95
+    assert not (found & ~without)[np.broadcast_to(X > 0, SHAPE)].any()
 
 
 def test_liver_dome_stays_outside(chest):
