@@ -24,7 +24,7 @@ THICKEST_MM = 10.0
 # Of the darkest percent of a scan. A crop may hold no free air but in small bronchi, and lungs
 # alone have about -850.
 AIR_HU = (-1150.0, -750.0)
-# Of the trachea and the main bronchi in a slice: density, area, and distance from the middle of both
+# Of the trachea and the main bronchi in a slice: density, area, distance from the middle of both
 # lungs.
 AIRWAY_HU = -700
 AIRWAY_CM2 = (0.6, 8.0)

@@ -11,6 +11,7 @@ shows.
 import cc3d
 import edt
 import numpy as np
+from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, shrink, stretching_matrix
 from covseg_jax.prepare.dense_lung import find_dense_lung
@@ -28,6 +29,7 @@ from covseg_jax.prepare.slicewise import (
     find_box,
     has_lung_below,
     label_in_plane,
+    open_in_plane,
     sweep,
     touches_border,
     volumes_and_means,
@@ -48,6 +50,10 @@ MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
 GAS_SHARE = 0.25  # of the air in a corner of the room lies below GAS_HU
+# Free gas that touches a lung, smoothed, in the mean, its radius and volume. Emphysema has about
+# -965 in the mean.
+DARK_HU, STOMACH_HU, STOMACH_MM, STOMACH_ML = -950, -975, 6.0, 20.0
+RIM_VOXELS = 3
 EMPHYSEMA_SHARE = 0.5  # of a lung lies below it, at most
 # Of a lung that the circle cuts into lies between parts of the body: 0.31 to 1 in three scans and
 # three circles; of the air under the back 0 to 0.25, beside the arms up to 0.5.
@@ -225,8 +231,39 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndar
         inside = {0.5: enclosed, BETWEEN_SHARE: between}
         air &= ~_outside_body(coarse, air, inside, at_padding, EMPHYSEMA_SHARE)
     air &= ~_trachea(coarse, air, spacing_mm)
+    air &= ~_stomach(coarse, air, spacing_mm)
     components = cc3d.connected_components(air, connectivity=6)
     return _choose_lungs(components, coarse, enclosed)
+
+
+def _stomach(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    """Gas under a lung that a thin wall does not part from it: stomach or bowel. Bullae, as dark,
+    have lung below."""
+    least = STOMACH_ML * 1000 / np.prod(spacing_mm)
+    gas, stomach = np.zeros_like(air), np.zeros_like(air)
+    if not air.any():
+        return stomach
+    box = find_box(air)
+    smooth = ndimage.uniform_filter(coarse[box].astype(np.float32), (1, 3, 3))
+    dark = air[box] & (smooth < DARK_HU)
+    if np.count_nonzero(dark) < least:
+        return stomach
+    gas[box] = open_in_plane(dark, STOMACH_MM, spacing_mm)
+    labels = cc3d.connected_components(gas, connectivity=6)
+    volumes, means = volumes_and_means(labels, coarse)
+    for label in np.flatnonzero((volumes >= least) & (means < STOMACH_HU)):
+        part = labels == label
+        # Its rim is mixed with its wall, in the slice, above and below.
+        around = part.copy()
+        around[:-1] |= part[1:]
+        around[1:] |= part[:-1]
+        around = dilate_in_plane(around, RIM_VOXELS)
+        others = cc3d.connected_components(air & ~around, connectivity=6)
+        is_larger = np.bincount(others.ravel()) > volumes[label]  # lung, and no other bowel
+        is_larger[0] = False
+        if _is_under(part, is_larger[others]):
+            stomach |= around
+    return stomach & air
 
 
 def _choose_lungs(components: np.ndarray, coarse: np.ndarray, enclosed: np.ndarray) -> np.ndarray:

@@ -193,6 +193,21 @@ def test_gas_under_the_diaphragm_is_no_lung(chest, hu, x):
     assert _dice(found, truth) >= 0.95
 
 
+def test_a_stomach_that_joins_the_lung_is_no_lung(chest):
+    image, truth = chest
+    dome, rim = _ellipsoid((-85, -20, 70), (48, 62, 50)), _ellipsoid((-85, -20, 70), (36, 52, 40))
+    # So thin is its wall at the top that the threshold takes it for lung.
+    hole = np.broadcast_to((abs(Y) < 8) & (abs(X - 95) < 8) & (Z < -20) & (Z > -80), SHAPE)
+    truth = truth & ~dome
+    image = np.where(dome, np.int16(40), image)
+    image = np.where(rim | (hole & dome), np.int16(-600), image)
+    gas = _ellipsoid((-85, -20, 70), (32, 46, 34))
+    image = np.where(gas, np.int16(-990), image)
+    found = lungs.find_lungs(image, SPACING_MM)
+    assert (found & gas).sum() <= 0.02 * gas.sum()
+    assert _dice(found, truth) >= 0.97
+
+
 def test_lungs_cut_off_by_the_border_are_kept(chest):
     image, truth = chest
     crop = (slice(4, 26), slice(17, 75), slice(20, 106))  # through both lungs, left and right
