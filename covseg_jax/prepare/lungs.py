@@ -11,11 +11,13 @@ shows.
 import cc3d
 import edt
 import numpy as np
+from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, shrink, stretching_matrix
+from covseg_jax.prepare.dense_lung import find_dense_lung
 from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
-from covseg_jax.prepare.lung_network import LungNetwork, to_grid
-from covseg_jax.prepare.pleura import SHOULDER, TISSUE_HU, lung_under_ribs
+from covseg_jax.prepare.lung_network import LungNetwork
+from covseg_jax.prepare.pleura import TISSUE_HU, lung_under_ribs
 from covseg_jax.prepare.slicewise import (
     between_lung,
     close_in_plane,
@@ -30,6 +32,7 @@ from covseg_jax.prepare.slicewise import (
     open_in_plane,
     sweep,
     touches_border,
+    volumes_and_means,
 )
 
 AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
@@ -47,6 +50,10 @@ MAXIMUM_HOLE_CM2 = 20.0
 TRACHEA_CM2 = 8.0
 TRACHEA_HU = -910
 GAS_SHARE = 0.25  # of the air in a corner of the room lies below GAS_HU
+# Free gas that touches a lung, smoothed, in the mean, its radius and volume. Emphysema has about
+# -965 in the mean.
+DARK_HU, STOMACH_HU, STOMACH_MM, STOMACH_ML = -950, -975, 6.0, 20.0
+RIM_VOXELS = 3
 EMPHYSEMA_SHARE = 0.5  # of a lung lies below it, at most
 # Of a lung that the circle cuts into lies between parts of the body: 0.31 to 1 in three scans and
 # three circles; of the air under the back 0 to 0.25, beside the arms up to 0.5.
@@ -54,10 +61,6 @@ BETWEEN_SHARE = 0.3
 # The same of a lung in the corner of a cropped scan: 0.05 at least; under the back at most 0.02.
 CORNER_SHARE = 0.03
 WALL_VOXELS = 10
-DENSE_LUNG = 0.4  # probability from which the network's lung counts
-ALONE, ALONE_ML = 0.85, 5.0  # mean probability and volume of lung apart from all that has air
-LEAST_DENSE_MM = 3.0  # radius of what it may add: thinner is the chest wall's edge
-FEW_SLICES_MM = 60.0  # from the lowest to the highest
 SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
 EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
 ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
@@ -94,7 +97,7 @@ def find_lungs(
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
     if lungs.any() and network is not None:
-        lungs |= _dense_lung(network, image_hu, spacing_mm, lungs, coarse, coarse_mm)
+        lungs |= find_dense_lung(network, image_hu, spacing_mm, lungs, coarse, coarse_mm)
     lungs &= ~padding
     volume_ml = lungs.sum() * voxel_ml
     slices = lungs.any(axis=(1, 2))
@@ -106,40 +109,6 @@ def find_lungs(
             f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
     return _to_study_grid(lungs, image_hu.shape)
-
-
-def _dense_lung(
-    network: LungNetwork,
-    image_hu: np.ndarray,
-    spacing_mm: SpacingMm,
-    lungs: np.ndarray,
-    coarse: np.ndarray,
-    coarse_mm: SpacingMm,
-) -> np.ndarray:
-    """What to add to the lungs of what the network sees: thick, no bone, beside them; in slices
-    with lung and below the shoulders, whose muscles it takes for lung; and with lung below, which
-    liver, spleen and stomach have not. Of a scan of a few slices nobody knows what lies below."""
-    first, last = np.flatnonzero(lungs.any(axis=(1, 2)))[[0, -1]]
-    has_few = lungs.shape[0] * coarse_mm[0] < FEW_SLICES_MM
-    end = last + 1 if has_few else first + max(1, round(SHOULDER * (last - first)))
-    # It looks at these slices alone, which is what takes its time.
-    ratio = image_hu.shape[0] / lungs.shape[0]  # at least 1
-    looked_at = image_hu[round(first * ratio) : round(end * ratio)]
-    probability = network.probability(looked_at, spacing_mm)
-    added = np.zeros_like(lungs)
-    found = to_grid(probability, (end - first, *lungs.shape[1:]))
-    added[first:end] = found > DENSE_LUNG
-    added &= ~lungs & (coarse < TISSUE_HU)
-    if not has_few:
-        added &= has_lung_below(lungs, coarse_mm) | between_lung(lungs)
-    added = open_in_plane(added, LEAST_DENSE_MM, coarse_mm)
-    labels = cc3d.connected_components(added, connectivity=6)
-    # A lobe without air need not touch any lung with air.
-    likely = np.zeros(lungs.shape, np.float32)
-    likely[first:end] = found
-    volumes, means = _volumes_and_means(labels, likely)
-    alone = (means > ALONE) & (volumes * np.prod(coarse_mm) / 1000 > ALONE_ML)
-    return components_at(labels, dilate_in_plane(lungs)) | alone[labels]
 
 
 def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, np.ndarray]:
@@ -262,12 +231,43 @@ def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndar
         inside = {0.5: enclosed, BETWEEN_SHARE: between}
         air &= ~_outside_body(coarse, air, inside, at_padding, EMPHYSEMA_SHARE)
     air &= ~_trachea(coarse, air, spacing_mm)
+    air &= ~_stomach(coarse, air, spacing_mm)
     components = cc3d.connected_components(air, connectivity=6)
     return _choose_lungs(components, coarse, enclosed)
 
 
+def _stomach(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
+    """Gas under a lung that a thin wall does not part from it: stomach or bowel. Bullae, as dark,
+    have lung below."""
+    least = STOMACH_ML * 1000 / np.prod(spacing_mm)
+    gas, stomach = np.zeros_like(air), np.zeros_like(air)
+    if not air.any():
+        return stomach
+    box = find_box(air)
+    smooth = ndimage.uniform_filter(coarse[box].astype(np.float32), (1, 3, 3))
+    dark = air[box] & (smooth < DARK_HU)
+    if np.count_nonzero(dark) < least:
+        return stomach
+    gas[box] = open_in_plane(dark, STOMACH_MM, spacing_mm)
+    labels = cc3d.connected_components(gas, connectivity=6)
+    volumes, means = volumes_and_means(labels, coarse)
+    for label in np.flatnonzero((volumes >= least) & (means < STOMACH_HU)):
+        part = labels == label
+        # Its rim is mixed with its wall, in the slice, above and below.
+        around = part.copy()
+        around[:-1] |= part[1:]
+        around[1:] |= part[:-1]
+        around = dilate_in_plane(around, RIM_VOXELS)
+        others = cc3d.connected_components(air & ~around, connectivity=6)
+        is_larger = np.bincount(others.ravel()) > volumes[label]  # lung, and no other bowel
+        is_larger[0] = False
+        if _is_under(part, is_larger[others]):
+            stomach |= around
+    return stomach & air
+
+
 def _choose_lungs(components: np.ndarray, coarse: np.ndarray, enclosed: np.ndarray) -> np.ndarray:
-    volumes, means = _volumes_and_means(components, coarse)
+    volumes, means = volumes_and_means(components, coarse)
     chosen = []
     for label in np.argsort(volumes)[::-1][:8]:
         # Bowel gas may compete with the other lung, but most of it is smaller.
@@ -332,18 +332,10 @@ def _outside_body(
     # a lung may touch the border too, and a corner of the room sees the body on two sides: neither
     # tells alone.
     components = label_in_plane(air)
-    is_outside = _volumes_and_means(components, coarse < GAS_HU)[1] > gas_share
+    is_outside = volumes_and_means(components, coarse < GAS_HU)[1] > gas_share
     for share, mask in inside.items():
-        is_outside |= _volumes_and_means(components, mask)[1] <= share
+        is_outside |= volumes_and_means(components, mask)[1] <= share
     return components_at(components, edge) & is_outside[components]
-
-
-def _volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each label, in voxels and in the values' unit; the background, label 0, has volume 0."""
-    inside = components > 0
-    labels = components[inside]
-    volumes = np.bincount(labels, minlength=1)
-    return volumes, np.bincount(labels, values[inside], len(volumes)) / np.maximum(volumes, 1)
 
 
 def _trachea(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
@@ -412,7 +404,7 @@ def _assign_pieces(
     weighted_mm = (*spacing_mm[:2], ACROSS_WEIGHT * spacing_mm[2])
     on_right = _is_nearer(right, left, weighted_mm)
     pieces = cc3d.connected_components(mask, connectivity=6)
-    _, right_part = _volumes_and_means(pieces, on_right)
+    _, right_part = volumes_and_means(pieces, on_right)
     shared = np.intersect1d(pieces[right], pieces[left])  # the piece where the lungs touch
     whole = mask & ~np.isin(pieces, shared)
     on_right = np.where(whole, (right_part > 0.5)[pieces], on_right)

@@ -111,7 +111,7 @@ def _lost_lung(
     inside &= has_lung_below(lungs, spacing_mm) | between_lung(lungs)
     shell = open_in_plane(inside, LEAST_RADIUS_MM, spacing_mm)
     found = lungs | shell
-    lung_hu = _local_lung_hu(found, image_hu)
+    lung_hu = local_lung_hu(found, image_hu)
     beside = dilate_in_plane(found) & ~found
     # More than half of the voxel is lung, judged by the density of the lung beside it: a single
     # threshold would put the edge of ground glass too far inside.
@@ -173,7 +173,7 @@ def _find_pleura(
     return np.where(known, surface - np.clip(np.percentile(walls, WALL_PERCENTILE), *WALL_MM), 0.0)
 
 
-def _local_lung_hu(lungs: np.ndarray, image_hu: np.ndarray) -> np.ndarray:
+def local_lung_hu(lungs: np.ndarray, image_hu: np.ndarray) -> np.ndarray:
     """Mean density of the lung within a few voxels in the slice; -1024 where there is none."""
     core = erode_in_plane(lungs)
 

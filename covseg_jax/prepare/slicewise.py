@@ -154,3 +154,11 @@ def components_at(labels: np.ndarray, where: np.ndarray | tuple) -> np.ndarray:
     chosen[labels[where]] = True
     chosen[0] = False
     return chosen[labels]
+
+
+def volumes_and_means(components: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each label, in voxels and in the values' unit; the background, label 0, has volume 0."""
+    inside = components > 0
+    labels = components[inside]
+    volumes = np.bincount(labels, minlength=1)
+    return volumes, np.bincount(labels, values[inside], len(volumes)) / np.maximum(volumes, 1)

@@ -27,6 +27,7 @@ from configs import transunet
 from covseg_jax.imaging import geometry, nifti, studies
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs, prepare_studies
+from covseg_jax.prepare.lung_network import load_network
 from tests.benchmarks.turns import take_turns
 
 SHAPE, SPACING_MM = (512, 512, 41), (0.7, 0.7, 8.0)
@@ -124,7 +125,8 @@ def main() -> None:
         volume = nifti.read_volume(image)
         canonical = volume.array
         spacing = volume.spacing_mm
-        found = lungs.find_lungs(canonical, spacing)
+        network = load_network()
+        found = lungs.find_lungs(canonical, spacing, network)
         settings = prepare_studies.PrepareSettings(**transunet.get_config().prepare)
         plan = geometry.fit_geometry(
             found, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
@@ -133,7 +135,8 @@ def main() -> None:
         parts = {
             'whole_s': lambda: prepare_studies.prepare_volume(study, settings),
             'read_s': lambda: nifti.read_volume(image),
-            'lungs_s': lambda: lungs.find_lungs(canonical, spacing),
+            'lungs_s': lambda: lungs.find_lungs(canonical, spacing, network),
+            'threshold_lungs_s': lambda: lungs.find_lungs(canonical, spacing),
             'resample_s': lambda: geometry.to_model_grid(canonical, plan, weights=found),
             'peer_nibabel_read_s': lambda: nibabel.load(image).get_fdata(),
             'peer_scipy_resample_s': lambda: ndimage.zoom(

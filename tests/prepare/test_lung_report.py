@@ -97,6 +97,35 @@ def test_each_doubt_has_its_note(chest, name):
     assert re.match(note, report.notes[0]), report.notes[0]
 
 
+UPSIDE_DOWN = 'the trachea lies at the lower end of the lungs'
+
+
+def test_a_scan_that_is_upside_down_is_told_by_its_trachea(chest):
+    image, lungs = chest
+    image = image.copy()
+    image[18:, 30:34, 38:42] = -990  # 16 mm wide, 8 of the lungs' 24 slices and above
+    assert describe_lungs(lungs, image, SPACING_MM).notes == ()
+    notes = describe_lungs(lungs[::-1], image[::-1], SPACING_MM).notes
+    assert len(notes) == 1
+    assert notes[0].startswith(UPSIDE_DOWN)
+
+
+@pytest.mark.parametrize(
+    ('study', 'is_upside_down'),
+    [
+        ('CT-0/study_0002', False),
+        ('CT-0/study_0006', False),  # few of its slices show the trachea
+        ('CT-1/study_0113', True),
+        ('CT-1/study_0117', True),
+    ],
+)
+def test_real_scans_that_are_upside_down_are_told(shared_data, study, is_upside_down):
+    volume = formats.read_volume(shared_data / f'mini_real/studies/{study}.nii.gz')
+    lungs = find_lungs(volume.array, volume.spacing_mm)
+    notes = describe_lungs(lungs, volume.array, volume.spacing_mm).notes
+    assert any(note.startswith(UPSIDE_DOWN) for note in notes) == is_upside_down
+
+
 @pytest.mark.parametrize(
     ('case', 'notes'),
     [

@@ -6,6 +6,7 @@ import pytest
 from covseg_jax.imaging import formats, geometry, nifti
 from covseg_jax.phantom import studies as phantom
 from covseg_jax.prepare import lungs
+from covseg_jax.prepare.slicewise import dilate_in_plane, erode_in_plane
 
 SPACING_MM = (8.0, 3.0, 3.0)
 SHAPE = (30, 100, 126)
@@ -125,6 +126,34 @@ def test_dense_lung_that_a_network_sees_is_added_where_lung_can_be(chest):
     )
 
 
+def test_dense_lung_beside_as_much_lung_is_added_at_the_apex_and_with_none_below(chest):
+    image, truth = chest
+    apex = truth & (Z > 70) & (Y > 0)
+    lateral = truth & (X < -100) & (Z < 40)
+    image = np.where(apex | lateral, np.int16(40), image)
+    without = lungs.find_lungs(image, SPACING_MM)
+    found = lungs.find_lungs(image, SPACING_MM, _Seeing(image, truth))
+    for part in (apex, lateral):
+        assert without[part].mean() < 0.6
+        assert found[part].mean() > 0.95
+    assert _dice(found, truth) > 0.98
+
+
+def test_the_edge_of_ground_glass_is_added_where_a_network_sees_it(chest):
+    image, truth = chest
+    glass = truth & (X < 0) & (Y > 10)
+    rim = glass & ~erode_in_plane(truth)  # a voxel of 3 mm, half of it chest wall
+    image = np.where(glass, np.int16(-500), image)
+    image = np.where(rim, np.int16(-200), image)
+    # Beside lung full of air the threshold is right, and what is thin is the chest wall's edge.
+    seen = truth | (dilate_in_plane(truth) & (X > 0))
+    without = lungs.find_lungs(image, SPACING_MM)
+    found = lungs.find_lungs(image, SPACING_MM, _Seeing(image, seen))
+    assert without[rim].mean() < 0.4
+    assert found[rim].mean() > 0.95
+    assert not (found & ~without)[np.broadcast_to(X > 0, SHAPE)].any()
+
+
 def test_liver_dome_stays_outside(chest):
     image, truth = chest
     # It rises into the right lung: lung around it in a slice, none below it.
@@ -162,6 +191,21 @@ def test_gas_under_the_diaphragm_is_no_lung(chest, hu, x):
     found = lungs.find_lungs(image, SPACING_MM)
     assert (found & rim).sum() <= 0.02 * rim.sum()
     assert _dice(found, truth) >= 0.95
+
+
+def test_a_stomach_that_joins_the_lung_is_no_lung(chest):
+    image, truth = chest
+    dome, rim = _ellipsoid((-85, -20, 70), (48, 62, 50)), _ellipsoid((-85, -20, 70), (36, 52, 40))
+    # So thin is its wall at the top that the threshold takes it for lung.
+    hole = np.broadcast_to((abs(Y) < 8) & (abs(X - 95) < 8) & (Z < -20) & (Z > -80), SHAPE)
+    truth = truth & ~dome
+    image = np.where(dome, np.int16(40), image)
+    image = np.where(rim | (hole & dome), np.int16(-600), image)
+    gas = _ellipsoid((-85, -20, 70), (32, 46, 34))
+    image = np.where(gas, np.int16(-990), image)
+    found = lungs.find_lungs(image, SPACING_MM)
+    assert (found & gas).sum() <= 0.02 * gas.sum()
+    assert _dice(found, truth) >= 0.97
 
 
 def test_lungs_cut_off_by_the_border_are_kept(chest):
