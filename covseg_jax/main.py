@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -305,7 +306,9 @@ def _one_line(error: Exception) -> str:
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if 'Traceback' in text or isinstance(error, OSError) else '; '.join(lines)
+    if 'Traceback' in text:
+        return re.sub(r'^\w+Error: ', '', lines[-1])  # its type means nothing to a person
+    return lines[-1] if isinstance(error, OSError) else '; '.join(lines)
 
 
 if __name__ == '__main__':

@@ -35,6 +35,7 @@ make_environment() {
     return
   fi
   python="$(find_python)"
+  echo "setup: installs requirements.txt into $venv, which takes some minutes; once" >&2
   "$python" -m venv "$venv"
   # --no-compile: half the time. What is imported is compiled then, which is little of it.
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \

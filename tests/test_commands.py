@@ -94,7 +94,7 @@ def test_first_commands_of_the_readme_run_in_an_environment_that_is_there(place)
         pytest.skip('not an environment of launch/local.sh')
     workdir = f'--workdir={place / "runs" / "transunet-tiny"}'
     for arguments, result in (
-        (['predict', 'scan.nii.gz', 'marked'], '1 studies done'),  # paths as the caller has them
+        (['predict', 'scan.nii.gz', 'marked'], '1 study done'),  # paths as the caller has them
         (['run', '--config=configs/transunet.py:tiny', workdir], 'evaluate: done before'),
     ):
         done = subprocess.run(

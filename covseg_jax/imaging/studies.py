@@ -56,7 +56,7 @@ class Study:
         lesion_mask: the human (or phantom) mask, or None.
         lung_mask: lungs drawn or computed elsewhere, or None.
         category: 'CT-0' (healthy) to 'CT-4', or None if unknown.
-        data_set: 'MosMedData' or the folder's name.
+        data_set: 'MosMedData' where its registry is there, else the folder's name.
         index: the study's place in its .npy files; None for all others.
         window: (least stored value, greatest, HU of the first, HU of the second) where the data
             set is known to hold windowed images instead of HU.
@@ -98,7 +98,7 @@ def find_studies(
         raise InputError(f'data.layout {layout!r}: one of auto, {", ".join(LAYOUTS)} is expected')
     folder = pathlib.Path(folder)
     if not folder.exists():
-        raise InputError(f'{folder}: no such folder; check the path')
+        raise InputError(f'{folder}: no such file or folder; check the path')
     if not folder.is_dir():
         raise InputError(f'{folder}: not a folder; name the folder that holds the studies')
     if layout == 'auto':
@@ -212,13 +212,14 @@ def _mosmed_studies(folder: pathlib.Path, _: OnStray = ignore) -> Iterator[Study
         return _existing(folder / kind / f'{study_id}{ending}')
 
     registry = _find_registry(folder)
-    if registry is None:
+    if registry is None:  # the user's own scans lie so, too
+        data_set = folder.resolve().name
         for category in CATEGORIES:
             for image in _images(folder / 'studies' / category):
                 study_id = formats.strip_suffix(image)
                 mask = find_mask('masks', study_id, _LESION_MASK)
                 lungs = find_mask('lung_masks', study_id, _LUNG_MASK)
-                yield Study(study_id, image, mask, lungs, category, MOSMED)
+                yield Study(study_id, image, mask, lungs, category, data_set)
         return
     for row in _read_registry(registry):
         image = _resolve(folder, row['study_file'], registry)

@@ -49,6 +49,7 @@ def opened(
             print(f'{workdir}: on this host in {bucket.local_path(workdir)}')
             stack.enter_context(mirror.opened(workdir, is_workdir=True))
         if bucket.is_url(given['output']):
+            print(f'{given["output"]}: on this host in {bucket.local_path(given["output"])}')
             stack.enter_context(mirror.opened(given['output']))
         yield
 

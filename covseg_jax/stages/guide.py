@@ -128,6 +128,8 @@ def _place(
         return inputs.prepared_folder(config, workdir)
     if in_pipeline and name == 'synthesize':
         return inputs.pseudo_mask_folder(config, workdir)
+    if in_pipeline and name == 'evaluate':
+        return workdir / 'evaluation'
     if in_pipeline:
         return workdir / TRAINED.get(name, name)
     if given.output and name not in _WITHOUT_OUTPUT:

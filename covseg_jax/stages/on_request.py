@@ -335,9 +335,11 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     for row in done:
         if row.get('notes'):
             print(f'predict: {row["study_id"]}: note: {row["notes"]}')
-    print(f'predict: {len(done)} studies done, {len(faults)} set aside; {given.output}')
+    noun = 'study' if len(done) == 1 else 'studies'
+    print(f'predict: {len(done)} {noun} done, {len(faults)} set aside; {given.output}')
     if given.report:
         print(f'predict: open {given.output / REPORT} in a browser to look at the results')
+    if given.report and done:
         print(f"predict: {given.output / METHODS} is a paragraph for a paper's methods section")
     if len(faults) == 1 and len(rows) == 1:
         raise InputError(faults[0])

@@ -287,6 +287,9 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     folder = workdir / 'evaluation'
     curves = draw_progress(workdir) if hosts.is_first() else None
     cuts = inputs.pseudo_mask_cuts(config)
+    data_sets = sorted({case.description['data_set'] for case in cases})
+    if config.phantom.make:  # they lie in MosMedData's layout, and are called by it
+        data_sets = ['phantoms']
     summary = evaluate_cases(
         cases,
         Sources(known, predict, settings, labels, read_pseudo_mask, cuts),
@@ -295,7 +298,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             'config': f'{config.name}:{config.variant}',
             **inputs.describe_cuts(settings),
             'checkpoint_step': step,
-            'data_sets': sorted({case.description['data_set'] for case in cases}),
+            'data_sets': data_sets,
             'human_masks_trained_on': human_masks.count_human_masks(learned),
         },
         made_with={'seed': config.seed} | {name: config[name].to_dict() for name in _OF_MODELS},

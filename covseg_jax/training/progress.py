@@ -167,7 +167,7 @@ def _add_column(part: SubFigure, place: SubplotSpec, num_panels: int, last: int)
         axes.spines[['top', 'right']].set_visible(False)
         axes.xaxis.set_major_formatter('{x:,.0f}')
         axes.yaxis.set_major_formatter('{x:g}')
-        axes.tick_params(labelsize=8, labelbottom=axes is column[-1])
+        axes.tick_params(which='both', labelsize=8, labelbottom=axes is column[-1])
     column[-1].set_xlabel('step', fontsize=9)
     return column
 

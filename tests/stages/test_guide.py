@@ -75,4 +75,6 @@ def test_stage_says_what_it_does_where_and_how_long_it_took(tmp_path):
     given = Request(input=pathlib.Path('a'), output=pathlib.Path('b'))
     assert guide.announce('predict', None, tmp_path, given).endswith('; writes b')
     assert guide.announce('evaluate', config, tmp_path, given).endswith('; writes b')
+    place = guide.announce('evaluate', config, tmp_path, Request()).rpartition('; writes ')[2]
+    assert place == str(tmp_path / 'evaluation')
     assert guide.announce('status', config, tmp_path, given) == f'status: {guide.STAGES["status"]}'
