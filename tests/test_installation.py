@@ -102,15 +102,36 @@ def test_image_is_made_of_what_is_there_and_runs_as_no_root():
     assert json.loads(made['ENTRYPOINT']) == list(PROJECT['scripts'])
 
 
-@pytest.mark.slow
-def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
-    source, environment = tmp_path / 'source', tmp_path / 'environment'
+def copy_source(folder):
+    """The package's sources, because setuptools leaves files where it builds."""
     names = subprocess.run(
         ['git', 'ls-files', '-z', *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split('\0')
-    for name in filter(None, names):  # setuptools leaves files where it builds
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
+    for name in filter(None, names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def test_package_has_its_model_and_its_command(scan, tmp_path):
+    source, site = copy_source(tmp_path / 'source'), tmp_path / 'site'
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, source],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        [site / 'bin' / 'covseg', f'--input={scan}', f'--output={tmp_path / "lesions"}'],
+        cwd=tmp_path, env=os.environ | {'GLIBC_TUNABLES': '', 'PYTHONPATH': str(site)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f'{site}/covseg_jax/default_model' in done.stdout
+    assert (tmp_path / 'lesions' / 'results.csv').read_text().count('\n') == 2
+
+
+@pytest.mark.slow
+def test_pip_installs_a_command_that_segments_a_scan(scan, tmp_path):
+    source, environment = copy_source(tmp_path / 'source'), tmp_path / 'environment'
     venv.create(environment, with_pip=True)
     programs = environment / 'bin'
     subprocess.run(

@@ -216,7 +216,7 @@ def test_series_that_cannot_be_referred_to_is_set_aside_before_the_network(tmp_p
 
     image, _ = draw_chest('a')
     write_series(tmp_path / 'scans' / 'a', image, AFFINE, change=change_one)
-    model = dataclasses.replace(MODEL, probabilities=())  # there is none to ask
+    model = dataclasses.replace(MODEL, probabilities=(never_asked,))
     _, faults = predict_studies(
         find_inputs(tmp_path / 'scans'), model, tmp_path / 'masks', wanted=Extras(dicom_seg=True)
     )
@@ -224,6 +224,10 @@ def test_series_that_cannot_be_referred_to_is_set_aside_before_the_network(tmp_p
     assert words in faults[0]
     assert faults[0].endswith('export the series again, or leave --dicom_seg out')
     assert not list((tmp_path / 'masks').glob('a_*'))
+
+
+def never_asked(image, lungs):
+    raise AssertionError('the network saw the study')
 
 
 def test_headers_that_the_standard_forbids_are_told_in_one_line_and_leave_nothing(tmp_path):
