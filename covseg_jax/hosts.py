@@ -11,11 +11,13 @@ import os
 import pathlib
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from covseg_jax.errors import InputError, one_line
+
+_Made = TypeVar('_Made')
 
 _num_hosts, _index = 1, 0
 _last_step = 0  # that `reached_stop` was asked for
@@ -103,6 +105,17 @@ def check_shared(check: Callable[[Any], None], items: Sequence) -> None:
             faults.append(one_line(error))
     for fault in filter(None, gather(faults, len(items))):
         raise InputError(fault)
+
+
+def on_each(work: Callable[[], _Made]) -> _Made:
+    """What the work gives on this host; all call it, and each does it.
+
+    Raises:
+      InputError: on all hosts, where it raises one on any.
+    """
+    made = []
+    check_shared(lambda _: made.append(work()), range(_num_hosts))
+    return made[0]
 
 
 def ask_all_to_stop() -> None:

@@ -142,16 +142,14 @@ def load(config: Config, read: Callable[[pathlib.Path], _Loaded]) -> _Loaded | N
     if not config.train.init:
         return None
     expected = hosts.first_decides(lambda: identify(config), 'the initial model is known')
-    found = []
 
-    def load_here(host: int) -> None:
+    def load_here() -> _Loaded:
         own = identify(config)
         if own != expected:
             raise InputError(
                 f'train.init={config.train.init}: {expected} on the first host and {own} on host '
-                f'{host}; copy the same model to all of them'
+                f'{hosts.index()}; copy the same model to all of them'
             )
-        found.append(read(read_initial_model(config).folder))
+        return read(read_initial_model(config).folder)
 
-    hosts.check_shared(load_here, range(hosts.count()))  # each has one of them
-    return found[0]
+    return hosts.on_each(load_here)

@@ -168,9 +168,12 @@ def describe_training_data(config: Config, workdir: pathlib.Path) -> dict | None
     """What the network of a work directory was trained on; None where nobody knows, as of imported
     weights."""
     found = (read_calibration(workdir) or {}).get('training_data')
-    if found and config.phantom.make:  # they lie in MosMedData's layout, and are called by it
-        found['data_sets'] = ['phantoms']
-    return found
+    return found and found | {'data_sets': name_data_sets(config, found['data_sets'])}
+
+
+def name_data_sets(config: Config, names: list[str] | None) -> list[str] | None:
+    """The names of a run's data sets: phantoms lie in MosMedData's layout, and are called by it."""
+    return ['phantoms'] if config.phantom.make else names
 
 
 def load_masks(config: Config, workdir: pathlib.Path) -> MaskSettings:

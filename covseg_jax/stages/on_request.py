@@ -260,8 +260,7 @@ def _facts(config: Config, workdir: pathlib.Path, step: int) -> dict:
         if summary['checkpoint_step'] == step and same_cuts and config.network.name != 'none':
             names = ('data_sets', 'studies', 'subjects', 'protocols')
             metrics = {name: summary.get(name) for name in names}
-    if metrics and config.phantom.make:  # they lie in MosMedData's layout, and are called by it
-        metrics['data_sets'] = ['phantoms']
+            metrics['data_sets'] = inputs.name_data_sets(config, metrics['data_sets'])
     return {
         'config': f'{config.name}:{config.variant}',
         'checkpoint_step': step,

@@ -59,20 +59,16 @@ def prepare_shared(
     Raises:
       InputError: no study can be used.
     """
-    own, reports = hosts.share(studies), []
-
-    def prepare_own(_: int) -> None:
-        report = prepare_studies(
+    own = hosts.share(studies)
+    report = hosts.on_each(
+        lambda: prepare_studies(
             own,
             prepared,
             settings,
             num_workers=num_workers or inputs.num_workers(config, own),
             on_bad_study=config.data.on_bad_study,
         )
-        reports.append(report)
-
-    hosts.check_shared(prepare_own, range(hosts.count()))  # what ends one of them ends all
-    (report,) = reports
+    )
     for study_id, notes in report.notes.items():
         for note in notes:
             print(f'prepare: note: {study_id}: {note}')
@@ -288,8 +284,6 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
     curves = draw_progress(workdir) if hosts.is_first() else None
     cuts = inputs.pseudo_mask_cuts(config)
     data_sets = sorted({case.description['data_set'] for case in cases})
-    if config.phantom.make:  # they lie in MosMedData's layout, and are called by it
-        data_sets = ['phantoms']
     summary = evaluate_cases(
         cases,
         Sources(known, predict, settings, labels, read_pseudo_mask, cuts),
@@ -298,7 +292,7 @@ def run_evaluate(config: Config, workdir: pathlib.Path) -> Outcome:
             'config': f'{config.name}:{config.variant}',
             **inputs.describe_cuts(settings),
             'checkpoint_step': step,
-            'data_sets': data_sets,
+            'data_sets': inputs.name_data_sets(config, data_sets),
             'human_masks_trained_on': human_masks.count_human_masks(learned),
         },
         made_with={'seed': config.seed} | {name: config[name].to_dict() for name in _OF_MODELS},

@@ -107,12 +107,9 @@ class Checkpoints:
           InputError: none of those that are there can be read, or hosts with a disk each read
             other ones.
         """
-        read: list[tuple[Restored | None, list[int]]] = []
-        hosts.check_shared(
-            lambda _: read.append(_restore_newest(self._manager, self._folder, abstract_state)),
-            range(hosts.count()),
+        found, damaged = hosts.on_each(
+            lambda: _restore_newest(self._manager, self._folder, abstract_state)
         )
-        found, damaged = read[0]
         steps = hosts.gather([found and found.step], hosts.count())
         if len(set(steps)) > 1:  # each read its own disk
             raise InputError(

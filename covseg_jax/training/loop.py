@@ -259,7 +259,7 @@ def run(
     """
     checkpoints = Checkpoints(folder / 'checkpoints')
     # Each has a disk, maybe of its own.
-    hosts.check_shared(lambda _: checkpoints.check_space(abstract_state), range(hosts.count()))
+    hosts.on_each(lambda: checkpoints.check_space(abstract_state))
     found = checkpoints.restore(abstract_state) or Restored(0, state, {})
     state, start, end = found.state, int(found.state.step), schedule.num_steps
     batches = feed.start(max(start - first_step, 0))
