@@ -31,6 +31,7 @@ from covseg_jax.stages import (
     outcome,
     pipeline,
     settings,
+    values,
 )
 from covseg_jax.stages.inputs import Config, Request
 
@@ -81,6 +82,12 @@ _REQUEST = [
     ),
 ]
 _FLAGS = [_CONFIG, _WORKDIR, _STAGES, *_REQUEST]
+# What Python says of a flag's value, and what a person is told.
+_PYTHON_SAYS = {
+    'invalid literal for int()': 'a whole number',
+    'could not convert string to float': 'a number',
+    'Non-boolean argument': 'True or False',
+}
 _HELP = {'--help', '-help', '-h', '-?', '--helpshort', '--helpfull'}
 
 
@@ -194,6 +201,8 @@ def _run(arguments: list[str]) -> None:
         names = _check_stages(_STAGES.value or ('predict' if given.model else config.stages))
     except OSError as error:  # config_flags misses a file only when the config is first used
         raise InputError(f'--config: {_one_line(error)}') from error
+    if config is not None:
+        values.refuse_unusable(config)
     if given.model and names not in (['predict'], ['evaluate']):
         raise InputError('--model is for --stages=predict or --stages=evaluate alone')
     place = ''
@@ -304,6 +313,9 @@ def _one_line(error: Exception) -> str:
     # line says what was wrong.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
+    for type_name, expected in _PYTHON_SAYS.items():
+        if type_name in str(error):
+            return f'{str(error).split(": ")[0]}: must be {expected}'
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if 'Traceback' in text:

@@ -320,7 +320,14 @@ def test_imported_weights_are_held_to_the_settings_of_their_import(tiny_run, tmp
             ['no field', 'batchsize'],
         ),
         (['--config=configs/transunet.py:tiny', '--config.workdir=w'], ['no field', 'workdir']),
-        (['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'], ['x']),
+        (
+            ['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'],
+            ['batch_size=x: must be a whole number'],
+        ),
+        (
+            ['--config=configs/transunet.py:tiny', '--config.opacities.edge=0.3'],
+            ['opacities.edge', '(low, high)'],
+        ),
         (['--config=configs/transunet.py:tiny', '--stages=trian'], ['trian', 'train']),
         ([], ['--config']),
         (['--config=configs/transunet.py:tiny', '--stages=predict'], ['--input']),

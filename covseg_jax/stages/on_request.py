@@ -286,7 +286,9 @@ def _interrupted_by_signals() -> Iterator[None]:
 def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) -> None:
     """Scans -> NIfTI masks on their own grids, by the work directory's network or --model."""
     if not given.input or not given.output:
-        raise InputError('--stages=predict needs --input=FILE|FOLDER and --output=FOLDER')
+        raise InputError(
+            'predict needs --input=FILE|FOLDER, the scans, and --output=FOLDER, for their masks'
+        )
     from covseg_jax.predict import dicom_seg
     from covseg_jax.predict.default import CARD, DEFAULT, FOLDER, INTENDED_USE
     from covseg_jax.predict.export import load

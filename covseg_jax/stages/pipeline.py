@@ -69,9 +69,12 @@ def prepare_shared(
             on_bad_study=config.data.on_bad_study,
         )
     )
+    having: dict[str, list[str]] = {}
     for study_id, notes in report.notes.items():
         for note in notes:
-            print(f'prepare: note: {study_id}: {note}')
+            having.setdefault(note, []).append(study_id)
+    for note, names in having.items():  # once, however many studies it is said of
+        print(f'prepare: note: {_name_some(names)}: {note}')
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
     is_good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
@@ -80,6 +83,10 @@ def prepare_shared(
     if not good:
         raise InputError(f'{folder}: no study can be used; the faults are listed above')
     return good, report
+
+
+def _name_some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f'{names[0]} and {len(names) - 1} more'
 
 
 _SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')

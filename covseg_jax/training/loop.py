@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from covseg_jax.training.step import SKIPPED
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 # state -> (state, values, pictures); may change the state (plateau)
 Evaluate = Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]]
-_PICTURE_EVERY = 60  # seconds; drawing takes one
+_EVERY = 60  # seconds, of progress.png, whose drawing takes one, and of a line where no bar is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +153,7 @@ class _Records:
         self._metrics: list[Metrics] = unlogged.get('metrics', [])
         self._skipped: list[tuple[int, list[str]]] = unlogged.get('skipped', [])
         self._studies: list[tuple[int, list[str]]] = []  # of the steps not looked at yet
-        self._picture_due = time.monotonic() + _PICTURE_EVERY
+        self._picture_due = self._line_due = time.monotonic() + _EVERY
 
     def close(self) -> None:
         self._log.close()
@@ -200,7 +201,8 @@ class _Records:
         self._checkpoints.save(step, state, {'unlogged': unlogged})
 
     def write_line(self, step: int, timer: _Timer) -> float:
-        """Logs the means of the metrics and the timer's speeds, and returns the loss's mean.
+        """Logs the means of the metrics and the timer's speeds, and returns the loss's mean. Where
+        no bar is drawn, since the output is a file, a line a minute says where the run stands.
 
         Raises:
           InputError: too many steps in a row were skipped; their studies are in not_finite.json.
@@ -218,7 +220,16 @@ class _Records:
             )
         means, self._metrics = mean_metrics(self._metrics), []
         # Steps are only queued until `_look`: what it waited for the device is their time.
-        self._log.write(step, means | timer.take())
+        speeds = timer.take()
+        self._log.write(step, means | speeds)
+        if not sys.stderr.isatty() and time.monotonic() >= self._line_due:
+            minutes = (self._schedule.num_steps - step) / speeds['speed/steps_per_s'] / 60
+            print(
+                f'{self._name}: step {step} of {self._schedule.num_steps}, loss '
+                f'{means["loss/total"]:.4f}, about {minutes:.0f} min left',
+                flush=True,
+            )
+            self._line_due = time.monotonic() + _EVERY
         return means['loss/total']
 
     def _draw_progress(self, *, always: bool) -> None:
@@ -226,7 +237,7 @@ class _Records:
         if hosts.is_first() and (always or time.monotonic() >= self._picture_due):
             with contextlib.suppress(OSError):  # log and checkpoints tell of a full disk
                 draw_progress(self._folder.parent)
-            self._picture_due = time.monotonic() + _PICTURE_EVERY
+            self._picture_due = time.monotonic() + _EVERY
 
 
 def run(

@@ -1,0 +1,139 @@
+"""What the values of a config may be, held before any stage begins.
+
+A range without its second number, or a batch of no slices, would else be found out minutes later,
+in the words of whatever meets it. What only a stage can tell, such as whether a batch divides over
+the devices, it says itself.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable
+from typing import Any
+
+from covseg_jax.errors import InputError
+from covseg_jax.stages import guide
+from covseg_jax.stages.inputs import Config
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_numbers(value: Any, num: int) -> bool:
+    return isinstance(value, tuple) and len(value) == num and all(map(_is_number, value))
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(n, int) and n >= 1 for n in value)
+
+
+def _is_range(value: Any) -> bool:
+    return _are_numbers(value, 2) and value[0] <= value[1]
+
+
+def _is_one_of(*known: str) -> tuple[Callable[[Any], bool], str]:
+    return known.__contains__, f'one of {", ".join(map(repr, known))}'
+
+
+_COUNT = (lambda value: value >= 1, '1 or more')
+_AMOUNT = (lambda value: value >= 0, '0 or more')
+_SHARE = (lambda value: 0 <= value <= 1, 'a share, from 0 to 1')
+_RANGE = (_is_range, 'two numbers, (low, high)')
+_WIDTHS = (
+    lambda value: len(value) >= 1 and _are_counts(value),
+    'channels of each level, such as (8, 16)',
+)
+_TYPE = _is_one_of('float32', 'bfloat16')
+
+# Pattern of a field's name → whether its value can be used, and what it must be. All that match
+# hold.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        (
+            '*.num_steps', '*.batch_size', '*.log_every', '*.evaluate_every', '*.save_every',
+            '*.num_epochs', '*.epoch_steps', '*.micro_batches', '*.adversarial_every', '*.width',
+            '*.num_heads', '*.mlp_dim', '*.projection_dim', '*.bottleneck_filters', '*.patch',
+            '*.depth', '*.num_noise', '*.num_processes', '*.max_skipped_steps',
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            '*learning_rate', '*.learning_rate_batch_size', '*.warmup_steps', '*.clip_norm',
+            '*.contrastive_steps', '*.plateau_patience', '*.num_blocks', '*.final_width',
+            '*.losses.contrastive', '*.losses.mse', '*.losses.sensitivity', '*.losses.beta',
+            '*.losses.reconstruction', '*.losses.adversarial', '*.losses.identity', '*_ml',
+            'prepare.margin_mm', 'synthesize.*_mm', '*.smoothing_slices', '*.augment.*',
+            '*.num_workers', 'phantom.num_*', '*_per_chip_hour',
+        ),
+        _AMOUNT,
+    ),
+    **dict.fromkeys(
+        (
+            '*.ema_decay', '*.dropout_rate', '*_fraction', '*_share', '*.share_of_max',
+            '*.dependent_density', '*.plateau_factor',
+        ),
+        _SHARE,
+    ),
+    **dict.fromkeys(
+        (
+            '*.target_hu', '*.opacity', '*.coverage_threshold', '*.grain_voxels', '*.grain_slices',
+            '*.edge', '*.periphery', '*.dependence', '*.core_hu', 'prepare.window_hu',
+        ),
+        _RANGE,
+    ),
+    **dict.fromkeys(('*.filters', '*.widths'), _WIDTHS),
+    **dict.fromkeys(('gan.compute_dtype', 'train.compute_dtype'), _TYPE),
+    'train.losses.temperature': (lambda value: value > 0, 'more than 0'),
+    'train.losses.doubtful': (lambda value: value == () or _is_range(value), '() or (low, high)'),
+    'train.rounds': (
+        lambda value: isinstance(value, tuple)
+        and value != ()
+        and {*value} <= {'synthetic', 'refined', 'targets'},
+        "some of ('synthetic', 'refined', 'targets')",
+    ),
+    'train.round_shares': (
+        lambda value: isinstance(value, tuple) and all(_is_number(n) and n > 0 for n in value),
+        'a share of num_steps for each of train.rounds, such as (0.7, 0.3)',
+    ),
+    'prepare.grid': (
+        lambda value: _are_counts(value) and len(value) == 3 and not any(n % 16 for n in value),
+        'D, H and W, multiples of 16, such as (32, 128, 128)',
+    ),
+    'phantom.shape': (
+        lambda value: _are_counts(value) and len(value) == 3, 'x, y and z, such as (192, 192, 40)'
+    ),
+    'phantom.spacing_mm': (
+        lambda value: _are_numbers(value, 3) and min(value) > 0,
+        'x, y and z, such as (1.75, 1.75, 8.0)',
+    ),
+    'gan.recipe': _is_one_of('default', 'published', 'none'),
+    'gan.generator.head': _is_one_of('blend', 'relu'),
+    'network.name': _is_one_of('transunet', 'unet', 'none'),
+    'predict.output': _is_one_of('sigmoid', 'linear'),
+    'data.on_bad_study': _is_one_of('skip', 'stop'),
+}  # fmt: skip
+
+
+def refuse_unusable(config: Config) -> None:
+    """Raises an InputError that names the first value that no stage can use, and what it may be."""
+    values = {
+        name.removeprefix('config.'): value for name, value in guide.config_fields(config).items()
+    }
+    for name, value in values.items():
+        for can_be_used, expected in _rules(name, value):
+            if not can_be_used(value):
+                raise InputError(f'--config.{name}={value!r}: must be {expected}')
+    rounds, shares = values['train.rounds'], values['train.round_shares']
+    if len(rounds) != len(shares):
+        raise InputError(
+            f'--config.train.round_shares={shares!r}: must be a share for each of '
+            f'the rounds {rounds!r}'
+        )
+
+
+def _rules(name: str, value: Any) -> list[tuple[Callable[[Any], bool], str]]:
+    if isinstance(value, bool):
+        return []
+    of_kind = [(math.isfinite, 'a finite number')] if isinstance(value, float) else []
+    return of_kind + [rule for each, rule in _RULES.items() if fnmatch.fnmatchcase(name, each)]

@@ -1,0 +1,49 @@
+"""Values of a config that no stage can use are refused before any stage begins."""
+
+import pytest
+
+from configs import transunet
+from covseg_jax.errors import InputError
+from covseg_jax.stages import values
+
+
+@pytest.mark.parametrize('variant', transunet.VARIANTS)
+def test_every_variant_can_be_used(variant):
+    values.refuse_unusable(transunet.get_config(variant))
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'told'),
+    [
+        ('gan.batch_size', 0, '1 or more'),
+        ('train.learning_rate', float('nan'), 'a finite number'),
+        ('train.learning_rate', -1e-3, '0 or more'),
+        ('train.synthetic_share', 1.5, 'from 0 to 1'),
+        ('opacities.edge', (0.3,), '(low, high)'),  # --config.opacities.edge=0.3
+        ('lungs.lobes.edge', (0.4, 0.1), '(low, high)'),
+        ('opacities.core_hu', (0.0, float('inf')), '(low, high)'),
+        ('prepare.grid', (32, 100, 128), 'multiples of 16'),
+        ('phantom.spacing_mm', (1.0, 1.0), 'x, y and z'),
+        ('gan.generator.filters', (), 'channels'),
+        ('unet.widths', (16, 0), 'channels'),
+        ('train.losses.doubtful', (0.8,), '(low, high)'),
+        ('train.rounds', ('synthetic', 'refine'), "'refined'"),
+        ('train.compute_dtype', 'float16', "'bfloat16'"),
+        ('network.name', 'resnet', "'unet'"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_what_it_must_be(field, value, told):
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        values.refuse_unusable(config)
+    assert f'--config.{field}={value!r}: must be ' in str(error.value)
+    assert told in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_each_round_has_a_share():
+    config = transunet.get_config('tiny').unlock()
+    config.train.rounds = ('synthetic',)
+    with pytest.raises(InputError, match=r'train.round_shares=\(.*\): must be a share for each'):
+        values.refuse_unusable(config)
