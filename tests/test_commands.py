@@ -10,18 +10,25 @@ import sys
 
 import pytest
 
+from covseg_jax.predict import default
+from tests.bucket_server import BucketServer
 from tests.documents import DOCUMENTS, PROGRAM, blocks, commands, read
 from tests.program import ROOT, assert_one_line_error, environment, run
 from tests.segmentation.test_import_weights import write_weights
 
-# Whose commands of the program are run here, in this order: what one writes, the next may read. The
-# other documents' are parsed by test_documents.py.
+# Whose commands of the program are run here, in this order: what one writes, the next may read.
+# Those of SLOW take minutes: they train on from the model that comes with the program, or need a
+# bucket. The others' are parsed by test_documents.py.
 RUN = ('README.md', 'docs/predict.md', 'docs/data.md', 'docs/training.md', 'docs/evaluation.md')
 LINES = [line for name in RUN for line in commands(read(name))]
 LINES += [line for line in commands(read('docs/tpu.md')) if '--stages=compile_check' in line]
 COMMANDS = list(
     dict.fromkeys(line.removeprefix(PROGRAM) for line in LINES if line.startswith(PROGRAM))
 )
+SLOW = {
+    name: [line.removeprefix(PROGRAM) for line in commands(read(name)) if line.startswith(PROGRAM)]
+    for name in ('docs/own_scans.md', 'docs/buckets.md')
+}
 TEXTS = '\n'.join(map(read, DOCUMENTS))
 SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', TEXTS)))
 BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', TEXTS)))
@@ -73,6 +80,41 @@ def test_command_of_the_documents_runs(place, text):
         assert_one_line_error(done, 'libtpu')  # docs/tpu.md says that it has to be installed
         return
     assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('text', SLOW['docs/own_scans.md'])
+def test_command_for_own_scans_runs(place, text):
+    # Its own variant, since the model fits no other, and as many steps as show that it goes on.
+    text = text.replace('num_steps=1500', 'num_steps=6')
+    done = run(*shlex.split(text), cwd=place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = re.search(r'--workdir=(\S+)', text)[1]
+    assert (place / folder / 'export' / 'model.json').exists()
+
+
+@pytest.mark.slow
+def test_commands_for_buckets_run(place, tmp_path):
+    server = BucketServer('BUCKET')
+    workdir = place / 'runs' / 'transunet-tiny'
+    for name, folder in (
+        ('MosMedData', workdir / 'studies'),
+        ('scans', place / 'scans'),
+        ('export', default.MEMBERS[0]),
+    ):
+        for path in folder.rglob('*'):
+            if path.is_file():
+                server.put('BUCKET', f'{name}/{path.relative_to(folder)}', path.read_bytes())
+    with server.serving() as address:
+        for text in SLOW['docs/buckets.md']:
+            # The tiny variant would make studies of its own.
+            more = ['--config.phantom.make=false'] if '--config=' in text else []
+            done = run(
+                *tiny_flags(text), *more, f'--bucket_cache={tmp_path}', cwd=place,
+                variables={'STORAGE_EMULATOR_HOST': address},
+            )  # fmt: skip
+            assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
+    assert 'results.csv' in server.names('BUCKET', 'masks/')
 
 
 def test_python_of_the_documents_runs(place):
