@@ -42,9 +42,9 @@ from covseg_jax.predict.preview import (
 )
 from covseg_jax.predict.record import describe_run, write_record
 from covseg_jax.prepare.lung_report import measure_lungs
-from covseg_jax.prepare.lungs import split_lungs
 from covseg_jax.prepare.prepare_studies import PreparedCase, PrepareSettings, prepare_volume
 from covseg_jax.prepare.study_files import read_image
+from covseg_jax.prepare.two_lungs import split_lungs
 from covseg_jax.segmentation.volumes import Probability
 
 Row = dict[str, str | float]

@@ -7,13 +7,15 @@ from scipy import ndimage
 
 from covseg_jax.imaging.geometry import SpacingMm
 from covseg_jax.prepare.field_of_view import find_border, find_padding
-from covseg_jax.prepare.lungs import ADULT_ML, nearest_voxels, split_lungs, working_grid
+from covseg_jax.prepare.lungs import ADULT_ML
 from covseg_jax.prepare.slicewise import (
     dilate_in_plane,
     erode_in_plane,
     label_in_plane,
     volumes_and_means,
 )
+from covseg_jax.prepare.two_lungs import split_lungs
+from covseg_jax.prepare.working_grid import nearest_voxels, working_grid
 
 REPORT_MM = 4.0  # voxels that tell all of this, in a tenth of the time of 2 mm
 MOST_ML = 9000.0  # together: the largest adults hold about as much

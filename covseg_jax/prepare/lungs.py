@@ -9,13 +9,12 @@ shows.
 """
 
 import cc3d
-import edt
 import numpy as np
 from scipy import ndimage
 
-from covseg_jax.imaging.geometry import Shape, SpacingMm, enlarge, shrink, stretching_matrix
+from covseg_jax.imaging.geometry import SpacingMm
 from covseg_jax.prepare.dense_lung import find_dense_lung
-from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border, find_padding
+from covseg_jax.prepare.field_of_view import EDGE_VOXELS, find_border
 from covseg_jax.prepare.lung_network import LungNetwork
 from covseg_jax.prepare.pleura import TISSUE_HU, lung_under_ribs
 from covseg_jax.prepare.slicewise import (
@@ -23,7 +22,6 @@ from covseg_jax.prepare.slicewise import (
     close_in_plane,
     components_at,
     dilate_in_plane,
-    distance_in_plane,
     erode_in_plane,
     fill_cavities,
     find_box,
@@ -34,11 +32,10 @@ from covseg_jax.prepare.slicewise import (
     touches_border,
     volumes_and_means,
 )
+from covseg_jax.prepare.two_lungs import SMALLER_LUNG, is_right, separate_lungs
+from covseg_jax.prepare.working_grid import AIR_HU, to_study_grid, to_working_grid
 
-AIR_HU = -320  # between parenchyma and soft tissue; the common threshold for lungs
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
-WORKING_MM = 2.0
-CLIP_HU = (-1024, 400)
 ADULT_ML = 300.0  # of both lungs: fewer are a child's, or a part of the lungs
 # Lungs of fewer ml, a child's or those of a few slices, have at least this share of the patient in
 # their slices: 0.08 to 0.5 of it; the bowel gas of an abdomen less.
@@ -61,10 +58,6 @@ BETWEEN_SHARE = 0.3
 # The same of a lung in the corner of a cropped scan: 0.05 at least; under the back at most 0.02.
 CORNER_SHARE = 0.03
 WALL_VOXELS = 10
-SMALLER_LUNG = 0.1  # of the larger lung: the least that a collapsed lung keeps
-EROSIONS_MM = (2.0, 4.0, 7.0, 11.0, 16.0, 22.0)
-ACROSS_WEIGHT = 3.0  # of the distance across, when a piece is given to a lung
-BESIDE_MM = 30.0  # the other lung's centroid lies further to the side, a piece of the same less far
 
 # Array axes: 0 z to Superior, 1 y to Posterior, 2 x to Left.
 
@@ -89,10 +82,10 @@ def find_lungs(
         ValueError: no lungs found, or less than 300 ml together that are less than 5 % of the
             patient in their slices.
     """
-    coarse, coarse_mm, padding = _to_working_grid(image_hu, spacing_mm)
+    coarse, coarse_mm, padding = to_working_grid(image_hu, spacing_mm)
     voxel_ml = float(np.prod(coarse_mm)) / 1000.0
     lungs = np.zeros(coarse.shape, bool)
-    for lung in _separate_lungs(_find_parenchyma(coarse, coarse_mm, padding), coarse_mm):
+    for lung in separate_lungs(_find_parenchyma(coarse, coarse_mm, padding), coarse_mm):
         lungs |= _complete_lung(lung, coarse, coarse_mm)
     if lungs.any():
         lungs |= lung_under_ribs(lungs, coarse, coarse_mm)
@@ -108,38 +101,7 @@ def find_lungs(
             f'no lungs found ({volume_ml:.0f} ml of lung-like voxels, {100 * share:.0f} % of their '
             f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
-    return _to_study_grid(lungs, image_hu.shape)
-
-
-def split_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[np.ndarray, np.ndarray]:
-    """Right and left lung of a finished mask, whether they touch or are in many pieces.
-
-    A piece belongs to the nearer lung. Where there is one lung alone, the half of the image that it
-    lies in says which, and the other is empty.
-
-    Args:
-        lungs: bool (Z, Y, X), canonical.
-        spacing_mm: (z, y, x).
-
-    Returns:
-        (right, left), bool (Z, Y, X): disjoint, together the mask.
-    """
-    right, left = np.zeros_like(lungs), np.zeros_like(lungs)
-    if not lungs.any():
-        return right, left
-    around = find_box(lungs, 8)  # with a margin, because the border of an array is not eroded
-    part = lungs[around]
-    coarse_shape, coarse_mm = working_grid(part.shape, spacing_mm)
-    coarse = part[nearest_voxels(coarse_shape, part.shape)]
-    cores = _find_cores(coarse, coarse_mm, (0.0, *EROSIONS_MM))
-    if cores is None:
-        (right if _is_right(find_box(lungs), lungs) else left)[around] = part
-        return right, left
-    cores = sorted(cores, key=lambda core: np.flatnonzero(core.any(axis=(0, 1))).mean())
-    on_right = _assign_pieces(coarse, *cores, coarse_mm)
-    on_right = on_right[nearest_voxels(part.shape, coarse_shape)]
-    right[around], left[around] = part & on_right, part & ~on_right
-    return right, left
+    return to_study_grid(lungs, image_hu.shape)
 
 
 def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
@@ -156,56 +118,6 @@ def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:
     if not lungs.any():
         raise ValueError('no lungs found (by lungmask)')
     return lungs
-
-
-def _to_working_grid(
-    image_hu: np.ndarray, spacing_mm: SpacingMm
-) -> tuple[np.ndarray, SpacingMm, np.ndarray]:
-    """The image, its spacing, and its padding, which has the density of air."""
-    shape, coarse_mm = working_grid(image_hu.shape, spacing_mm)
-    matrices = [stretching_matrix(*lengths) for lengths in zip(shape, image_hu.shape, strict=True)]
-    # Metal and padding must not pull their neighbours' mean.
-    coarse = shrink(image_hu, matrices, clip=CLIP_HU)
-    nearest = image_hu[nearest_voxels(shape, image_hu.shape)]
-    padding = find_padding(nearest)
-    if padding.any():
-        # A mean of lung and padding is neither.
-        rim = dilate_in_plane(padding)
-        coarse[rim] = np.clip(nearest[rim], *CLIP_HU)
-        coarse[padding] = np.where(nearest[padding] < AIR_HU, CLIP_HU[0], 0)
-    return coarse, coarse_mm, padding
-
-
-def working_grid(
-    shape: Shape, spacing_mm: SpacingMm, step_mm: float = WORKING_MM
-) -> tuple[Shape, SpacingMm]:
-    """Shape and spacing, never finer than the scan: an axis of 8 mm slices stays as it is."""
-    extents = list(zip(shape, spacing_mm, strict=True))
-    coarse = tuple(min(n, max(1, round(n * step / step_mm))) for n, step in extents)
-    return coarse, tuple(step * n / m for (n, step), m in zip(extents, coarse, strict=True))
-
-
-def _to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
-    box = find_box(mask)
-    matrices, target = [], []
-    for axis, side in enumerate(box):
-        matrix = stretching_matrix(shape[axis], mask.shape[axis])[:, side]
-        rows = np.flatnonzero(matrix.any(axis=1))
-        target.append(slice(rows[0], rows[-1] + 1))
-        matrices.append(matrix[target[-1]])
-    result = np.zeros(shape, bool)
-    part = result[tuple(target)]
-    for slices, values in enlarge(mask[box], matrices):
-        part[slices] = values >= 0.5
-    return result
-
-
-def nearest_voxels(targets: Shape, sources: Shape) -> tuple[np.ndarray, ...]:
-    """Indices that bring an array of the shape `sources` to `targets`, both of one extent."""
-    lengths = zip(targets, sources, strict=True)
-    return np.ix_(
-        *((2 * np.arange(target) + 1) * source // (2 * target) for target, source in lengths)
-    )
 
 
 def _find_parenchyma(coarse: np.ndarray, spacing_mm: SpacingMm, padding: np.ndarray) -> np.ndarray:
@@ -354,64 +266,6 @@ def _trachea(coarse: np.ndarray, air: np.ndarray, spacing_mm: SpacingMm) -> np.n
     return (darkest < TRACHEA_HU)[components]
 
 
-def _separate_lungs(parenchyma: np.ndarray, spacing_mm: SpacingMm) -> list[np.ndarray]:
-    """Right and left lung, also where they touch in front of or behind the heart."""
-    components, number = cc3d.connected_components(parenchyma, connectivity=6, return_N=True)
-    if number != 1:
-        return [components == label for label in range(1, number + 1)]
-    around = find_box(parenchyma, 1)  # with a margin, because the border of an array is not eroded
-    cores = _find_cores(parenchyma[around], spacing_mm, EROSIONS_MM)
-    if cores is None:
-        return [parenchyma]
-    first = np.zeros_like(parenchyma)
-    first[around] = parenchyma[around] & _is_nearer(*cores, spacing_mm)
-    return [first, parenchyma & ~first]
-
-
-def _find_cores(
-    mask: np.ndarray, spacing_mm: SpacingMm, erosions_mm: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """What remains of each lung after the least in-plane erosion that separates them: the largest
-    part that lies beside the largest of all, and the latter. None for one lung alone, or where no
-    erosion separates them."""
-    depth = distance_in_plane(mask, spacing_mm)
-    for erosion_mm in erosions_mm:
-        parts = cc3d.connected_components(depth > erosion_mm, connectivity=6)
-        statistics = cc3d.statistics(parts)
-        volumes = statistics['voxel_counts'].astype(np.int64)
-        volumes[0] = 0
-        first = int(volumes.argmax())
-        across = statistics['bounding_boxes'][first][2]
-        x = statistics['centroids'][:, 2]
-        beside_mm = np.maximum(across.start - x, x - across.stop) * spacing_mm[2]
-        others = np.where(beside_mm > BESIDE_MM, volumes, 0)
-        second = int(others.argmax())
-        if others[second] > SMALLER_LUNG * volumes[first]:
-            return parts == second, parts == first
-    return None
-
-
-def _is_nearer(first: np.ndarray, second: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
-    """Voxels at least as near to the first mask as to the second."""
-    return edt.edt(~first, anisotropy=spacing_mm) <= edt.edt(~second, anisotropy=spacing_mm)
-
-
-def _assign_pieces(
-    mask: np.ndarray, right: np.ndarray, left: np.ndarray, spacing_mm: SpacingMm
-) -> np.ndarray:
-    """Voxels, in the mask and around it, of the right lung, given a core of each lung."""
-    # A piece cut off above or below is as near to the other lung's medial edge as to its own lung.
-    weighted_mm = (*spacing_mm[:2], ACROSS_WEIGHT * spacing_mm[2])
-    on_right = _is_nearer(right, left, weighted_mm)
-    pieces = cc3d.connected_components(mask, connectivity=6)
-    _, right_part = volumes_and_means(pieces, on_right)
-    shared = np.intersect1d(pieces[right], pieces[left])  # the piece where the lungs touch
-    whole = mask & ~np.isin(pieces, shared)
-    on_right = np.where(whole, (right_part > 0.5)[pieces], on_right)
-    # A voxel of the study that is outside the coarse mask goes with the nearest one inside.
-    return _is_nearer(mask & on_right, mask & ~on_right, spacing_mm)
-
-
 def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) -> np.ndarray:
     """One lung with what the threshold lost: vessels, holes, consolidation at the pleura."""
     box = find_box(lung)
@@ -421,12 +275,12 @@ def _complete_lung(lung: np.ndarray, coarse: np.ndarray, spacing_mm: SpacingMm) 
     # The outline is straighter from top to bottom than round the chest: voxels with lung above and
     # below reach further out than the wide closing.
     lost = (wide & has_lung_below(closed, spacing_mm)) | between_lung(closed)
-    lost &= _on_rib_side(closed, is_right=_is_right(box, lung))
+    lost &= _on_rib_side(closed, is_right=is_right(box, lung))
     # Bone is never lung.
     added = lost & ~closed & (hu < TISSUE_HU) & ~touches_border(lung)[box[0], None, None]
     added = dilate_in_plane(erode_in_plane(added))
     complete = _fill_holes(close_in_plane(closed | added, CLOSING_MM, spacing_mm), spacing_mm)
-    rib_side = _on_rib_side(complete, is_right=_is_right(box, lung))
+    rib_side = _on_rib_side(complete, is_right=is_right(box, lung))
     result = np.zeros_like(lung)
     result[box] = complete & ~_mediastinal(complete, hu, rib_side)
     return result
@@ -439,11 +293,6 @@ def _mediastinal(lung: np.ndarray, hu: np.ndarray, rib_side: np.ndarray) -> np.n
     thick = dilate_in_plane(erode_in_plane(dense & lung, 2), 2)
     thick = dilate_in_plane(thick, 2, within=dense & lung)
     return components_at(label_in_plane(thick), dilate_in_plane(dense & ~lung & ~rib_side))
-
-
-def _is_right(box: tuple[slice, ...], lung: np.ndarray) -> bool:
-    # x grows to the patient's left.
-    return (box[2].start + box[2].stop) / 2 < lung.shape[2] / 2
 
 
 def _on_rib_side(lung: np.ndarray, *, is_right: bool) -> np.ndarray:

@@ -5,7 +5,7 @@ import pytest
 
 from covseg_jax.imaging import formats, geometry, nifti
 from covseg_jax.phantom import studies as phantom
-from covseg_jax.prepare import lungs
+from covseg_jax.prepare import lungs, two_lungs
 from covseg_jax.prepare.slicewise import dilate_in_plane, erode_in_plane
 
 SPACING_MM = (8.0, 3.0, 3.0)
@@ -357,14 +357,14 @@ def _draw(*boxes):
     ],
 )
 def test_split_lungs_gives_right_then_left(right, left):
-    found = lungs.split_lungs(_draw(*right, *left), BOX_SPACING_MM)
+    found = two_lungs.split_lungs(_draw(*right, *left), BOX_SPACING_MM)
     for side, boxes in zip(found, (right, left), strict=True):
         np.testing.assert_array_equal(side, _draw(*boxes))
 
 
 def test_split_lungs_cuts_a_bridge_in_its_middle():
     mask = _draw(RIGHT_BOX, LEFT_BOX, BRIDGE, PIECE)
-    right, left = lungs.split_lungs(mask, BOX_SPACING_MM)
+    right, left = two_lungs.split_lungs(mask, BOX_SPACING_MM)
     np.testing.assert_array_equal(right ^ left, mask)
     assert right[:, :, :73].sum() == mask[:, :, :73].sum() - _draw(PIECE)[:, :, :73].sum()
     assert left[:, :, 77:].sum() == mask[:, :, 77:].sum()
@@ -373,7 +373,7 @@ def test_split_lungs_cuts_a_bridge_in_its_middle():
 def test_split_lungs_of_a_phantom_cuts_at_its_midline():
     made = phantom.make_phantom((3, 3), 'CT-1')
     mask = made.lungs > 0
-    right, left = lungs.split_lungs(mask, geometry.canonical_spacing(made.affine))
+    right, left = two_lungs.split_lungs(mask, geometry.canonical_spacing(made.affine))
     np.testing.assert_array_equal(right ^ left, mask)
     middle = mask.shape[2] // 2  # x = 0, between the phantom's lungs but for their front edges
     assert right[:, :, :middle].sum() >= 0.99 * right.sum()
@@ -384,6 +384,6 @@ def test_split_lungs_of_a_real_chest_are_of_like_size(shared_data):
     image, volume = _read(shared_data / 'chest_ct_512' / 'image.nii.gz')
     spacing_mm = volume.spacing_mm
     found = lungs.find_lungs(image, spacing_mm)
-    right, left = lungs.split_lungs(found, spacing_mm)
+    right, left = two_lungs.split_lungs(found, spacing_mm)
     np.testing.assert_array_equal(right ^ left, found)
     assert 0.35 < left.sum() / found.sum() < right.sum() / found.sum() < 0.65
