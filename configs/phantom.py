@@ -14,7 +14,7 @@ def change(config: ml_collections.ConfigDict) -> None:
     config.phantom.make = True
     config.data.update(folder='', calibration_fraction=0.3, validation_fraction=0.15)
     config.gan.update(
-        num_steps=700,
+        num_steps=350,
         batch_size=2,
         learning_rate=2e-3,
         discriminator_learning_rate=2e-3,
@@ -37,7 +37,7 @@ def change(config: ml_collections.ConfigDict) -> None:
     )
     config.train.update(
         mode='combined',  # one compiled step less than two phases
-        num_steps=3000,
+        num_steps=2400,
         batch_size=8,
         learning_rate=2.5e-3,
         warmup_steps=40,
