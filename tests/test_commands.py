@@ -13,6 +13,9 @@ import pytest
 from covseg_jax.predict import default
 from tests.bucket_server import BucketServer
 from tests.documents import DOCUMENTS, PROGRAM, blocks, commands, read
+from tests.imaging.chest import draw_chest
+from tests.imaging.test_dicom import write_series
+from tests.predict.test_dicom_seg import refer, turn
 from tests.program import ROOT, assert_one_line_error, environment, run
 from tests.segmentation.test_import_weights import write_weights
 
@@ -29,6 +32,13 @@ SLOW = {
     name: [line.removeprefix(PROGRAM) for line in commands(read(name)) if line.startswith(PROGRAM)]
     for name in ('docs/own_scans.md', 'docs/buckets.md')
 }
+# Of the console command, which is `python -m covseg_jax`.
+CONSOLE = [
+    line.removeprefix('covseg ')
+    for name in DOCUMENTS
+    for line in commands(read(name))
+    if line.startswith('covseg ')
+]
 TEXTS = '\n'.join(map(read, DOCUMENTS))
 SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', TEXTS)))
 BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', TEXTS)))
@@ -65,11 +75,13 @@ def place(own_tiny_run, tmp_path_factory):
         (scan,) = (workdir / 'studies' / 'studies').rglob(mask.name.replace('_mask', ''))
         (place / 'scans' / scan.name).symlink_to(scan)
     write_weights(place / 'weights.safetensors')
+    write_series(place / 'series', draw_chest('series')[0], turn(10), change=refer)
     return place
 
 
 def test_documents_have_the_commands_that_are_tested_here():
     assert len(COMMANDS) >= 15
+    assert len(CONSOLE) == 2
     assert len(SCRIPTS) >= 7
 
 
@@ -80,6 +92,16 @@ def test_command_of_the_documents_runs(place, text):
         assert_one_line_error(done, 'libtpu')  # docs/tpu.md says that it has to be installed
         return
     assert done.returncode == 0, f'{text}\n{done.stderr[-2000:]}'
+
+
+@pytest.mark.parametrize('text', CONSOLE)
+def test_console_command_of_the_documents_runs(place, text):
+    done = run(*shlex.split(text), cwd=place, module='covseg_jax')
+    assert done.returncode == 0, done.stderr[-2000:]
+    of = 'series' if '--input=series/' in text else 'scan'
+    assert (place / 'lesions' / f'{of}_mask.nii.gz').exists()
+    if '--dicom_seg' in text:
+        assert (place / 'lesions' / 'series_seg.dcm').exists()
 
 
 @pytest.mark.slow
