@@ -24,6 +24,28 @@ from covseg_jax.models.layers import (
 )
 
 
+@jax.custom_vjp
+def _relu_that_revives(x: jax.Array) -> jax.Array:
+    """ReLU, whose gradient also passes below 0 where the loss wants the output to be larger.
+
+    The healthy version may not be brighter than the scan. Where the network's lung is above the
+    scan in all voxels, as first steps can bring it, ReLU has no gradient and stays so for good: the
+    network then gives every scan back as it is.
+    """
+    return nn.relu(x)
+
+
+def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return nn.relu(x), x > 0
+
+
+def _backward(is_above: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(is_above | (gradient < 0), gradient, 0.0),)
+
+
+_relu_that_revives.defvjp(_forward, _backward)
+
+
 class Generator(nn.Module):
     """Encoder with repeated inputs, bottleneck with noise, decoder; 7,861,643 parameters.
 
@@ -131,7 +153,7 @@ class Generator(nn.Module):
             return nn.relu(output)
         opacity, lung = jnp.split(output, 2, axis=-1)
         lung = self.input_shift + lung / self.input_scale
-        return volume - nn.sigmoid(opacity - 2.0) * nn.relu(volume - lung)
+        return volume - nn.sigmoid(opacity - 2.0) * _relu_that_revives(volume - lung)
 
     def _conv(self, x: jax.Array, features: int, name: str, kernel_size: int = 3) -> jax.Array:
         x = Conv3D(features, kernel_size, dtype=self.dtype, name=name)(x)

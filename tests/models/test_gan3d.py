@@ -72,6 +72,24 @@ def test_blend_head_takes_a_share_of_what_lies_above_the_lung(tiny_inputs):
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
+def test_blend_head_finds_back_from_a_lung_that_is_brighter_than_every_scan(tiny_inputs):
+    params, volume, noise = tiny_inputs
+    model = Generator(**TINY, head='blend')
+    kernel = jnp.zeros((1, 1, 1, params['head']['kernel'].shape[-2], 2))
+
+    def heal(bias):
+        head = {'kernel': kernel, 'bias': bias}
+        return model.apply({'params': {**params, 'head': head}}, volume, noise)
+
+    def gradient(wanted):
+        error = jax.grad(lambda bias: jnp.square(heal(bias) - wanted).sum())
+        return jax.jit(error)(jnp.array([2.0, 100.0]))
+
+    np.testing.assert_array_equal(heal(jnp.array([2.0, 100.0])), volume)
+    assert gradient(volume - 0.1)[1] > 0  # a darker lung is a smaller error
+    np.testing.assert_array_equal(gradient(volume + 0.1), 0)  # it cannot make a scan brighter
+
+
 def test_clipped_generator_does_not_see_how_dense_dense_tissue_is(tiny_inputs):
     params, volume, noise = tiny_inputs
     model = Generator(**TINY, input_scale=6.0, input_clip=3.0)
