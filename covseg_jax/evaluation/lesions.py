@@ -3,10 +3,10 @@
 import dataclasses
 import math
 
-import cc3d
 import numpy as np
 
 from covseg_jax.evaluation import metrics
+from covseg_jax.imaging.masks import label_lesions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +48,11 @@ def match_lesions(truth: np.ndarray, prediction: np.ndarray) -> LesionMatch:
     """Matches the lesions of (Z, Y, X) boolean masks of one shape. Voxels that share a corner are
     one lesion."""
     truth, prediction = metrics.crop_to_union(truth, prediction)
-    true_labels, num_true = _label(truth)
-    predicted_labels, num_predicted = _label(prediction)
+    true_labels, num_true = label_lesions(truth)
+    predicted_labels, num_predicted = label_lesions(prediction)
     true_voxels = np.bincount(true_labels[truth], minlength=num_true + 1)[1:]
     both = truth & prediction
     hit = np.bincount(true_labels[both], minlength=num_true + 1)[1:]
     touching = np.unique(predicted_labels[both]).size
     covered = hit / np.maximum(true_voxels, 1)
     return LesionMatch(true_voxels, covered, num_predicted, num_predicted - touching)
-
-
-def _label(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    if not mask.any():
-        return np.zeros(mask.shape, np.uint32), 0
-    mask = np.ascontiguousarray(mask)
-    return cc3d.connected_components(mask, connectivity=26, return_N=True)

@@ -90,5 +90,16 @@ def drop_small_components(mask: np.ndarray, min_voxels: float) -> np.ndarray:
     # Labels take 4 bytes a voxel: only of the box that holds the mask.
     box = ndimage.find_objects(mask.view(np.uint8))[0]
     kept = np.zeros_like(mask)
-    kept[box] = cc3d.dust(mask[box], threshold=int(np.ceil(min_voxels)), connectivity=26) > 0
+    labels, _ = label_lesions(mask[box])
+    is_large = np.bincount(labels.ravel()) >= min_voxels
+    is_large[0] = False
+    kept[box] = is_large[labels]
     return kept
+
+
+def label_lesions(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """The 26-connected components of a boolean (Z, Y, X) mask, numbered from 1, and how many."""
+    # With a margin: of an array that is a line of voxels, and of some that are one voxel thin, cc3d
+    # 4.1.1 counts too few labels beforehand, and raises.
+    labels, num = cc3d.connected_components(np.pad(mask, 1), connectivity=26, return_N=True)
+    return labels[1:-1, 1:-1, 1:-1], num

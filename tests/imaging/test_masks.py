@@ -1,6 +1,7 @@
 """From probability to mask on the study's own grid."""
 
 import numpy as np
+from scipy import ndimage
 
 from covseg_jax.imaging import masks
 from covseg_jax.imaging.geometry import Geometry
@@ -71,3 +72,18 @@ def test_a_lesion_keeps_its_faint_slices_and_what_is_faint_throughout_is_dropped
     np.testing.assert_array_equal(found, expected)
     one_cut = masks.drop_unsure_lesions(probability, MaskSettings(0.3))
     np.testing.assert_array_equal(one_cut, probability)
+
+
+def test_lesions_are_labelled_and_small_ones_dropped_in_masks_of_any_form():
+    generator = np.random.default_rng(0)
+    # Lines of voxels among them, and sides that are one voxel thin.
+    for shape in [(1, 1, 13), (7, 1, 1), (1, 9, 1), (3, 3, 1), (1, 8, 8), (5, 6, 7)] * 40:
+        mask = generator.random(shape) < 0.3
+        expected, num = ndimage.label(mask, np.ones((3, 3, 3)))
+        labels, found = masks.label_lesions(mask)
+        assert found == num
+        assert len({*zip(labels[mask], expected[mask], strict=True)}) == num
+        np.testing.assert_array_equal(labels > 0, mask)
+        sizes = np.bincount(expected.ravel())
+        large = mask & (sizes >= 2)[expected]
+        np.testing.assert_array_equal(masks.drop_small_components(mask, 1.5), large)
