@@ -50,15 +50,17 @@ _TYPE = _is_one_of('float32', 'bfloat16')
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         (
-            '*.num_steps', '*.batch_size', '*.log_every', '*.evaluate_every', '*.save_every',
-            '*.num_epochs', '*.epoch_steps', '*.micro_batches', '*.adversarial_every', '*.width',
-            '*.num_heads', '*.mlp_dim', '*.projection_dim', '*.bottleneck_filters', '*.patch',
-            '*.depth', '*.num_noise', '*.num_processes', '*.max_skipped_steps',
+            '*.num_steps', '*.batch_size', '*.num_epochs', '*.epoch_steps', '*.micro_batches',
+            '*.width', '*.num_heads', '*.mlp_dim', '*.projection_dim', '*.bottleneck_filters',
+            '*.patch', '*.depth', '*.num_noise', '*.num_processes',
         ),
         _COUNT,
     ),
     **dict.fromkeys(
         (
+            # 0: never
+            '*.log_every', '*.evaluate_every', '*.save_every', '*.adversarial_every',
+            '*.max_skipped_steps',
             '*learning_rate', '*.learning_rate_batch_size', '*.warmup_steps', '*.clip_norm',
             '*.contrastive_steps', '*.plateau_patience', '*.num_blocks', '*.final_width',
             '*.losses.contrastive', '*.losses.mse', '*.losses.sensitivity', '*.losses.beta',
