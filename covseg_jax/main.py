@@ -313,8 +313,8 @@ def _one_line(error: Exception) -> str:
     # line says what was wrong.
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
-    for type_name, expected in _PYTHON_SAYS.items():
-        if type_name in str(error):
+    for said, expected in _PYTHON_SAYS.items():
+        if said in str(error):
             return f'{str(error).split(": ")[0]}: must be {expected}'
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]

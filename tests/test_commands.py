@@ -19,6 +19,13 @@ from tests.predict.test_dicom_seg import refer, turn
 from tests.program import ROOT, assert_one_line_error, environment, run
 from tests.segmentation.test_import_weights import write_weights
 
+
+def flags_of(program, *names):
+    """What follows the program, in each of its commands in the documents of these names."""
+    lines = [line for name in names for line in commands(read(name))]
+    return [line.removeprefix(program) for line in lines if line.startswith(program)]
+
+
 # Whose commands of the program are run here, in this order: what one writes, the next may read.
 # Those of SLOW take minutes: they train on from the model that comes with the program, or need a
 # bucket. The others' are parsed by test_documents.py.
@@ -28,17 +35,9 @@ LINES += [line for line in commands(read('docs/tpu.md')) if '--stages=compile_ch
 COMMANDS = list(
     dict.fromkeys(line.removeprefix(PROGRAM) for line in LINES if line.startswith(PROGRAM))
 )
-SLOW = {
-    name: [line.removeprefix(PROGRAM) for line in commands(read(name)) if line.startswith(PROGRAM)]
-    for name in ('docs/own_scans.md', 'docs/buckets.md')
-}
+SLOW = {name: flags_of(PROGRAM, name) for name in ('docs/own_scans.md', 'docs/buckets.md')}
 # Of the console command, which is `python -m covseg_jax`.
-CONSOLE = [
-    line.removeprefix('covseg ')
-    for name in DOCUMENTS
-    for line in commands(read(name))
-    if line.startswith('covseg ')
-]
+CONSOLE = flags_of('covseg ', *DOCUMENTS)
 TEXTS = '\n'.join(map(read, DOCUMENTS))
 SCRIPTS = sorted(set(re.findall(r'\blaunch/\w+\.sh|\b\w+_tpu_vm\.sh|\bfetch_results\.sh', TEXTS)))
 BENCHMARKS = sorted(set(re.findall(r'tests[./]benchmarks[./](\w+)', TEXTS)))

@@ -8,6 +8,10 @@ from scipy import ndimage
 
 from covseg_jax.imaging.geometry import Geometry, to_study_grid
 
+# 26-connected components are counted with a margin of one voxel: of an array that is a line, and of
+# some that are one voxel thin, cc3d 4.1.1 counts too few labels beforehand, and raises.
+_WITHOUT_MARGIN = (slice(1, -1),) * 3
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskSettings:
@@ -90,16 +94,12 @@ def drop_small_components(mask: np.ndarray, min_voxels: float) -> np.ndarray:
     # Labels take 4 bytes a voxel: only of the box that holds the mask.
     box = ndimage.find_objects(mask.view(np.uint8))[0]
     kept = np.zeros_like(mask)
-    labels, _ = label_lesions(mask[box])
-    is_large = np.bincount(labels.ravel()) >= min_voxels
-    is_large[0] = False
-    kept[box] = is_large[labels]
+    dust = {'threshold': int(np.ceil(min_voxels)), 'connectivity': 26}
+    kept[box] = cc3d.dust(np.pad(mask[box], 1), **dust)[_WITHOUT_MARGIN] > 0
     return kept
 
 
 def label_lesions(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """The 26-connected components of a boolean (Z, Y, X) mask, numbered from 1, and how many."""
-    # With a margin: of an array that is a line of voxels, and of some that are one voxel thin, cc3d
-    # 4.1.1 counts too few labels beforehand, and raises.
     labels, num = cc3d.connected_components(np.pad(mask, 1), connectivity=26, return_N=True)
-    return labels[1:-1, 1:-1, 1:-1], num
+    return labels[_WITHOUT_MARGIN], num

@@ -35,15 +35,15 @@ def _relu_that_revives(x: jax.Array) -> jax.Array:
     return nn.relu(x)
 
 
-def _forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _revive_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return nn.relu(x), x > 0
 
 
-def _backward(is_above: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _revive_backward(is_above: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     return (jnp.where(is_above | (gradient < 0), gradient, 0.0),)
 
 
-_relu_that_revives.defvjp(_forward, _backward)
+_relu_that_revives.defvjp(_revive_forward, _revive_backward)
 
 
 class Generator(nn.Module):

@@ -33,7 +33,7 @@ from covseg_jax.prepare.slicewise import (
     volumes_and_means,
 )
 from covseg_jax.prepare.two_lungs import SMALLER_LUNG, is_right, separate_lungs
-from covseg_jax.prepare.working_grid import AIR_HU, to_study_grid, to_working_grid
+from covseg_jax.prepare.working_grid import AIR_HU, from_working_grid, to_working_grid
 
 GAS_HU = -960  # free air (room, stomach, trachea) lies below, parenchyma above
 ADULT_ML = 300.0  # of both lungs: fewer are a child's, or a part of the lungs
@@ -101,7 +101,7 @@ def find_lungs(
             f'no lungs found ({volume_ml:.0f} ml of lung-like voxels, {100 * share:.0f} % of their '
             f'slices; at least {ADULT_ML:.0f} ml or {100 * LEAST_SHARE:.0f} % are expected)'
         )
-    return to_study_grid(lungs, image_hu.shape)
+    return from_working_grid(lungs, image_hu.shape)
 
 
 def find_lungs_by_lungmask(image_hu: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ def working_grid(
     return coarse, tuple(step * n / m for (n, step), m in zip(extents, coarse, strict=True))
 
 
-def to_study_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
+def from_working_grid(mask: np.ndarray, shape: Shape) -> np.ndarray:
     box = find_box(mask)
     matrices, target = [], []
     for axis, side in enumerate(box):

@@ -31,7 +31,7 @@ from covseg_jax.training.step import SKIPPED
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count)
 # state -> (state, values, pictures); may change the state (plateau)
 Evaluate = Callable[[Any], tuple[Any, dict[str, float], dict[str, np.ndarray]]]
-_EVERY = 60  # seconds, of progress.png, whose drawing takes one, and of a line where no bar is
+_SHOW_EVERY = 60  # seconds, of progress.png, whose drawing takes one, and of a line where no bar is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Records:
         self._metrics: list[Metrics] = unlogged.get('metrics', [])
         self._skipped: list[tuple[int, list[str]]] = unlogged.get('skipped', [])
         self._studies: list[tuple[int, list[str]]] = []  # of the steps not looked at yet
-        self._picture_due = self._line_due = time.monotonic() + _EVERY
+        self._picture_due = self._line_due = time.monotonic() + _SHOW_EVERY
 
     def close(self) -> None:
         self._log.close()
@@ -229,7 +229,7 @@ class _Records:
                 f'{means["loss/total"]:.4f}, about {minutes:.0f} min left',
                 flush=True,
             )
-            self._line_due = time.monotonic() + _EVERY
+            self._line_due = time.monotonic() + _SHOW_EVERY
         return means['loss/total']
 
     def _draw_progress(self, *, always: bool) -> None:
@@ -237,7 +237,7 @@ class _Records:
         if hosts.is_first() and (always or time.monotonic() >= self._picture_due):
             with contextlib.suppress(OSError):  # log and checkpoints tell of a full disk
                 draw_progress(self._folder.parent)
-            self._picture_due = time.monotonic() + _EVERY
+            self._picture_due = time.monotonic() + _SHOW_EVERY
 
 
 def run(

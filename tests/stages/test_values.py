@@ -1,15 +1,23 @@
 """Values of a config that no stage can use are refused before any stage begins."""
 
+import fnmatch
+
 import pytest
 
 from configs import transunet
 from covseg_jax.errors import InputError
-from covseg_jax.stages import values
+from covseg_jax.stages import guide, values
 
 
 @pytest.mark.parametrize('variant', transunet.VARIANTS)
 def test_every_variant_can_be_used(variant):
-    values.refuse_unusable(transunet.get_config(variant))
+    assert values.refuse_unusable(transunet.get_config(variant)) is None
+
+
+def test_every_rule_is_of_a_field():
+    fields = guide.config_fields(transunet.get_config())
+    names = [name.removeprefix('config.') for name in fields]
+    assert [each for each in values._RULES if not fnmatch.filter(names, each)] == []
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_loop_draws_seldom_but_always_where_it_stops_and_at_its_end(tmp_path, mo
         test_loop.run(tmp_path / 'gan', num_steps=20, on_step=stop_at_eight)
     # After 9: lines of steps 2, 4, 6 and 8, and evaluations of 4 and 8.
     assert rows == [6]
-    monkeypatch.setattr('covseg_jax.training.loop._EVERY', 0)
+    monkeypatch.setattr('covseg_jax.training.loop._SHOW_EVERY', 0)
     test_loop.run(tmp_path / 'gan', num_steps=20)
     # After the evaluations of 12, 16 and 20, which is the end.
     assert rows == [6, 9, 12, 15]
