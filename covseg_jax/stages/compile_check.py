@@ -28,8 +28,7 @@ _GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of a TPU, from Google Cloud's pages on its versions: a chip, and on v4 one of its
-    two cores, which this compiler takes for devices of their own."""
+    """A chip, which is one device, from Google Cloud's pages on its version."""
 
     memory_gib: float
     flops_per_s: float  # in bfloat16
@@ -39,7 +38,7 @@ class Chip:
 
 
 CHIPS = {
-    'v4': Chip(16, 137.5e12, 614e9, 1.05e9, 150e9),
+    'v4': Chip(32, 275e12, 1228e9, 1.05e9, 300e9),
     'v5e': Chip(16, 197e12, 819e9, 1.5e9, 200e9),
     'v5p': Chip(95, 459e12, 2765e9, 1.75e9, 600e9),
 }
@@ -106,7 +105,10 @@ def find_devices(topology: str) -> list:
     from jax.experimental import topologies
 
     sizes = topology.split(':')[1].split('x')
-    options = {}
+    options: dict[str, Any] = {}
+    if topology.startswith('v4:'):
+        # A chip's two cores as one device, as on Google's machines: libtpu makes two of them.
+        options['chip_config_name'] = 'megacore'
     if len(sizes) <= 3 and all(size.isdigit() for size in sizes):
         shape = tuple(map(int, [*sizes, 1, 1][:3]))
         if math.prod(shape) < 4:  # less than a host's usual share of chips

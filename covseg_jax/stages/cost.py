@@ -4,14 +4,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Cores that this compiler takes for devices of their own, to a chip.
-_DEVICES_PER_CHIP = {'v4': 2}
-
-
-def count_chips(topology: str, devices: int) -> int:
-    """The chips, which are what is paid for, of a topology such as 'v5e:2x4'."""
-    return devices // _DEVICES_PER_CHIP.get(topology.split(':')[0], 1)
-
 
 def estimate_training(programs: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
     """One stage's training on one topology, from its programs by name, of which those that train
@@ -26,7 +18,7 @@ def estimate_training(programs: Mapping[str, Mapping[str, Any]]) -> dict[str, fl
         return None
     seconds = sum(each['steps'] * each['ms'] / 1e3 for each in steps)
     samples = sum(each['steps'] * each['batch_size'] for each in steps)
-    chips = count_chips(steps[0]['topology'], steps[0]['devices'])
+    chips = steps[0]['devices']
     return {
         'chips': chips,
         'hours': round(seconds / 3600, 4),

@@ -101,7 +101,7 @@ def suggest(name: str, known: Iterable[str], before: str = '') -> str:
     none is near. What follows a name's last dot counts most: config.batch_size has near ones in
     every group."""
     last_of = {each: each.rpartition('.')[2] for each in known}
-    last = difflib.get_close_matches(name.rpartition('.')[2], set(last_of.values()), 1)
+    last = difflib.get_close_matches(name.rpartition('.')[2], set(last_of.values()), 1, cutoff=0.7)
     near = [each for each in last_of if last_of[each] in last]
     near = difflib.get_close_matches(name, near, 1, cutoff=0.9) or near
     return f' (did you mean {" or ".join(before + each for each in near)}?)' if near else ''

@@ -82,7 +82,7 @@ def test_training_costs_its_steps_and_more_chips_are_compared_with_the_first():
     found = {
         'v5e:1x1': train('v5e:1x1', 1, ms=10.0),
         'v5e:2x4': train('v5e:2x4', 8, ms=2.0),
-        'v4:2x2x1': train('v4:2x2x1', 8, ms=2.0),  # two devices are a chip
+        'v4:2x2x1': train('v4:2x2x1', 4, ms=2.0),
     }
     one, eight, four = cost.estimate_costs(found, price_per_chip_hour=1.2)
     # 1000 steps of 10 ms and 9000 of 30 are 280 s, in which 320,000 slices pass.
