@@ -175,6 +175,9 @@ def _predict() -> ml_collections.ConfigDict:
     predict = ml_collections.ConfigDict()  # segmentation/volumes.py: VolumeSettings
     predict.batch_size = 32  # slices
     predict.output = 'sigmoid'  # or 'linear', the raw output
+    # Slices are smoothed in their plane, as those of the training were by the interpolation of
+    # zooms and shifts: standard deviation in pixels of the model's grid; 0 leaves them.
+    predict.smoothing_pixels = 0.5
     predict.flip = True  # average with the prediction of the mirrored slices
     # The network sees single slices and a lesion spans several: standard deviation, in slices of
     # the model's grid, that probabilities are smoothed by from slice to slice; 0 leaves them.

@@ -75,6 +75,7 @@ PUBLISHED = {
     'train.augment.enabled': False,
     'predict.output': 'linear',
     'masks.share_of_max': 0.2,
+    'predict.smoothing_pixels': 0.0,
     'predict.flip': False,
     'predict.smoothing_slices': 0.0,
     'masks.min_component_ml': 0.0,

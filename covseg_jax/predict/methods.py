@@ -19,6 +19,11 @@ _LUNGS = {
     'file': 'Lung masks were given with the scans',
     'lungmask': 'Lungs were found by the lungmask package',
 }
+# Of a network's volumes, by the field that says how far.
+_SMOOTHED = {
+    'smoothing_pixels': 'Before the network slices were smoothed in their plane',
+    'smoothing_slices': 'Outputs were smoothed from slice to slice',
+}
 _NETWORKS = {'transunet': 'TransUNet', 'unet': 'U-Net'}
 
 
@@ -87,13 +92,13 @@ def _describe_networks(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     ways = [network['volumes'] for network in networks]
     if any(way['flip'] for way in ways):
         sentences.append("Each slice's output was averaged with that of its mirror image.")
-    widths = sorted({way['smoothing_slices'] for way in ways} - {0})
-    if widths:
-        named = ' or '.join(f'{width:g}' for width in widths)
-        sentences.append(
-            'Outputs were smoothed from slice to slice by a Gaussian with a standard deviation of '
-            f'{named} slices.'
-        )
+    for field, what in _SMOOTHED.items():
+        # Records of earlier versions do not have the first.
+        widths = sorted({way.get(field, 0) for way in ways} - {0})
+        if widths:
+            named = ' or '.join(f'{width:g}' for width in widths)
+            unit = field.removeprefix('smoothing_')
+            sentences.append(f'{what} by a Gaussian with a standard deviation of {named} {unit}.')
     return sentences
 
 

@@ -17,6 +17,8 @@ class VolumeSettings:
 
     Attributes:
       batch_size: slices at a time.
+      smoothing_pixels: standard deviation, in pixels of the model's grid, that slices are smoothed
+        by in their plane before the network sees them; 0 leaves them.
       flip: average with the prediction of the mirrored slices.
       smoothing_slices: standard deviation, in slices of the model's grid, that probabilities are
         smoothed by from slice to slice; 0 leaves them.
@@ -26,6 +28,7 @@ class VolumeSettings:
     """
 
     batch_size: int
+    smoothing_pixels: float
     flip: bool
     smoothing_slices: float
     output: str
@@ -53,7 +56,10 @@ def predict_volumes(
         return np.concatenate([np.asarray(f)[..., 0] for f in found])[: len(slices)]
 
     def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-        image = np.asarray(image, np.float32)
+        image, inside = np.asarray(image, np.float32), np.asarray(lungs) > 0
+        if settings.smoothing_pixels:
+            in_plane = (0.0, settings.smoothing_pixels, settings.smoothing_pixels)
+            image = ndimage.gaussian_filter(image, in_plane) * inside
         found = predict_slices(image)
         if settings.flip:
             found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
@@ -61,7 +67,7 @@ def predict_volumes(
             found = ndimage.gaussian_filter1d(
                 found, settings.smoothing_slices, axis=0, mode='nearest'
             )
-        found = found * (np.asarray(lungs) > 0)
+        found = found * inside
         if settings.output == 'linear':
             found = np.maximum(found, 0)
             found /= max(float(found.max(initial=0)), 1.0)

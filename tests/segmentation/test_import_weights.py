@@ -29,7 +29,7 @@ def config():
     config = transunet.get_config('tiny').unlock()
     config.train.num_steps = 2
     config.network.final_width = 0  # the published number of channels
-    config.predict.flip = False
+    config.predict.update(flip=False, smoothing_pixels=0.0)
     return config.lock()
 
 
