@@ -6,7 +6,7 @@ together in a step, row by row, does not depend on how many there are.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -16,16 +16,17 @@ from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Case
 
-# The keys of a batch.
-IMAGE = 'image'  # (B, H, W, 1) or (B, D, H, W, 1) float32 in [0, 1]
-TARGET = 'target'  # (B, H, W, 1) float32: soft lesion in [0, 1], or as published a difference
+# The keys of a batch. Images, targets and lungs come in the types in which they are stored, which
+# are less to send than float32; training steps make that of them on the device.
+IMAGE = 'image'  # (B, H, W, 1) or (B, D, H, W, 1) float16 in [0, 1]
+TARGET = 'target'  # (B, H, W, 1) float16: soft lesion in [0, 1], or as published a difference
 LABEL = 'label'  # (B,) int32: 1 high, 0 low infection
-LUNGS = 'lungs'  # as IMAGE: 1 inside the lungs
+LUNGS = 'lungs'  # as IMAGE, uint8: 1 inside the lungs
 HEALTHY = 'healthy'  # (B,) float32: 1 for slices of scans that are known to be without lesions
-WEIGHT = 'weight'  # as TARGET: how much a pixel counts in the losses
+WEIGHT = 'weight'  # as TARGET, float32, made by the step: how much a pixel counts in the losses
 VALID = 'valid'  # (B,) float32: 0 for rows that only fill up a batch
 COVID = 'covid'  # as IMAGE: a COVID scan beside the healthy one (GAN)
-COVID_LUNGS = 'covid_lungs'
+COVID_LUNGS = 'covid_lungs'  # as LUNGS
 CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
 COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
@@ -33,14 +34,18 @@ COVID_CASE = 'covid_case'  # of the COVID scan beside it
 _MOST_THREADS = 8
 
 
-def _as_input(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float32)[..., None]
-
-
-def _stack_inputs(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    # They become float32 as they are copied into the batch: each value is touched once.
+def _stack_inputs(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     plain = [np.asarray(array) for array in arrays]  # of mapped files, too
-    return np.stack(plain, dtype=np.float32, casting='same_kind')[..., None]
+    return np.stack(plain, dtype=dtype, casting='same_kind')[..., None]
+
+
+def in_float32(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch whose images, targets and lungs are float32."""
+    narrow = (np.float16, np.uint8)
+    return {
+        key: np.asarray(array, np.float32 if array.dtype in narrow else None)
+        for key, array in batch.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +69,13 @@ class Slices:
         rows = [(self.cases[number], self.targets[number], z) for number, z in index.tolist()]
         images = [case.read_slice('image', z) for case, _, z in rows]
         empty = np.zeros_like(images[0])
+        targets = [empty if each is None else each[z] for _, each, z in rows]
+        lungs = [case.read_slice('lungs', z) for case, _, z in rows]
         return {
-            IMAGE: _stack_inputs(images),
-            TARGET: _stack_inputs([empty if each is None else each[z] for _, each, z in rows]),
-            LUNGS: _stack_inputs([case.read_slice('lungs', z) for case, _, z in rows]),
+            IMAGE: _stack_inputs(images, np.float16),
+            # All that there are, soft or human masks, are whole in float16.
+            TARGET: _stack_inputs(targets, np.float16),
+            LUNGS: _stack_inputs(lungs, np.uint8),
             LABEL: self.labels[items],
             HEALTHY: np.array([target is None for _, target, _ in rows], np.float32),
             CASE: index[:, 0].astype(np.int32),
@@ -218,8 +226,8 @@ class Volumes:
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
         case = self.cases[item]
         return {
-            IMAGE: _as_input(case.image()),
-            LUNGS: _as_input(case.lungs()),
+            IMAGE: case.image()[..., None],
+            LUNGS: case.lungs()[..., None],
             CASE: np.int32(item),
         }
 
@@ -249,7 +257,7 @@ def paired_volume_feed(
     """Endless batches of healthy scans, each beside a COVID scan, cropped to `depth` slices.
 
     Gives dicts of IMAGE, LUNGS (healthy), COVID and COVID_LUNGS, each (batch_size / num_hosts,
-    depth, H, W, 1) float32, CASE and COVID_CASE.
+    depth, H, W, 1), CASE and COVID_CASE.
     """
     sides = [
         repeat_shuffled(Volumes(tuple(cases)), seed, name).random_map(_CropDepth(depth))
@@ -267,8 +275,9 @@ def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
 
 
 def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All slices once, in order; the last batch is filled up with rows whose VALID is 0."""
+    """All slices once, in order, in float32; the last batch is filled up with rows whose VALID is
+    0."""
     for start in range(0, len(slices), batch_size):
         numbers = np.arange(start, start + batch_size)
         valid = (numbers < len(slices)).astype(np.float32)
-        yield slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid}
+        yield in_float32(slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid})

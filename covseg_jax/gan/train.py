@@ -79,11 +79,12 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
 def gan_batch_shapes(
     config: ml_collections.ConfigDict, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch."""
+    """Shapes of a training batch, as it is read."""
     shape = (batch_size, config.gan.depth, *config.prepare.grid[1:], 1)
-    volume = jax.ShapeDtypeStruct(shape, jnp.float32)
-    names = (feeds.IMAGE, feeds.LUNGS, feeds.COVID, feeds.COVID_LUNGS)
-    return dict.fromkeys(names, volume)
+    scan, lungs = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.float16, jnp.uint8))
+    return {
+        feeds.IMAGE: scan, feeds.COVID: scan, feeds.LUNGS: lungs, feeds.COVID_LUNGS: lungs,
+    }  # fmt: skip
 
 
 def check_gan_batch(
@@ -150,11 +151,11 @@ def _make_evaluation(parts: GANParts, splits: Splits) -> loop.Evaluate:
     def evaluate(state: GANState):
         collected = []
         for number, case in enumerate(healthy.cases):
-            batch = {k: np.asarray(v)[None] for k, v in healthy[number].items()}
+            batch = {k: v[None] for k, v in feeds.in_float32(healthy[number]).items()}
             key = stream_key(parts.seed, 'validation', case.study_id)
             metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
             collected.append(metrics)
-        scan = covid[0][feeds.IMAGE][None]
+        scan = feeds.in_float32(covid[0])[feeds.IMAGE][None]
         healed = np.asarray(heal(state.ema, scan, stream_key(parts.seed, 'picture')))
         pictures = {
             'synthetic_corrupted_restored_difference': _strip(corrupted, restored),

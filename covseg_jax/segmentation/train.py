@@ -91,9 +91,11 @@ def check_train_batch(
 def segmentation_batch_shapes(
     config: ml_collections.ConfigDict, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch."""
-    image = jax.ShapeDtypeStruct((batch_size, *config.prepare.grid[1:], 1), jnp.float32)
-    return dict.fromkeys((feeds.IMAGE, feeds.TARGET, feeds.LUNGS), image) | {
+    """Shapes of a training batch, as it is read."""
+    shape = (batch_size, *config.prepare.grid[1:], 1)
+    image = jax.ShapeDtypeStruct(shape, jnp.float16)
+    return dict.fromkeys((feeds.IMAGE, feeds.TARGET), image) | {
+        feeds.LUNGS: jax.ShapeDtypeStruct(shape, jnp.uint8),
         feeds.LABEL: jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         feeds.HEALTHY: jax.ShapeDtypeStruct((batch_size,), jnp.float32),
     }

@@ -15,17 +15,22 @@ def compile_step(step: Callable[[Any, dict, jax.Array], tuple[Any, dict]]) -> Ca
     """`step`, a (state, batch, key) -> (state, values), as a jitted (state, batch) -> (state,
     metrics).
 
-    The key is `fold_in(state.key, state.step)`, the step's number is counted up, and the state is
-    donated. A step whose values are not all finite is skipped, see `skip_non_finite`.
+    What the batch has in float16 or uint8 `step` gets in float32. The key is `fold_in(state.key,
+    state.step)`, the step's number is counted up, and the state is donated. A step whose values are
+    not all finite is skipped, see `skip_non_finite`.
     """
 
     def numbered(state: Any, batch: dict) -> tuple[Any, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        stepped, values = step(state, batch, key)
+        stepped, values = step(state, jax.tree.map(_in_float32, batch), key)
         metrics = {name: (value, 1.0) for name, value in values.items()}
         return stepped.replace(step=state.step + 1), metrics
 
     return jax.jit(skip_non_finite(numbered), donate_argnums=0)
+
+
+def _in_float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32) if array.dtype in (jnp.float16, jnp.uint8) else array
 
 
 def skip_non_finite(step: Callable[[Any, dict], tuple[Any, dict]]) -> Callable:

@@ -67,7 +67,9 @@ def test_balanced_feed_is_half_high_half_low(slices):
         batch = next(batches)
         assert batch[feeds.LABEL].tolist() == [1, 0] * 4
         assert batch[feeds.IMAGE].shape == (8, 32, 32, 1)
-        assert batch[feeds.IMAGE].dtype == np.float32
+        assert [batch[name].dtype for name in (feeds.IMAGE, feeds.TARGET, feeds.LUNGS)] == [
+            np.float16, np.float16, np.uint8
+        ]  # fmt: skip
 
 
 def test_balanced_feed_reads_what_its_cases_hold(slices):
@@ -84,7 +86,8 @@ def test_balanced_feed_reads_what_its_cases_hold(slices):
                 (held[feeds.IMAGE] == batch[feeds.IMAGE][row, ..., 0]).all((1, 2))
             )
             for key, array in held.items():
-                np.testing.assert_array_equal(batch[key][row, ..., 0], array[z].astype(np.float32))
+                found = batch[key][row, ..., 0]
+                np.testing.assert_array_equal(found, array[z].astype(found.dtype))
             assert batch[feeds.HEALTHY][row] == (target is None)
 
 

@@ -47,3 +47,21 @@ def test_compiled_step_draws_from_the_key_and_its_number_and_counts_it():
     expected = jax.random.uniform(jax.random.fold_in(jax.random.key(7), 4))
     assert float(metrics['drawn'][0]) == float(expected)
     assert float(metrics['drawn'][1]) == 1.0
+
+
+def test_compiled_step_gets_in_float32_what_was_read_in_less():
+    found = {}
+
+    def step(state, batch, key):
+        found.update({name: array.dtype for name, array in batch.items()})
+        return state, {'sum': batch['lungs'].sum()}
+
+    state = State(jnp.int32(0), jnp.array(1.0), jax.random.key_data(jax.random.key(0)))
+    batch = {
+        'image': np.ones(2, np.float16),
+        'lungs': np.full(300, 1, np.uint8),  # more than uint8 holds
+        'label': np.ones(2, np.int32),
+    }
+    _, metrics = compile_step(step)(state, batch)
+    assert found == {'image': np.float32, 'lungs': np.float32, 'label': np.int32}
+    assert float(metrics['sum'][0]) == 300.0
