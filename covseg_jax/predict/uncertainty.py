@@ -19,9 +19,9 @@ from covseg_jax.imaging.masks import (
 )
 
 # Of the range of lesion ml: the odds of its two cuts are those of the model's cut divided by it,
-# and times it. Chosen for the model that comes with the code, by split conformal prediction for
-# 90 % of phantoms of a seed of their own; docs/results.md has the command, and what it held
-# elsewhere.
+# and times it. Chosen for the first model that came with the code, by split conformal prediction
+# for 90 % of phantoms of a seed of their own; docs/results.md has the command, what it held
+# elsewhere, and what today's model needs.
 ODDS_FACTOR = 2**1.5
 FACTORS = tuple(2 ** (step / 4) for step in range(41))  # among which one is looked for
 
