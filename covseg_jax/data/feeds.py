@@ -6,7 +6,8 @@ together in a step, row by row, does not depend on how many there are.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -39,13 +40,9 @@ def _stack_inputs(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.n
     return np.stack(plain, dtype=dtype, casting='same_kind')[..., None]
 
 
-def in_float32(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch whose images, targets and lungs are float32."""
-    narrow = (np.float16, np.uint8)
-    return {
-        key: np.asarray(array, np.float32 if array.dtype in narrow else None)
-        for key, array in batch.items()
-    }
+def in_float32(array: Any) -> Any:
+    """An array of a batch, NumPy's or JAX's, as float32 where it came in float16 or uint8."""
+    return array.astype(np.float32) if array.dtype in (np.float16, np.uint8) else array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,4 +277,5 @@ def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str,
     for start in range(0, len(slices), batch_size):
         numbers = np.arange(start, start + batch_size)
         valid = (numbers < len(slices)).astype(np.float32)
-        yield in_float32(slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid})
+        batch = slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid}
+        yield {key: in_float32(array) for key, array in batch.items()}

@@ -151,11 +151,11 @@ def _make_evaluation(parts: GANParts, splits: Splits) -> loop.Evaluate:
     def evaluate(state: GANState):
         collected = []
         for number, case in enumerate(healthy.cases):
-            batch = {k: v[None] for k, v in feeds.in_float32(healthy[number]).items()}
+            batch = {k: feeds.in_float32(v)[None] for k, v in healthy[number].items()}
             key = stream_key(parts.seed, 'validation', case.study_id)
             metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
             collected.append(metrics)
-        scan = feeds.in_float32(covid[0])[feeds.IMAGE][None]
+        scan = feeds.in_float32(covid[0][feeds.IMAGE])[None]
         healed = np.asarray(heal(state.ema, scan, stream_key(parts.seed, 'picture')))
         pictures = {
             'synthetic_corrupted_restored_difference': _strip(corrupted, restored),

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from covseg_jax.data.feeds import in_float32
 from covseg_jax.training.optim import once
 
 SKIPPED = 'optimizer/skipped'  # the metric: 1 for a step that was skipped, as (sum, count)
@@ -22,15 +23,11 @@ def compile_step(step: Callable[[Any, dict, jax.Array], tuple[Any, dict]]) -> Ca
 
     def numbered(state: Any, batch: dict) -> tuple[Any, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        stepped, values = step(state, jax.tree.map(_in_float32, batch), key)
+        stepped, values = step(state, jax.tree.map(in_float32, batch), key)
         metrics = {name: (value, 1.0) for name, value in values.items()}
         return stepped.replace(step=state.step + 1), metrics
 
     return jax.jit(skip_non_finite(numbered), donate_argnums=0)
-
-
-def _in_float32(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.float32) if array.dtype in (jnp.float16, jnp.uint8) else array
 
 
 def skip_non_finite(step: Callable[[Any, dict], tuple[Any, dict]]) -> Callable:

@@ -9,6 +9,8 @@ from covseg_jax.data import feeds
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import find_cases
 
+STORED = {feeds.IMAGE: np.float16, feeds.TARGET: np.float16, feeds.LUNGS: np.uint8}
+
 
 @pytest.fixture
 def slices(prepared):
@@ -67,9 +69,7 @@ def test_balanced_feed_is_half_high_half_low(slices):
         batch = next(batches)
         assert batch[feeds.LABEL].tolist() == [1, 0] * 4
         assert batch[feeds.IMAGE].shape == (8, 32, 32, 1)
-        assert [batch[name].dtype for name in (feeds.IMAGE, feeds.TARGET, feeds.LUNGS)] == [
-            np.float16, np.float16, np.uint8
-        ]  # fmt: skip
+        assert {name: batch[name].dtype for name in STORED} == STORED
 
 
 def test_balanced_feed_reads_what_its_cases_hold(slices):
@@ -86,8 +86,8 @@ def test_balanced_feed_reads_what_its_cases_hold(slices):
                 (held[feeds.IMAGE] == batch[feeds.IMAGE][row, ..., 0]).all((1, 2))
             )
             for key, array in held.items():
-                found = batch[key][row, ..., 0]
-                np.testing.assert_array_equal(found, array[z].astype(found.dtype))
+                expected = array[z].astype(STORED[key])
+                np.testing.assert_array_equal(batch[key][row, ..., 0], expected)
             assert batch[feeds.HEALTHY][row] == (target is None)
 
 
