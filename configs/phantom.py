@@ -45,6 +45,6 @@ def change(config: ml_collections.ConfigDict) -> None:
         projection_dim=64,
         compute_dtype='float32',
         log_every=10,
-        evaluate_every=200,
+        evaluate_every=400,
         save_every=200,
     )

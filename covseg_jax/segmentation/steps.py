@@ -13,7 +13,6 @@ from flax import struct
 from covseg_jax.data.feeds import IMAGE, LABEL, LUNGS, TARGET, VALID, WEIGHT
 from covseg_jax.data.streams import stream_key
 from covseg_jax.errors import InputError
-from covseg_jax.segmentation.network import make_predict
 from covseg_jax.training import losses
 from covseg_jax.training.flat import Flat, flatten_as, unflatten
 from covseg_jax.training.optim import update_ema
@@ -302,28 +301,23 @@ def _over_parts(
 
 
 def make_evaluation_step(
-    network: nn.Module,
-    *,
-    output: str = 'sigmoid',
-    share_of_max: float = 0.0,
-    target_share_of_max: float = 0.0,
-) -> Callable[[Any, dict], dict]:
-    """A jitted (variables, batch) -> (sum, count) pairs, against the batch's pseudo-masks.
+    *, share_of_max: float = 0.0, target_share_of_max: float = 0.0
+) -> Callable[[jax.Array, dict], dict]:
+    """A jitted (what `make_predict` gives of the batch's images, batch) -> (sum, count) pairs,
+    against the batch's pseudo-masks.
 
-    'mse' is of the output (see `make_predict`) inside the lungs. 'dice' is that of all slices taken
-    together, output and target each cut at 0.5, or where its share is above 0 at what exceeds that
-    share of its highest value in the batch, which stands for the study here. Its sum is 2 TP and
-    its count 2 TP + FP + FN, so that batches merge exactly.
+    'mse' is of that output inside the lungs. 'dice' is that of all slices taken together, output
+    and target each cut at 0.5, or where its share is above 0 at what exceeds that share of its
+    highest value in the batch, which stands for the study here. Its sum is 2 TP and its count
+    2 TP + FP + FN, so that batches merge exactly.
     """
-    predict = make_predict(network, output)
 
     def cut(values: jax.Array, inside: jax.Array, share: float) -> jax.Array:
         marked = values > share * jnp.max(values * inside) if share else values >= 0.5
         return marked * inside
 
     @jax.jit
-    def evaluate(variables: Any, batch: dict) -> dict:
-        probability = predict(variables, batch[IMAGE])
+    def evaluate(probability: jax.Array, batch: dict) -> dict:
         inside = batch[LUNGS] * batch[VALID][:, None, None, None]
         truth = cut(batch[TARGET], inside, target_share_of_max)
         found = cut(probability, inside, share_of_max)

@@ -214,7 +214,7 @@ def train_segmentation(
             read_target = refine_targets(
                 splits.train,
                 read_target,
-                make_probability(config, parts.network, sharding.copy_to_one_device(state.ema)),
+                make_probability(config, parts.network, _variables_of(state)),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
             )
@@ -241,13 +241,11 @@ def _make_evaluation(
     config: ml_collections.ConfigDict, parts: SegmentationParts, validation: feeds.Slices
 ) -> loop.Evaluate:
     """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
+    predict = make_predict(parts.network, config.predict.output)
     evaluate_step = steps.make_evaluation_step(
-        parts.network,
-        output=config.predict.output,
         share_of_max=config.masks.share_of_max,
         target_share_of_max=config.synthesize.share_of_max,
     )
-    predict = make_predict(parts.network, config.predict.output)
 
     @jax.jit
     def step_plateau(state: SegmentationState, value: jax.Array) -> SegmentationState:
@@ -258,19 +256,20 @@ def _make_evaluation(
     def evaluate(state: SegmentationState):
         collected, shown, most = [], None, -np.inf
         for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
-            collected.append(evaluate_step(state.ema, batch))
+            probability = predict(state.ema, batch[feeds.IMAGE])
+            collected.append(evaluate_step(probability, batch))
             if batch[feeds.TARGET].sum() > most:
-                shown, most = batch, batch[feeds.TARGET].sum()
+                shown, most = (batch, probability), batch[feeds.TARGET].sum()
         values = loop.mean_metrics(collected)
         if config.train.schedule == 'plateau':
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
-        probability = np.asarray(predict(state.ema, shown[feeds.IMAGE]))
-        return state, values, {'slice_pseudo_mask_prediction': _strip(shown, probability)}
+        return state, values, {'slice_pseudo_mask_prediction': _strip(*shown)}
 
     return evaluate
 
 
-def _strip(batch: dict[str, np.ndarray], probability: np.ndarray, rows: int = 4) -> np.ndarray:
+def _strip(batch: dict[str, np.ndarray], probability: Any, rows: int = 4) -> np.ndarray:
+    probability = np.asarray(probability)
     most = np.argsort(-batch[feeds.TARGET].sum((1, 2, 3)), kind='stable')[:rows]
     columns = (2 * batch[feeds.IMAGE], batch[feeds.TARGET], probability)
     return image_strip([[column[i, ..., 0] for column in columns] for i in most])
@@ -286,9 +285,13 @@ def load_variables(
     """
     parts = build_segmentation(config, sharding.make_local_mesh())
     state, step = restore_for_inference(folder / 'checkpoints', parts.abstract_state)
+    return parts.network, _variables_of(state), step
+
+
+def _variables_of(state: SegmentationState) -> Any:
+    """The averaged variables on one device, as a tree: one compiled program for all who predict."""
     # Unflattened on the host, where its arrays are views.
-    variables = unflatten(jax.device_get(state.ema))
-    return parts.network, sharding.copy_to_one_device(variables), step
+    return sharding.copy_to_one_device(unflatten(jax.device_get(state.ema)))
 
 
 def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:

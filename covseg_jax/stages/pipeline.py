@@ -1,7 +1,9 @@
 """The stages of the pipeline, each from what those before it made."""
 
+import itertools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -69,12 +71,8 @@ def prepare_shared(
             on_bad_study=config.data.on_bad_study,
         )
     )
-    having: dict[str, list[str]] = {}
-    for study_id, notes in report.notes.items():
-        for note in notes:
-            having.setdefault(note, []).append(study_id)
-    for note, names in having.items():  # once, however many studies it is said of
-        print(f'prepare: note: {_name_some(names)}: {note}')
+    for line in join_notes(report.notes):
+        print(f'prepare: note: {line}')
     for study_id, message in report.bad.items():
         print(f'prepare: set aside: {study_id}: {message}')
     is_good = hosts.gather([study.study_id not in report.bad for study in own], len(studies))
@@ -85,8 +83,31 @@ def prepare_shared(
     return good, report
 
 
-def _name_some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f'{names[0]} and {len(names) - 1} more'
+# What is measured, as "cuts off 5 % of": no part of a file's name, and no number at the end.
+_MEASURED = re.compile(r'(?<= )\d+(?:\.\d+)?(?= )')
+
+
+def join_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for what is said of studies, however many: notes that differ in what was measured
+    alone are one, with the least and the greatest. `notes` are those of each study."""
+    said: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for study_id, of_study in notes.items():
+        for note in of_study:
+            words = tuple(_MEASURED.split(note))
+            said.setdefault(words, {})[study_id] = _MEASURED.findall(note)
+    lines = []
+    for words, measured in said.items():
+        ranges = map(_range, zip(*measured.values(), strict=True))
+        note = ''.join(itertools.chain(*itertools.zip_longest(words, ranges, fillvalue='')))
+        first, *others = measured
+        names = f'{first} and {len(others)} more' if others else first
+        lines.append(f'{names}: {note}')
+    return lines
+
+
+def _range(numbers: Sequence[str]) -> str:
+    least, greatest = min(numbers, key=float), max(numbers, key=float)
+    return least if float(least) == float(greatest) else f'{least} to {greatest}'
 
 
 _SPEEDS = ('speed/steps_per_s', 'speed/input_wait_share')

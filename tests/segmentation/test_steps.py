@@ -12,6 +12,7 @@ from configs import transunet
 from covseg_jax.data import feeds
 from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
+from covseg_jax.segmentation.network import make_predict
 from covseg_jax.segmentation.train import build_segmentation, choose_segmentation_step
 from covseg_jax.training import losses, sharding
 from covseg_jax.training.flat import Flat, unflatten
@@ -219,10 +220,9 @@ def test_evaluation_step_cuts_raw_output_and_difference_at_a_share_of_their_maxi
         feeds.LUNGS: row(1, 1, 1, 1, 0),
         feeds.VALID: np.ones(1, np.float32),
     }
-    evaluate = steps.make_evaluation_step(
-        Echo(), output='linear', share_of_max=0.2, target_share_of_max=0.2
-    )
-    found = evaluate({}, batch)
+    output = make_predict(Echo(), 'linear')({}, batch[feeds.IMAGE])
+    evaluate = steps.make_evaluation_step(share_of_max=0.2, target_share_of_max=0.2)
+    found = evaluate(output, batch)
     assert [float(value) for value in found['dice']] == [2, 4]
     squared = 0.7**2 + 0.02**2 + 0.11**2 + 0.4**2
     assert [float(value) for value in found['mse']] == pytest.approx([squared, 4])

@@ -1,4 +1,4 @@
-"""Which studies a trained network may be scored on."""
+"""Which studies a trained network may be scored on, and what is said of many at once."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import find_cases
-from covseg_jax.stages.pipeline import _refuse_trained_subjects
+from covseg_jax.stages.pipeline import _refuse_trained_subjects, join_notes
 from tests.conftest import write_case
 
 
@@ -21,3 +21,18 @@ def test_subject_that_was_trained_on_and_got_a_mask_since_is_not_scored(tmp_path
     with pytest.raises(InputError, match='study_1: the network learned from this subject'):
         _refuse_trained_subjects(cases, tmp_path)
     _refuse_trained_subjects(cases[::2], tmp_path)
+
+
+def test_notes_that_differ_in_what_was_measured_are_one_line_with_a_range():
+    notes = {
+        'a': ['the view cuts off 5 % of 2 lungs', 'tilted'],
+        'b': ['the view cuts off 12 % of 2 lungs'],
+        'c': ['the view cuts off 9 % of 2 lungs', 'its first file is 0012'],
+        'd': ['its first file is 0013', 'tilted'],
+    }
+    assert join_notes(notes) == [
+        'a and 2 more: the view cuts off 5 to 12 % of 2 lungs',
+        'a and 1 more: tilted',
+        'c: its first file is 0012',
+        'd: its first file is 0013',
+    ]
