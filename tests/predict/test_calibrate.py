@@ -70,8 +70,44 @@ def test_calibrate_mask_without_cuts_that_spare_healthy_lungs_takes_the_highest(
     settings, healthy_ml = calibrate.calibrate_mask(
         lambda image, lungs: image,
         [painted_scan()],
-        [Marked()],
+        [Marked(), Marked()],
         max_healthy_ml=10.0,
         min_component_ml=0.0,
     )
     assert (settings.threshold, settings.seed_threshold, healthy_ml) == (0.9, 0.9, 64.0)
+
+
+class PartlyMarked(HealthyCase):
+    """A slice of 1 ml voxels, of which so many are marked whatever the cut."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def image(self):
+        found = np.zeros((1, 8, 8))
+        found.ravel()[: self.number] = 1.0
+        return found
+
+    lungs = image
+
+
+@pytest.mark.parametrize(
+    ('marked', 'limit', 'cut'),
+    [
+        ([64], 5.0, 0.4),  # one scan shows nothing of the mean
+        ([0, 20], 5.0, 0.4),  # 10 - 6.314 · 10
+        ([0, 20] * 20, 7.2, 0.9),  # 10 - 1.685 · 1.601 = 7.30
+        ([0, 20] * 20, 7.4, 0.4),
+        ([10, 10], 9.9, 0.9),
+    ],
+)
+def test_cut_is_refused_only_where_healthy_scans_show_that_it_marks_more(marked, limit, cut):
+    settings, _ = calibrate.calibrate_mask(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [PartlyMarked(number) for number in marked],
+        max_healthy_ml=limit,
+        min_component_ml=0.0,
+        seed_thresholds=(),
+    )
+    assert settings.threshold == cut
