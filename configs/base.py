@@ -133,7 +133,7 @@ def _train() -> ml_collections.ConfigDict:
     train.high_percent = 1.0  # of a slice's lungs, from which on 'infection' calls it high
     train.use_healthy = True  # healthy training scans join the low group with empty targets
     train.synthetic_share = 0.5  # of the slices that get opacities with exact masks
-    train.max_healthy_ml = 15.0  # that the threshold may mark in healthy scans, on average
+    train.max_healthy_ml = 15.0  # in a healthy scan on average: cuts shown to mark more are refused
     train.augment = augment = ml_collections.ConfigDict()  # data/augment.py: Augmentation
     augment.enabled = True  # with mirror images, and the next, each at most
     augment.zoom = 0.1  # relative

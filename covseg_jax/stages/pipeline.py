@@ -212,6 +212,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             # Found on held-out healthy scans with painted opacities, or given.
             *((_CUTS[name], value) for name, value in cuts.items() if value is not None),
             ('in held-out healthy lungs, ml', false_positive_ml),
+            ('held-out healthy scans', len(healthy)),
             *_rows_of(training_data),
         ],
     )
