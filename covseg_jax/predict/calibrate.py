@@ -31,22 +31,22 @@ def calibrate_mask(
     min_component_ml: float,
     thresholds: Sequence[float] = THRESHOLDS,
     seed_thresholds: Sequence[float] = SEED_THRESHOLDS,
-) -> tuple[MaskSettings, float]:
-    """The cuts that an operator should use: of those that do not mark more than `max_healthy_ml` in
-    a healthy scan on average, the ones with the best mean Dice on healthy scans with painted
-    opacities. Where all mark more, the highest.
+) -> tuple[MaskSettings, float | None]:
+    """The cuts that an operator should use: of those that are not refused, the ones with the best
+    mean Dice on healthy scans with painted opacities. Where all are refused, the highest.
 
-    That a cut marks more is taken as shown where the mean of the held-out scans is above the limit
-    and t times its standard error below it is too; t is that of Student for their number at 95 %
-    (Student 1908, doi:10.1093/biomet/6.1.1). Of 40 scans that is little less than the mean; a few
-    show little, for what is marked in one may be ten times the mean, and of one nothing is shown.
+    A cut is refused where held-out healthy scans show that it marks more than `max_healthy_ml` in
+    one on average: where the lower end of a one-sided 95 % interval of the mean, mean - t standard
+    errors, is above it (Student 1908, doi:10.1093/biomet/6.1.1). With 40 scans that end is about a
+    quarter below the mean; with five it may be below 0, and with one nothing is refused. What is
+    marked is far from normal, so the 95 % are nominal.
 
     The cuts to choose from are ascending. Each seed threshold is tried with the thresholds up to
     it, and each threshold also alone.
 
     Returns:
-      The cuts, and the mean false positives in healthy scans at them, in ml (NaN without such
-      scans).
+      The cuts, and the mean false positives in healthy scans at them, in ml; without such scans the
+      lowest cuts, and None.
     """
     candidates = [
         MaskSettings(threshold, seed, min_component_ml)
@@ -60,22 +60,32 @@ def calibrate_mask(
             marked = mask_on_model_grid(found, scan.voxel_ml, settings)
             overlap = (scan.mask & marked).sum()
             dice[number] += 2 * overlap / max(scan.mask.sum() + marked.sum(), 1)
-    mean_ml, is_shown = np.full(len(candidates), np.nan), np.zeros(len(candidates), bool)
-    if len(healthy):
-        marked = _mark_healthy(probability, healthy, candidates)
-        mean_ml, is_shown = marked.mean(axis=0), _least_mean(marked) > max_healthy_ml
-    allowed = np.flatnonzero(~is_shown)
+    if not len(healthy):
+        return candidates[int(np.argmax(dice))], None
+    healthy_ml = _mark_healthy(probability, healthy, candidates)
+    allowed = np.flatnonzero(~_are_refused(candidates, healthy_ml, max_healthy_ml))
     best = int(allowed[np.argmax(dice[allowed])]) if allowed.size else len(candidates) - 1
-    return candidates[best], float(mean_ml[best])
+    return candidates[best], float(healthy_ml[:, best].mean())
 
 
-def _least_mean(marked: np.ndarray) -> np.ndarray:
-    """What the mean over all scans is at least, with 95 % confidence, of (scans, candidates)."""
-    number = len(marked)
+def _are_refused(
+    candidates: Sequence[MaskSettings], healthy_ml: np.ndarray, max_healthy_ml: float
+) -> np.ndarray:
+    """Which cuts (scans, candidates) of ml show to mark more than the limit: themselves, or by a
+    higher cut, whose masks lie within theirs."""
+    shown = _lower_bound(healthy_ml) > max_healthy_ml
+    cuts = np.array([(each.threshold, each.seed_threshold) for each in candidates])
+    holds = (cuts[:, None] <= cuts).all(axis=-1)  # [a, b]: the masks of b lie within those of a
+    return (holds & shown).any(axis=1)
+
+
+def _lower_bound(values: np.ndarray) -> np.ndarray:
+    """The lower end of a one-sided 95 % interval of the mean over the first axis."""
+    number = len(values)
     if number == 1:
-        return np.full(marked.shape[1], -np.inf)
-    error = marked.std(axis=0, ddof=1) / np.sqrt(number)
-    return marked.mean(axis=0) - stats.t.ppf(0.95, number - 1) * error
+        return np.full(values.shape[1], -np.inf)
+    error = values.std(axis=0, ddof=1) / np.sqrt(number)
+    return values.mean(axis=0) - stats.t.ppf(0.95, number - 1) * error
 
 
 def marked_ml(

@@ -255,8 +255,9 @@ def _make_evaluation(
 
     def evaluate(state: SegmentationState):
         collected, shown, most = [], None, -np.inf
+        variables = _variables_of(state)
         for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
-            probability = predict(state.ema, batch[feeds.IMAGE])
+            probability = predict(variables, batch[feeds.IMAGE])
             collected.append(evaluate_step(probability, batch))
             if batch[feeds.TARGET].sum() > most:
                 shown, most = (batch, probability), batch[feeds.TARGET].sum()
@@ -289,7 +290,8 @@ def load_variables(
 
 
 def _variables_of(state: SegmentationState) -> Any:
-    """The averaged variables on one device, as a tree: one compiled program for all who predict."""
+    """The averaged variables as a tree on one device, the same form for validation, refinement and
+    prediction: one compiled program serves all three."""
     # Unflattened on the host, where its arrays are views.
     return sharding.copy_to_one_device(unflatten(jax.device_get(state.ema)))
 

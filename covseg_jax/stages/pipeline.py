@@ -83,23 +83,23 @@ def prepare_shared(
     return good, report
 
 
-# What is measured, as "cuts off 5 % of": no part of a file's name, and no number at the end.
-_MEASURED = re.compile(r'(?<= )\d+(?:\.\d+)?(?= )')
+# A number with its unit, and not the end of a range. No file's name is taken for one.
+_MEASURED = re.compile(r'(?<![\w.-])(?<!to )-?\d+(?:\.\d+)?(?= (?:%|mm|ml|HU)(?!\w))')
 
 
 def join_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for what is said of studies, however many: notes that differ in what was measured
     alone are one, with the least and the greatest. `notes` are those of each study."""
-    said: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    said: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
     for study_id, of_study in notes.items():
         for note in of_study:
             words = tuple(_MEASURED.split(note))
-            said.setdefault(words, {})[study_id] = _MEASURED.findall(note)
+            said.setdefault(words, []).append((study_id, _MEASURED.findall(note)))
     lines = []
-    for words, measured in said.items():
-        ranges = map(_range, zip(*measured.values(), strict=True))
+    for words, found in said.items():
+        ranges = map(_range, zip(*(numbers for _, numbers in found), strict=True))
         note = ''.join(itertools.chain(*itertools.zip_longest(words, ranges, fillvalue='')))
-        first, *others = measured
+        first, *others = dict(found)
         names = f'{first} and {len(others)} more' if others else first
         lines.append(f'{names}: {note}')
     return lines
@@ -191,6 +191,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             max_healthy_ml=config.train.max_healthy_ml,
             min_component_ml=config.masks.min_component_ml,
         )
+        _tell_doubt(false_positive_ml, len(healthy), config.train.max_healthy_ml)
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
     cuts = inputs.describe_cuts(settings)
@@ -211,11 +212,29 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
             *_pick(read_newest(log), shown),
             # Found on held-out healthy scans with painted opacities, or given.
             *((_CUTS[name], value) for name, value in cuts.items() if value is not None),
-            ('in held-out healthy lungs, ml', false_positive_ml),
+            *_pick(
+                {'in held-out healthy lungs, ml': false_positive_ml},
+                ('in held-out healthy lungs, ml',),
+            ),
             ('held-out healthy scans', len(healthy)),
             *_rows_of(training_data),
         ],
     )
+
+
+def _tell_doubt(healthy_ml: float | None, number: int, limit: float) -> None:
+    """Says what cuts that were found do not warrant."""
+    if healthy_ml is None:
+        print(
+            'train: note: no healthy scan is held out, so the cuts are the lowest that are tried; '
+            'raise data.calibration_fraction'
+        )
+    elif healthy_ml > limit:
+        print(
+            f'train: note: the cuts mark {healthy_ml:.0f} ml in a held-out healthy scan on average, of '
+            f'{number}, which is above train.max_healthy_ml={limit:g}; see whether more of them '
+            'say so too: hold out more with data.calibration_fraction'
+        )
 
 
 def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:

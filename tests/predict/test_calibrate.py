@@ -111,3 +111,34 @@ def test_cut_is_refused_only_where_healthy_scans_show_that_it_marks_more(marked,
         seed_thresholds=(),
     )
     assert settings.threshold == cut
+
+
+def test_cut_is_refused_with_a_higher_one_whose_masks_lie_within_its_own():
+    class HalfMarked(PartlyMarked):
+        """Beside what is marked whatever the cut, 40 voxels at 0.5 in one scan."""
+
+        def image(self):
+            found = super().image()
+            if self.number == 17:
+                found.ravel()[-40:] = 0.5
+            return found
+
+        lungs = image
+
+    # Above 0.5: 16, 16, 16, 16, 17 ml, 16.2 - 2.13 · 0.2; below it 24.2 - 2.13 · 8.2.
+    settings, _ = calibrate.calibrate_mask(
+        lambda image, lungs: image,
+        [painted_scan()],
+        [HalfMarked(number) for number in (16, 16, 16, 16, 17)],
+        max_healthy_ml=15.0,
+        min_component_ml=0.0,
+        seed_thresholds=(),
+    )
+    assert settings.threshold == 0.9
+
+
+def test_without_healthy_scans_the_lowest_cuts_are_taken():
+    settings, healthy_ml = calibrate.calibrate_mask(
+        lambda image, lungs: image, [], [], max_healthy_ml=15.0, min_component_ml=0.1
+    )
+    assert (settings.threshold, settings.seed_threshold, healthy_ml) == (0.4, 0.4, None)

@@ -26,13 +26,17 @@ def test_subject_that_was_trained_on_and_got_a_mask_since_is_not_scored(tmp_path
 def test_notes_that_differ_in_what_was_measured_are_one_line_with_a_range():
     notes = {
         'a': ['the view cuts off 5 % of 2 lungs', 'tilted'],
-        'b': ['the view cuts off 12 % of 2 lungs'],
-        'c': ['the view cuts off 9 % of 2 lungs', 'its first file is 0012'],
-        'd': ['its first file is 0013', 'tilted'],
+        'b': ['the view cuts off 12 % of 2 lungs', 'the air has -700 HU'],
+        'c': ['the view cuts off 9 % of 2 lungs', 'its first file is CT 0012 mm.dcm'],
+        'd': ['its first file is CT 0013 lung.dcm', 'the air has -650 HU', 'tilted'],
+        'e': ['slices are 1.4 to 1.9 mm apart', 'slices are 1.4 to 2.1 mm apart'],
     }
     assert join_notes(notes) == [
         'a and 2 more: the view cuts off 5 to 12 % of 2 lungs',
         'a and 1 more: tilted',
-        'c: its first file is 0012',
-        'd: its first file is 0013',
+        'b and 1 more: the air has -700 to -650 HU',
+        'c: its first file is CT 0012 mm.dcm',
+        'd: its first file is CT 0013 lung.dcm',
+        'e: slices are 1.4 to 1.9 mm apart',
+        'e: slices are 1.4 to 2.1 mm apart',
     ]

@@ -54,3 +54,12 @@ def test_published_train_searches_no_threshold_and_says_how_masks_are_cut(
     assert inputs.load_masks(config, without_training) == MaskSettings(
         min_component_ml=0.0, share_of_max=0.2
     )
+
+
+def test_found_cuts_that_mark_much_or_are_found_on_no_scan_are_told(capsys):
+    pipeline._tell_doubt(14.9, 1, limit=15.0)
+    assert capsys.readouterr().out == ''
+    pipeline._tell_doubt(32.7, 5, limit=15.0)
+    assert 'mark 33 ml in a held-out healthy scan on average, of 5' in capsys.readouterr().out
+    pipeline._tell_doubt(None, 0, limit=15.0)
+    assert 'no healthy scan is held out' in capsys.readouterr().out
