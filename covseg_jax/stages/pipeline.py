@@ -231,9 +231,9 @@ def _tell_doubt(healthy_ml: float | None, number: int, limit: float) -> None:
         )
     elif healthy_ml > limit:
         print(
-            f'train: note: the cuts mark {healthy_ml:.0f} ml in a held-out healthy scan on average, of '
-            f'{number}, which is above train.max_healthy_ml={limit:g}; see whether more of them '
-            'say so too: hold out more with data.calibration_fraction'
+            f'train: note: the cuts mark {healthy_ml:.0f} ml in held-out healthy scans on average, '
+            f'which is above train.max_healthy_ml={limit:g}, and there are {number} of them; hold '
+            'out more with data.calibration_fraction, and see whether these say so too'
         )
 
 
