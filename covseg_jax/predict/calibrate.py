@@ -37,9 +37,10 @@ def calibrate_mask(
 
     A cut is refused where held-out healthy scans show that it marks more than `max_healthy_ml` in
     one on average: where the lower end of a one-sided 95 % interval of the mean, mean - t standard
-    errors, is above it (Student 1908, doi:10.1093/biomet/6.1.1). With 40 scans that end is about a
-    quarter below the mean; with five it may be below 0, and with one nothing is refused. What is
-    marked is far from normal, so the 95 % are nominal.
+    errors, is above it (Student 1908, doi:10.1093/biomet/6.1.1), or a third of the mean is. With 40
+    scans that end is about a quarter below the mean; with five it may be below 0. The third is
+    that end for one scan of an exponential distribution, whose spread is its mean, as it is about
+    here; so the 95 % are nominal.
 
     The cuts to choose from are ascending. Each seed threshold is tried with the thresholds up to
     it, and each threshold also alone.
@@ -80,12 +81,14 @@ def _are_refused(
 
 
 def _lower_bound(values: np.ndarray) -> np.ndarray:
-    """The lower end of a one-sided 95 % interval of the mean over the first axis."""
-    number = len(values)
+    """The lower end of a one-sided 95 % interval of the mean over the first axis, and no less than
+    that of one exponential value which is this mean."""
+    number, mean = len(values), values.mean(axis=0)
+    of_one = mean / -np.log(0.05)
     if number == 1:
-        return np.full(values.shape[1], -np.inf)
+        return of_one
     error = values.std(axis=0, ddof=1) / np.sqrt(number)
-    return values.mean(axis=0) - stats.t.ppf(0.95, number - 1) * error
+    return np.maximum(of_one, mean - stats.t.ppf(0.95, number - 1) * error)
 
 
 def marked_ml(
