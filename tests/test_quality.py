@@ -67,3 +67,4 @@ def test_phantom_pipeline_reaches_its_figures(tmp_path):
     assert summary['pseudo_masks']['volume']['dice']['mean'] > 0.55
     assert removed[-1] > 0.12
     assert calibration['healthy_false_positive_ml'] < 40
+    assert summary['protocols']['volume']['specificity_lung']['mean'] > 0.985  # 0.992

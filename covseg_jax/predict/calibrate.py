@@ -46,8 +46,8 @@ def calibrate_mask(
     it, and each threshold also alone.
 
     Returns:
-      The cuts, and the mean false positives in healthy scans at them, in ml; without such scans the
-      lowest cuts, and None.
+      The cuts, and the mean false positives in healthy scans at them, in ml. Without such scans
+      none is refused, and there is no mean: None.
     """
     candidates = [
         MaskSettings(threshold, seed, min_component_ml)

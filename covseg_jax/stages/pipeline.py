@@ -206,16 +206,14 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     if hosts.is_first():
         atomic.write_text(calibration_path, json.dumps(calibration, indent=2))
     shown = ('step', 'loss/total', 'validation/dice', *_SPEEDS)
+    # Found on held-out healthy scans with painted opacities, or given.
+    of_cuts = {_CUTS[name]: value for name, value in cuts.items()}
+    of_cuts['in held-out healthy lungs, ml'] = false_positive_ml
     return Outcome(
         [log, calibration_path],
         [
             *_pick(read_newest(log), shown),
-            # Found on held-out healthy scans with painted opacities, or given.
-            *((_CUTS[name], value) for name, value in cuts.items() if value is not None),
-            *_pick(
-                {'in held-out healthy lungs, ml': false_positive_ml},
-                ('in held-out healthy lungs, ml',),
-            ),
+            *((name, value) for name, value in of_cuts.items() if value is not None),
             ('held-out healthy scans', len(healthy)),
             *_rows_of(training_data),
         ],
