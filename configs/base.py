@@ -182,6 +182,9 @@ def _predict() -> ml_collections.ConfigDict:
     # The network sees single slices and a lesion spans several: standard deviation, in slices of
     # the model's grid, that probabilities are smoothed by from slice to slice; 0 leaves them.
     predict.smoothing_slices = 0.7
+    # In each slice, of the lungs' outermost pixels, which hold some of the wall as well: what their
+    # probabilities are multiplied by, and those of the next ones by its root; 1 leaves them.
+    predict.border_factor = 0.7
     return predict
 
 

@@ -47,5 +47,7 @@ def change(config: ml_collections.ConfigDict) -> None:
         contrastive=1.0, temperature=1.0, contrastive_features='logits', contrastive_labels='one',
         include_self=True, mse_on='logits', clip_targets=False, binary_targets=False, doubtful=(),
     )  # fmt: skip
-    config.predict.update(output='linear', smoothing_pixels=0.0, flip=False, smoothing_slices=0.0)
+    config.predict.update(
+        output='linear', smoothing_pixels=0.0, flip=False, smoothing_slices=0.0, border_factor=1.0
+    )
     config.masks.update(min_component_ml=0.0, share_of_max=0.2)

@@ -78,6 +78,7 @@ PUBLISHED = {
     'predict.smoothing_pixels': 0.0,
     'predict.flip': False,
     'predict.smoothing_slices': 0.0,
+    'predict.border_factor': 1.0,
     'masks.min_component_ml': 0.0,
 }
 # Sizes and rates of the variant for phantoms; all else is the published recipe.

@@ -57,8 +57,9 @@ from covseg_jax.segmentation.network import build_network, describe_network, mak
 from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
 
 # 2: volumes.output, masks.share_of_max; 3: preparation.lung_network; 4: network.dtype, functions
-# may be left out, and weights may be float16; 5: volumes.smoothing_pixels
-FORMAT, VERSION = 'covseg_jax export', 5
+# may be left out, and weights may be float16; 5: volumes.smoothing_pixels;
+# 6: volumes.border_factor
+FORMAT, VERSION = 'covseg_jax export', 6
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 _JAX_NAMES = {'gpu': 'cuda'}  # of platforms, as a backend calls itself
 _SUMS, _FUNCTION = 'SHA256SUMS', 'function_{}.bin'
@@ -242,8 +243,9 @@ def _load_one(folder: pathlib.Path, name: str) -> Model:
     atomic.recover(folder)
     sums = _check_sums(folder)
     description = _read_description(folder / 'model.json')
-    # Version 1 knew no other output, and versions before 5 no smoothing of slices.
-    earlier = {'output': 'sigmoid', 'smoothing_pixels': 0.0}
+    # Version 1 knew no other output, versions before 5 no smoothing of slices, and before 6 all
+    # pixels of the lungs were alike.
+    earlier = {'output': 'sigmoid', 'smoothing_pixels': 0.0, 'border_factor': 1.0}
     volumes = VolumeSettings(**earlier | description['volumes'])
     # Versions 1 and 2 knew none.
     preparation = PrepareSettings(**{'lung_network': '', **description['preparation']})

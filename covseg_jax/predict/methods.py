@@ -93,12 +93,19 @@ def _describe_networks(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(way['flip'] for way in ways):
         sentences.append("Each slice's output was averaged with that of its mirror image.")
     for field, what in _SMOOTHED.items():
-        # Records of earlier versions do not have the first.
+        # Records of earlier versions do not have the first, nor the factor below.
         widths = sorted({way.get(field, 0) for way in ways} - {0})
         if widths:
             named = ' or '.join(f'{width:g}' for width in widths)
             unit = field.removeprefix('smoothing_')
             sentences.append(f'{what} by a Gaussian with a standard deviation of {named} {unit}.')
+    factors = sorted({way.get('border_factor', 1) for way in ways} - {1})
+    if factors:
+        named = ' or '.join(f'{factor:g}' for factor in factors)
+        sentences.append(
+            f"Outputs of the lungs' outermost pixels in each slice were multiplied by {named}, and "
+            'those of the next ones by its root.'
+        )
     return sentences
 
 

@@ -22,6 +22,9 @@ class VolumeSettings:
       flip: average with the prediction of the mirrored slices.
       smoothing_slices: standard deviation, in slices of the model's grid, that probabilities are
         smoothed by from slice to slice; 0 leaves them.
+      border_factor: what the probabilities of the lungs' outermost pixels in each slice are
+        multiplied by, and those of the next ones by its root; 1 leaves them. These pixels hold
+        some of the chest's wall, which looks like an opacity.
       output: what the network says of a pixel: 'sigmoid', a probability; or 'linear', as published,
         the raw output z. A volume of it is max(z, 0), divided by its maximum where that is above 1:
         within [0, 1], and every share of the maximum is where it was.
@@ -31,6 +34,7 @@ class VolumeSettings:
     smoothing_pixels: float
     flip: bool
     smoothing_slices: float
+    border_factor: float
     output: str
 
     def __post_init__(self):
@@ -67,10 +71,21 @@ def predict_volumes(
             found = ndimage.gaussian_filter1d(
                 found, settings.smoothing_slices, axis=0, mode='nearest'
             )
-        found = found * inside
+        found = found * _weigh_borders(inside, settings.border_factor)
         if settings.output == 'linear':
             found = np.maximum(found, 0)
             found /= max(float(found.max(initial=0)), 1.0)
         return found
 
     return probability
+
+
+def _weigh_borders(inside: np.ndarray, factor: float) -> np.ndarray:
+    """(D, H, W) float32: 0 outside the lungs, slice by slice `factor` in their outermost pixels,
+    its root in the next ones, and 1 deeper inside."""
+    if factor == 1:
+        return inside.astype(np.float32)
+    beside = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbours in the plane
+    inner = ndimage.binary_erosion(inside, beside)
+    deep = ndimage.binary_erosion(inner, beside)
+    return np.select([deep, inner, inside], [1.0, factor**0.5, factor], 0.0).astype(np.float32)

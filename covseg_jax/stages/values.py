@@ -73,7 +73,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         (
             '*.ema_decay', '*.dropout_rate', '*_fraction', '*_share', '*.share_of_max',
-            '*.dependent_density', '*.plateau_factor',
+            '*.dependent_density', '*.plateau_factor', '*.border_factor',
         ),
         _SHARE,
     ),

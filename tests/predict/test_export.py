@@ -243,15 +243,15 @@ def test_network_that_cannot_be_built_again_is_refused_in_one_line(copied, chang
         covseg_jax.load(copied)
 
 
-def test_export_before_version_4_is_built_again_in_float32_without_smoothing(copied):
+def test_export_before_version_4_is_built_again_in_float32_with_slices_as_they_are(copied):
     describe_otherwise(copied)
     description = json.loads((copied / 'model.json').read_text()) | {'version': 3}
-    description['volumes']['smoothing_pixels'] = 0.0
+    description['volumes'] |= {'smoothing_pixels': 0.0, 'border_factor': 1.0}
     (copied / 'model.json').write_text(json.dumps(description))
     sum_again(copied)
     expected = covseg_jax.load(copied).probabilities[0](*make_volume())
     del description['network']['dtype'], description['network']['num_classes']
-    del description['volumes']['smoothing_pixels']
+    del description['volumes']['smoothing_pixels'], description['volumes']['border_factor']
     (copied / 'model.json').write_text(json.dumps(description))
     sum_again(copied)
     found = covseg_jax.load(copied).probabilities[0](*make_volume())

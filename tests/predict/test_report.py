@@ -25,7 +25,7 @@ from tests.predict.test_studies import MODEL
 ORIGIN = Origin(
     'default',
     'transunet',
-    VolumeSettings(8, smoothing_pixels=0.5, flip=True, smoothing_slices=0.7, output='sigmoid'),
+    VolumeSettings(8, 0.5, flip=True, smoothing_slices=0.7, border_factor=0.8, output='sigmoid'),
     'transunet:phantom',
     8000,
     {'data_sets': ['phantoms'], 'human_masks': False},
@@ -183,7 +183,7 @@ def test_methods_say_what_was_done(predicted):
         'Lungs were found by their density and by morphology.', '28 × 64 × 64 voxels',
         'the TransUNet that comes with covseg_jax', 'SHA-256 of its weights a1b2',
         'trained on synthetic scans (phantoms) without human lesion masks, as the model card',
-        'mirror image', '0.5 pixels', '0.7 slices',
+        'mirror image', '0.5 pixels', '0.7 slices', 'multiplied by 0.8',
         'at least 0.5 were marked where one of them reaches 0.6', 'less than 0.1 ml',
     ):  # fmt: skip
         assert part in paragraph
@@ -195,7 +195,7 @@ def test_methods_of_other_settings_say_those(predicted):
     _, output = predicted
     record = copy.deepcopy(read_record(output, 'a'))
     plain = dataclasses.replace(
-        ORIGIN, name='runs/mine', volumes=VolumeSettings(8, 0.0, False, 0.0, 'sigmoid'),
+        ORIGIN, name='runs/mine', volumes=VolumeSettings(8, 0.0, False, 0.0, 1.0, 'sigmoid'),
         training_data=None, sha256={},
     )  # fmt: skip
     both = average_models([dataclasses.replace(MODEL, origins=(each,)) for each in (plain, plain)])
@@ -208,4 +208,4 @@ def test_methods_of_other_settings_say_those(predicted):
     assert 'The outputs of 2 networks of axial slices were averaged: a TransUNet' in paragraph
     assert "exceeds 20 % of the study's highest" in paragraph
     assert 'Lung masks were given with the scans.' in paragraph
-    assert not re.search('mirror|Gaussian|dropped|more scan|trained|SHA-256', paragraph)
+    assert not re.search('mirror|Gaussian|multiplied|dropped|more scan|trained|SHA-256', paragraph)
