@@ -280,7 +280,7 @@ def run(
         contextlib.closing(checkpoints),
         contextlib.closing(_Records(name, folder, checkpoints, schedule, found)) as records,
         contextlib.closing(_Profiler(folder / 'profile', schedule.profile_steps)) as profiler,
-        tqdm(total=end, initial=start, desc=name, unit='step', disable=None) as bar,
+        _progress_bar(name, start, end) as bar,
     ):
         hosts.wait_for_all(f'{name} begins')
         for step in range(start, end + 1):
@@ -301,6 +301,12 @@ def run(
             if step + 1 == end or _is_due(step + 1, schedule.log_every):
                 bar.set_postfix(loss=f'{records.write_line(step + 1, timer):.4f}')
     return state
+
+
+def _progress_bar(name: str, start: int, end: int) -> tqdm:
+    """Drawn on a terminal alone. The first step is compiled before it comes, on a GPU for
+    minutes."""
+    return tqdm(total=end, initial=start, desc=name, unit='step', postfix='compiling', disable=None)
 
 
 def _is_due(step: int, every: int) -> bool:
