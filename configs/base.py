@@ -184,7 +184,7 @@ def _predict() -> ml_collections.ConfigDict:
     predict.smoothing_slices = 0.7
     # In each slice, of the lungs' outermost pixels, which hold some of the wall as well: what their
     # probabilities are multiplied by, and those of the next ones by its root; 1 leaves them.
-    predict.border_factor = 0.7
+    predict.border_factor = 0.8
     return predict
 
 

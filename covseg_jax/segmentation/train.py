@@ -1,5 +1,6 @@
 """The segmentation network's run: taken from the config, fed with pseudo-masks, trained."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -214,7 +215,8 @@ def train_segmentation(
             read_target = refine_targets(
                 splits.train,
                 read_target,
-                make_probability(config, parts.network, _variables_of(state)),
+                # What a network learned to lessen would be lessened once more in its prediction.
+                make_probability(config, parts.network, _variables_of(state), border_factor=1.0),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
             )
@@ -302,9 +304,10 @@ def volume_settings(config: ml_collections.ConfigDict) -> VolumeSettings:
 
 
 def make_probability(
-    config: ml_collections.ConfigDict, network: nn.Module, variables: Any
+    config: ml_collections.ConfigDict, network: nn.Module, variables: Any, **changes: Any
 ) -> Probability:
-    """A network as a function of volumes, where its variables are."""
-    settings = volume_settings(config)
+    """A network as a function of volumes, where its variables are; `changes` are of the settings in
+    `config.predict`."""
+    settings = dataclasses.replace(volume_settings(config), **changes)
     predict = make_predict(network, settings.output)
     return predict_volumes(lambda slices: predict(variables, slices), settings)

@@ -6,8 +6,10 @@ import types
 import numpy as np
 import pytest
 
+from configs import transunet
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Splits
+from covseg_jax.segmentation import train
 from covseg_jax.segmentation.targets import Round, choose_targets, plan_rounds, refine_targets
 
 
@@ -80,3 +82,27 @@ def test_refine_targets_averages_once_and_keeps_human_masks(tmp_path):
         np.testing.assert_allclose(refined(UNMASKED), 0.5, atol=1e-3)
         np.testing.assert_array_equal(refined(MASKED), 1)
     assert calls.count == 1
+
+
+def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypatch, tmp_path):
+    """At the lungs' border `predict.border_factor` is for predictions alone."""
+    config = transunet.get_config('tiny')
+    parts = types.SimpleNamespace(mesh=None, network=None, make_state=lambda: None)
+    for name in ('check_train_batch', 'choose_segmentation_step', '_make_evaluation'):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(train, 'build_segmentation', lambda _: parts)
+    refined = types.SimpleNamespace(kind='refined')
+    monkeypatch.setattr(train, '_plan_rounds', lambda _: [refined])
+    monkeypatch.setattr(train, '_variables_of', lambda _: None)
+    monkeypatch.setattr(train, 'make_predict', lambda *_: lambda _, slices: np.ones_like(slices))
+
+    class Seen(Exception):
+        pass
+
+    def refine(cases, read_target, probability, *_, **__):
+        raise Seen(probability(UNMASKED.image(), UNMASKED.lungs()))
+
+    monkeypatch.setattr(train, 'refine_targets', refine)
+    with pytest.raises(Seen) as seen:
+        train.train_segmentation(config, SPLITS, pseudo_mask, tmp_path)
+    np.testing.assert_array_equal(seen.value.args[0], 1.0)
