@@ -93,20 +93,22 @@ def _describe_networks(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(way['flip'] for way in ways):
         sentences.append("Each slice's output was averaged with that of its mirror image.")
     for field, what in _SMOOTHED.items():
-        # Records of earlier versions do not have the first, nor the factor below.
-        widths = sorted({way.get(field, 0) for way in ways} - {0})
-        if widths:
-            named = ' or '.join(f'{width:g}' for width in widths)
+        if widths := _name_values(ways, field, without=0):
             unit = field.removeprefix('smoothing_')
-            sentences.append(f'{what} by a Gaussian with a standard deviation of {named} {unit}.')
-    factors = sorted({way.get('border_factor', 1) for way in ways} - {1})
-    if factors:
-        named = ' or '.join(f'{factor:g}' for factor in factors)
+            sentences.append(f'{what} by a Gaussian with a standard deviation of {widths} {unit}.')
+    if factors := _name_values(ways, 'border_factor', without=1):
         sentences.append(
-            f"Outputs of the lungs' outermost pixels in each slice were multiplied by {named}, and "
-            'those of the next ones by its root.'
+            f"Outputs of the lungs' outermost pixels in each slice were multiplied by {factors}, "
+            'and those of the next ones by its root.'
         )
     return sentences
+
+
+def _name_values(ways: Sequence[Mapping[str, Any]], field: str, without: float) -> str:
+    """The networks' values of a field, such as '0.5 or 0.7', but for the one that changes nothing,
+    which records from before the field are of; '' where there is no other."""
+    values = sorted({way.get(field, without) for way in ways} - {without})
+    return ' or '.join(f'{value:g}' for value in values)
 
 
 def _describe_network(network: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from covseg_jax.errors import InputError
+from covseg_jax.prepare.slicewise import erode_in_plane
 
 Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
 
@@ -83,9 +84,6 @@ def predict_volumes(
 def _weigh_borders(inside: np.ndarray, factor: float) -> np.ndarray:
     """(D, H, W) float32: 0 outside the lungs, slice by slice `factor` in their outermost pixels,
     its root in the next ones, and 1 deeper inside."""
-    if factor == 1:
-        return inside.astype(np.float32)
-    beside = ndimage.generate_binary_structure(2, 1)[None]  # the four neighbours in the plane
-    inner = ndimage.binary_erosion(inside, beside)
-    deep = ndimage.binary_erosion(inner, beside)
+    inner = erode_in_plane(inside)
+    deep = erode_in_plane(inner)
     return np.select([deep, inner, inside], [1.0, factor**0.5, factor], 0.0).astype(np.float32)
