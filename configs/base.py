@@ -215,7 +215,8 @@ def _opacities() -> ml_collections.ConfigDict:
     opacities = ml_collections.ConfigDict()
     opacities.target_hu = (-680.0, -380.0)  # density that a blob is blended towards
     opacities.opacity = (0.6, 1.0)  # blending weight at a blob's core
-    opacities.coverage_threshold = (0.9, 2.9)  # standard deviations: 0.9 covers much, 2.9 little
+    # Standard deviations: -0.2 covers more than half of the lungs, 2.9 little.
+    opacities.coverage_threshold = (-0.2, 2.9)
     opacities.grain_voxels = (4.0, 20.0)  # finest and coarsest, in plane
     opacities.grain_slices = (1.5, 4.0)  # the same along depth
     opacities.edge = (0.1, 0.4)  # softness of borders, standard deviations

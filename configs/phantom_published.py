@@ -8,12 +8,12 @@ iterations, so larger rates. The TransUNet's schedule is the published one, step
 
 import ml_collections
 
-from configs import phantom, published
+from configs import phantom_gan, published
 
 
 def change(config: ml_collections.ConfigDict) -> None:
     """Makes `mosmed`'s configuration this variant's."""
-    phantom.change(config)
+    phantom_gan.change(config)
     published.change(config)
     config.gan.update(depth=32, batch_size=1, num_steps=300, learning_rate=1e-3)
     config.gan.discriminator.filters = (8, 16, 32)

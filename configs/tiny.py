@@ -1,4 +1,4 @@
-"""The phantom variant as small as it goes, for tests: its masks mean nothing.
+"""The variant phantom_gan as small as it goes, for tests: its masks mean nothing.
 
     python -m covseg_jax.main --config=configs/transunet.py:tiny
 
@@ -7,12 +7,12 @@
 
 import ml_collections
 
-from configs import phantom
+from configs import phantom_gan
 
 
 def change(config: ml_collections.ConfigDict) -> None:
     """Makes `mosmed`'s configuration this variant's."""
-    phantom.change(config)
+    phantom_gan.change(config)
     config.phantom.update(
         num_healthy=4,
         num_covid=6,

@@ -7,9 +7,10 @@ and what to expect of it:
 
     mosmed              base.py as it is: MosMedData in the published sizes, for an accelerator
     phantom             on studies that it makes itself, sized for two CPU cores
+    phantom_gan         the same with the GAN and its pseudo-masks
     tiny                as small as it goes: for tests
     published           the recipe of the public code, on mosmed's studies
-    phantom_published   the same on phantoms
+    phantom_published   that recipe on phantoms
 """
 
 import importlib
@@ -18,7 +19,7 @@ import ml_collections
 
 from configs.base import get_base
 
-VARIANTS = ('mosmed', 'phantom', 'tiny', 'published', 'phantom_published')
+VARIANTS = ('mosmed', 'phantom', 'phantom_gan', 'tiny', 'published', 'phantom_published')
 
 
 def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:

@@ -3,7 +3,8 @@
 # same way on the same held-out subjects.
 #   launch/ablation.sh [FOLDER] [ROW ...]     default: runs/ablation, all rows
 # Rows share prepared cases, and pseudo-masks where they can. A row that is done is passed over, one
-# that was stopped goes on: run the same command again. FOLDER/table.md is written after each row.
+# that was stopped goes on: run the same command again. FOLDER/table.md is written after each row,
+# and FOLDER/measured/table.md, of sixty phantoms more, at the end where no row is named.
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -24,8 +25,7 @@ common=(
   --config.phantom.num_masked=32
   "--config.data.evaluation_pattern=study_00(2[1-9]|3[0-2])"
 )
-shared="--config.data.pseudo_masks=$folder/default_0/pseudo_masks"
-one_round="--config.train.round_shares=(1.0,)"
+shared="--config.data.pseudo_masks=$folder/gan_0/pseudo_masks"
 
 row() { # NAME VARIANT [flags]
   local name="$1" variant="$2"
@@ -39,27 +39,50 @@ row() { # NAME VARIANT [flags]
   "${VENV:-.venv}/bin/python" "$here/ablation_table.py" "$folder" >"$folder/table.md"
 }
 
+# The terms of the loss, each left out or changed.
+terms() { # SEED
+  local seed="--config.seed=$1"
+  row "no_contrastive_$1" phantom "$seed" --config.train.losses.contrastive=0.0
+  row "no_mse_$1" phantom "$seed" --config.train.losses.mse=0.0
+  row "plain_bce_$1" phantom "$seed" --config.train.losses.beta=0.0
+  row "two_phase_$1" phantom "$seed" --config.train.mode=two_phase \
+    --config.train.epoch_steps=100 --config.train.contrastive_steps=10
+}
+
 cd "$here/.."
 row default_0 phantom
-row hu_threshold phantom --stages=prepare,synthesize,evaluate \
+row gan_0 phantom_gan
+row hu_threshold phantom_gan --stages=prepare,synthesize,evaluate \
   --config.gan.recipe=none --config.network.name=none
-row human_0 phantom --stages=prepare,train,evaluate "$shared" \
-  --config.train.targets=human "--config.train.rounds=('targets',)" "$one_round"
-row direct_0 phantom --stages=prepare,train,evaluate "$shared" \
-  "--config.train.rounds=('synthetic',)" "$one_round"
+row human_0 phantom --config.train.targets=human "--config.train.rounds=('targets',)"
 row published_0 phantom_published
-row unrefined_0 phantom --stages=prepare,train,evaluate "$shared" \
+row unrefined_0 phantom_gan --stages=prepare,train,evaluate "$shared" \
   "--config.train.rounds=('synthetic','targets')"
-row unet_0 phantom --stages=prepare,train,evaluate "$shared" \
-  --config.network.name=unet "--config.unet.widths=(8,16,32,64,128)"
-row denoiser_0 phantom --config.gan.adversarial_every=0
-row two_refinements_0 phantom --stages=prepare,train,evaluate "$shared" \
+row unet_0 phantom --config.network.name=unet "--config.unet.widths=(8,16,32,64,128)"
+row denoiser_0 phantom_gan --config.gan.adversarial_every=0
+row two_refinements_0 phantom_gan --stages=prepare,train,evaluate "$shared" \
   "--config.train.rounds=('synthetic','refined','refined')" \
   "--config.train.round_shares=(0.3,0.35,0.35)"
+terms 0
 for seed in 1 2; do
   row "default_$seed" phantom --config.seed="$seed"
-  row "direct_$seed" phantom --stages=prepare,train,evaluate "$shared" --config.seed="$seed" \
-    "--config.train.rounds=('synthetic',)" "$one_round"
+  row "gan_$seed" phantom_gan --config.seed="$seed"
   row "published_$seed" phantom_published --config.seed="$seed"
+  terms "$seed"
 done
 cat "$folder/table.md"
+if [ "${#rows[@]}" -gt 0 ]; then
+  exit
+fi
+
+# Twelve subjects cannot tell most rows apart: the same networks on sixty phantoms more, with paired
+# differences to the first row.
+models=()
+for first in "$folder"/default_0 "$folder"/*_0; do
+  runs=("${first%_0}"_[0-9])
+  model="$(IFS=,; echo "${runs[*]}")"
+  if [ -e "$first/transunet" ] && [[ " ${models[*]} " != *" $model "* ]]; then
+    models+=("$model")
+  fi
+done
+"$here/measure.sh" "$folder/measured" "${models[@]}"

@@ -236,11 +236,12 @@ def test_other_ways_to_pay_and_types_that_are_not_known(cloud):
 
 
 def run_with_fakes(folder, script, *arguments):
-    """The words of each call that a script makes of local.sh and of Python."""
+    """The words of each call that a script makes of local.sh, measure.sh and Python."""
     launch_folder = folder / 'launch'
     launch_folder.mkdir()
     (launch_folder / script).write_bytes((LAUNCH / script).read_bytes())
-    for program in (launch_folder / 'local.sh', folder / 'bin' / 'python'):
+    programs = launch_folder / 'local.sh', launch_folder / 'measure.sh', folder / 'bin' / 'python'
+    for program in programs:
         program.parent.mkdir(exist_ok=True)
         program.write_text(
             f'#!/usr/bin/env bash\nprintf "%q " "$@" >> {folder}/calls\necho >> {folder}/calls\n'
@@ -256,13 +257,18 @@ def run_with_fakes(folder, script, *arguments):
 
 
 def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp_path):
-    (tmp_path / 'runs').mkdir()
-    (tmp_path / 'runs' / 'table.md').touch()
-    calls = run_with_fakes(tmp_path, 'ablation.sh', tmp_path / 'runs')
+    runs = tmp_path / 'runs'
+    for run in ('default_0', 'default_1', 'gan_0'):
+        (runs / run / 'transunet').mkdir(parents=True)
+    (runs / 'table.md').touch()
+    calls = run_with_fakes(tmp_path, 'ablation.sh', runs)
     rows = [call for call in calls if call[0] == 'run']
     assert len(rows) > 10
     for row in rows:
         assert [flag for flag in row if 'phantom.seed' in flag] == ['--config.phantom.seed=2026']
+    # Rows with a network, each with all its seeds, the default first.
+    models = [f'{runs}/default_0,{runs}/default_1', f'{runs}/gan_0']
+    assert calls[-1] == [f'{runs}/measured', *models]
 
 
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
@@ -272,7 +278,7 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
     folders = [f'{tmp_path}/made/seed_{seed}' for seed in (0, 1)]
     for seed, folder in enumerate(folders):
         (*given, stages), export = runs[2 * seed : 2 * seed + 2]
-        assert stages == '--stages=prepare,synthesize,train,evaluate'
+        assert stages == '--stages=prepare,train,evaluate'
         # Each once, --config before its fields.
         assert given[:2] == ['run', flags[1]]
         assert {flags[0], f'--config.seed={seed}', f'--config.phantom.seed={seed}'} < set(given)

@@ -6,7 +6,8 @@ together in a step, row by row, does not depend on how many there are.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -271,11 +272,24 @@ def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
     return healthy | of_covid
 
 
-def evaluation_batches(slices: Slices, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All slices once, in order, in float32; the last batch is filled up with rows whose VALID is
-    0."""
-    for start in range(0, len(slices), batch_size):
-        numbers = np.arange(start, start + batch_size)
-        valid = (numbers < len(slices)).astype(np.float32)
-        batch = slices.read(np.minimum(numbers, len(slices) - 1)) | {VALID: valid}
-        yield {key: in_float32(array) for key, array in batch.items()}
+def evaluation_batches(
+    volumes: Iterable[Sequence[np.ndarray]], *, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """All slices that show lung of volumes, once, in order, with IMAGE, TARGET and LUNGS in
+    float32; the last batch is filled up with rows whose VALID is 0.
+
+    `volumes` are (image, target, lungs), each (D, H, W).
+    """
+    rows = (
+        [volume[z] for volume in arrays]
+        for arrays in volumes
+        for z in np.flatnonzero(np.asarray(arrays[-1]).any(axis=(1, 2)))
+    )
+    while chunk := list(itertools.islice(rows, batch_size)):
+        filled = chunk + chunk[-1:] * (batch_size - len(chunk))
+        batch = zip((IMAGE, TARGET, LUNGS), zip(*filled, strict=True), strict=True)
+        valid = np.arange(batch_size) < len(chunk)
+        yield {
+            VALID: valid.astype(np.float32),
+            **{key: np.stack(slices).astype(np.float32)[..., None] for key, slices in batch},
+        }

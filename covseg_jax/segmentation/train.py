@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import numpy as np
 from covseg_jax import hosts
 from covseg_jax.data import feeds
 from covseg_jax.data.augment import Augmentation, add_dependent_density, augment_slices
-from covseg_jax.data.opacities import opacity_model, paint_slices
+from covseg_jax.data.opacities import opacity_model, paint_scans, paint_slices
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead
@@ -205,12 +205,16 @@ def train_segmentation(
     parts = build_segmentation(config)
     check_train_batch(config, train.batch_size, parts.mesh)
     splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
-    validation = splits.validation or splits.train[:1]
-    validation = feeds.all_slices(validation, [read_target(case) for case in validation])
+    rounds = _plan_rounds(config)
+    # Read before the first round: what is missing is missed at once.
+    validation = {
+        kind: _validation_volumes(config, splits, read_target, kind)
+        for kind in {each.kind for each in rounds}
+    }
     step_at = choose_segmentation_step(config, parts)
-    evaluate = _make_evaluation(config, parts, validation)  # compiled once for all rounds
+    evaluate = _make_evaluation(config, parts)  # compiled once for all rounds
     state = parts.make_state() if initial is None else parts.start_from(initial)
-    for number, each in enumerate(_plan_rounds(config)):
+    for number, each in enumerate(rounds):
         if each.kind == 'refined':
             read_target = refine_targets(
                 splits.train,
@@ -233,16 +237,29 @@ def train_segmentation(
                 num_hosts=hosts.count(),
             ),
             step_at=step_at,
-            evaluate=evaluate,
+            evaluate=functools.partial(evaluate, validation[each.kind]),
             schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
 
 
-def _make_evaluation(
-    config: ml_collections.ConfigDict, parts: SegmentationParts, validation: feeds.Slices
-) -> loop.Evaluate:
-    """Validation against pseudo-masks with the averaged network; steps the plateau schedule."""
+def _validation_volumes(
+    config: ml_collections.ConfigDict, splits: Splits, read_target: ReadTarget, kind: str
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(image, target, lungs) of what a round is validated on: held-out healthy scans with painted
+    opacities where it learns from painted scans alone, else held-out COVID scans with their
+    targets."""
+    if kind == 'synthetic':
+        healthy = splits.healthy_calibration or splits.healthy_train[:1]
+        painted = paint_scans(healthy, opacity_model(config), config.seed)
+        return [(scan.image, scan.mask, scan.lungs) for scan in painted]
+    cases = splits.validation or splits.train[:1]
+    return [(case.image(), read_target(case), case.lungs()) for case in cases]
+
+
+def _make_evaluation(config: ml_collections.ConfigDict, parts: SegmentationParts) -> Callable:
+    """(volumes of `_validation_volumes`, state) -> as `loop.Evaluate`: validation of the averaged
+    network; steps the plateau schedule."""
     predict = make_predict(parts.network, config.predict.output)
     evaluate_step = steps.make_evaluation_step(
         share_of_max=config.masks.share_of_max,
@@ -255,10 +272,10 @@ def _make_evaluation(
         _, plateau = parts.plateau.update(zeros, state.plateau, value=value)
         return state.replace(plateau=plateau)
 
-    def evaluate(state: SegmentationState):
+    def evaluate(volumes: Sequence[tuple[np.ndarray, ...]], state: SegmentationState):
         collected, shown, most = [], None, -np.inf
         variables = _variables_of(state)
-        for batch in feeds.evaluation_batches(validation, batch_size=config.predict.batch_size):
+        for batch in feeds.evaluation_batches(volumes, batch_size=config.predict.batch_size):
             probability = predict(variables, batch[feeds.IMAGE])
             collected.append(evaluate_step(probability, batch))
             if batch[feeds.TARGET].sum() > most:
@@ -266,7 +283,7 @@ def _make_evaluation(
         values = loop.mean_metrics(collected)
         if config.train.schedule == 'plateau':
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
-        return state, values, {'slice_pseudo_mask_prediction': _strip(*shown)}
+        return state, values, {'slice_target_prediction': _strip(*shown)}
 
     return evaluate
 

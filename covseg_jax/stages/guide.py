@@ -15,7 +15,7 @@ STAGES = {
     'prepare': "finds the lungs in every study, and brings it to the model's grid",
     'gan': 'trains the GAN that turns scans into healthy-looking ones',
     'synthesize': 'makes a pseudo-mask of every COVID scan; by default what the GAN took away',
-    'train': 'trains the segmentation network on the pseudo-masks',
+    'train': 'trains the segmentation network, on painted opacities and pseudo-masks',
     'evaluate': 'scores masks against human ones, and writes a page with figures',
     'verify': 'reads every file of a data set, and says which cannot be used and why',
     'compile_check': 'compiles the training steps for a TPU that need not be there',

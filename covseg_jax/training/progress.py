@@ -29,7 +29,7 @@ _MODELS = {  # folder -> title
 # are the same at every step, and of how many steps the others are drawn.
 _PICTURES = {
     'gan': ('covid_scan_healthy_difference', ('scan', 'healthy', 'difference'), 1, 2),
-    'transunet': ('slice_pseudo_mask_prediction', ('scan', 'target', 'prediction'), 2, 3),
+    'transunet': ('slice_target_prediction', ('scan', 'target', 'prediction'), 2, 3),
 }
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')

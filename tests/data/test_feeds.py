@@ -174,7 +174,18 @@ def test_feeds_of_two_seeds_and_of_both_sides_share_no_order(prepared):
         assert len(set(everything)) == len(everything) > 10
 
 
-def test_evaluation_batches_mark_the_rows_that_fill_up(slices):
-    batches = list(feeds.evaluation_batches(slices, batch_size=50))
-    assert sum(batch[feeds.VALID].sum() for batch in batches) == len(slices)
-    assert batches[-1][feeds.IMAGE].shape[0] == 50
+def test_evaluation_batches_hold_each_slice_with_lung_once_and_mark_what_fills_up():
+    lungs = np.zeros((5, 4, 4), np.uint8)
+    lungs[1:4, 1:3, 1:3] = 1
+    volumes = [
+        (np.full(lungs.shape, 0.25 * n, np.float16), lungs > 0, lungs) for n in (1, 2, 3)
+    ]  # nine slices with lung
+    batches = list(feeds.evaluation_batches(iter(volumes), batch_size=4))
+    valid = np.concatenate([batch[feeds.VALID] for batch in batches])
+    assert valid.tolist() == [1] * 9 + [0] * 3
+    images = np.concatenate([batch[feeds.IMAGE] for batch in batches])
+    assert images[valid > 0, 0, 0, 0].tolist() == [0.25] * 3 + [0.5] * 3 + [0.75] * 3
+    for batch in batches:
+        assert batch[feeds.IMAGE].shape == (4, 4, 4, 1)
+        np.testing.assert_array_equal(batch[feeds.TARGET], batch[feeds.LUNGS])
+        assert all(array.dtype == np.float32 for array in batch.values())

@@ -88,7 +88,9 @@ def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypat
     """At the lungs' border `predict.border_factor` is for predictions alone."""
     config = transunet.get_config('tiny')
     parts = types.SimpleNamespace(mesh=None, network=None, make_state=lambda: None)
-    for name in ('check_train_batch', 'choose_segmentation_step', '_make_evaluation'):
+    for name in (
+        'check_train_batch', 'choose_segmentation_step', '_make_evaluation', '_validation_volumes'
+    ):  # fmt: skip
         monkeypatch.setattr(train, name, lambda *_: None)
     monkeypatch.setattr(train, 'build_segmentation', lambda _: parts)
     refined = types.SimpleNamespace(kind='refined')
@@ -106,3 +108,25 @@ def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypat
     with pytest.raises(Seen) as seen:
         train.train_segmentation(config, SPLITS, pseudo_mask, tmp_path)
     np.testing.assert_array_equal(seen.value.args[0], 1.0)
+
+
+def test_a_round_of_painted_scans_is_validated_on_them_and_asks_for_no_pseudo_mask():
+    def refuse(case):
+        raise AssertionError('a pseudo-mask was read')
+
+    shape = (16, 32, 32)
+    image, lungs = np.full(shape, 0.1, np.float16), np.ones(shape, np.uint8)
+    held_out = types.SimpleNamespace(
+        study_id='c', image=lambda: image, lungs=lambda: lungs,
+        geometry=types.SimpleNamespace(voxel_ml=1.0),
+    )  # fmt: skip
+    splits = dataclasses.replace(SPLITS, healthy_train=(UNMASKED,), healthy_calibration=(held_out,))
+    config = transunet.get_config('tiny')
+    ((painted, mask, inside),) = train._validation_volumes(config, splits, refuse, 'synthetic')
+    np.testing.assert_array_equal(inside, lungs)
+    assert 0 < mask.sum() < mask.size
+    added = painted - image
+    assert added.min() >= 0
+    assert added[mask].mean() > 5 * added[~mask].mean()
+    ((_, target, _),) = train._validation_volumes(config, splits, pseudo_mask, 'refined')
+    assert target.max() == 0.2
