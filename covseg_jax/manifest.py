@@ -17,6 +17,7 @@ from covseg_jax.errors import InputError
 
 # Version of the settings' names: 2 since fields are grouped as the dataclasses that they fill.
 _NAMES, _NAMES_VERSION = 'names', 2
+NOT_BEGUN = 'not begun'
 
 
 def fingerprint(value: Any) -> str:
@@ -59,7 +60,7 @@ def describe(workdir: pathlib.Path, stage: str) -> str:
     done = _read(_path(workdir, stage))
     if done is not None:
         return f'done {done["finished_at"]}, in {done["seconds"]:.0f} s'
-    return 'begun, not done' if _path(workdir, f'{stage}.begun').exists() else 'not begun'
+    return 'begun, not done' if _path(workdir, f'{stage}.begun').exists() else NOT_BEGUN
 
 
 def refuse_other_settings(

@@ -53,18 +53,25 @@ def test_short_training_learns_as_much_as_it_did(tmp_path):
 
 
 @pytest.mark.slow
-def test_phantom_pipeline_reaches_its_figures(tmp_path):
+def test_phantom_run_reaches_its_figures(tmp_path):
     done = run('--config=configs/transunet.py:phantom', f'--workdir={tmp_path}', timeout=7200)
     assert done.returncode == 0, done.stderr[-2000:]
-    summary = read_summary(tmp_path)
+    volume = read_summary(tmp_path)['protocols']['volume']
+    calibration = json.loads((tmp_path / 'transunet' / 'calibration.json').read_text())
+    # Floors are below what was measured by as much as seeds differ (docs/results.md).
+    assert volume['dice']['mean'] > 0.55
+    assert calibration['healthy_false_positive_ml'] < 40
+    assert volume['specificity_lung']['mean'] > 0.985
+
+
+@pytest.mark.slow
+def test_gan_of_phantoms_reaches_its_figures(tmp_path):
+    done = run(
+        '--config=configs/transunet.py:phantom_gan', '--config.network.name=none',
+        '--stages=prepare,gan,synthesize,evaluate', f'--workdir={tmp_path}', timeout=7200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
     removed = [row['validation/removed'] for row in read_log(tmp_path, 'gan')
                if 'validation/removed' in row]  # fmt: skip
-    calibration = json.loads((tmp_path / 'transunet' / 'calibration.json').read_text())
-    # The floor is below what was measured by as much as seeds differ: Dice 0.680, pseudo-masks
-    # 0.607, removed 0.164, and 30 ml in five held-out healthy scans, of which three are hard ones:
-    # 12.5 ml in sixty others (docs/results.md).
-    assert summary['protocols']['volume']['dice']['mean'] > 0.55
-    assert summary['pseudo_masks']['volume']['dice']['mean'] > 0.55
     assert removed[-1] > 0.12
-    assert calibration['healthy_false_positive_ml'] < 40
-    assert summary['protocols']['volume']['specificity_lung']['mean'] > 0.985  # 0.992
+    assert read_summary(tmp_path)['protocols']['volume']['dice']['mean'] > 0.5

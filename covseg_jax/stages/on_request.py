@@ -223,7 +223,10 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
             step = f'{values["step"]} of {begun[stage]["num_steps"]}'
         shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
         listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
-        rows.append((stage, manifest.describe(workdir, stage), step, ', '.join(listed)))
+        state = manifest.describe(workdir, stage)
+        if state == manifest.NOT_BEGUN and stage not in config.stages.split(','):
+            state = 'not asked for'
+        rows.append((stage, state, step, ', '.join(listed)))
     show_table(rows, ('stage', 'state', 'step', 'newest values'))
     if (workdir / STOPPED).exists():
         print(f'status: {(workdir / STOPPED).read_text(encoding="utf-8").strip()}')
