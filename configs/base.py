@@ -41,8 +41,9 @@ def _data() -> ml_collections.ConfigDict:
     # Regex: studies whose whole id it matches are healthy, beside those of category CT-0.
     data.healthy_pattern = ''
     data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation
-    data.calibration_fraction = 0.15  # of the healthy subjects: thresholds are found on them
-    data.validation_fraction = 0.1  # of the other COVID subjects
+    # Of the healthy subjects: thresholds are found on them, and painted rounds validated.
+    data.calibration_fraction = 0.15
+    data.validation_fraction = 0.1  # of the other COVID subjects: the other rounds are validated
     data.on_bad_study = 'skip'  # or 'stop'
     data.num_workers = 0  # processes that prepare, verify, predict; 0: one a core, as memory allows
     data.prepared = ''  # '' means <workdir>/prepared

@@ -81,7 +81,7 @@ models=()
 for first in "$folder"/default_0 "$folder"/*_0; do
   runs=("${first%_0}"_[0-9])
   model="$(IFS=,; echo "${runs[*]}")"
-  if [ -e "$first/transunet" ] && [[ " ${models[*]} " != *" $model "* ]]; then
+  if [ -e "$first/transunet" ] && [[ " ${models[*]:-} " != *" $model "* ]]; then
     models+=("$model")
   fi
 done

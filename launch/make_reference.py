@@ -158,11 +158,11 @@ def _setting_tables(comments: dict[str, str]) -> Iterator[str]:
             yield _sentence(comments[group]) + '\n'
         rows = []
         for path in paths:
-            others = [
-                f'{name}: `{fields[path]!r}`'
-                for name, fields in variants.items()
-                if fields[path] != values[path] and path != 'variant'
-            ]
+            names: dict[str, list[str]] = {}  # of the variants that have another value
+            for name, fields in variants.items():
+                if fields[path] != values[path] and path != 'variant':
+                    names.setdefault(repr(fields[path]), []).append(name)
+            others = [f'{", ".join(each)}: `{value}`' for value, each in names.items()]
             text = comments[path] or _said_elsewhere(path, comments)
             rows.append((f'`{path}`', f'`{values[path]!r}`', text, '; '.join(others)))
         yield from _table(('field', 'default', 'what it is', 'in other variants'), rows)

@@ -24,7 +24,7 @@ from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.segmentation.steps import SegmentationLosses, make_evaluation_step
 from covseg_jax.segmentation.train import segmentation_batch_shapes
 from covseg_jax.segmentation.volumes import VolumeSettings
-from covseg_jax.stages import compile_check
+from covseg_jax.stages import compile_check, guide
 
 RECONSTRUCTION = 'reconstruction'
 ADVERSARIAL = 'adversarial + discriminator + identity + reconstruction'
@@ -72,6 +72,17 @@ def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
     changed = {name for name in whole if alone[name] != whole[name]}
     assert changed == {'name', 'stages'}
     assert alone.keys() == whole.keys()
+
+
+def test_phantom_is_phantom_gan_without_the_rounds_that_need_it():
+    alone, whole = (
+        dict(guide.config_fields(transunet.get_config(name))) for name in ('phantom', 'phantom_gan')
+    )
+    changed = {name for name in whole if alone[name] != whole[name]}
+    of_rounds = {f'config.{name}' for name in ('stages', 'train.rounds', 'train.round_shares')}
+    assert changed == {'config.variant', *of_rounds}
+    mosmed = guide.config_fields(transunet.get_config())
+    assert {name: whole[name] for name in of_rounds} == {name: mosmed[name] for name in of_rounds}
 
 
 @pytest.mark.parametrize('variant', transunet.VARIANTS)

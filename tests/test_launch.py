@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from configs import transunet
+
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 # Every call is a line of `calls`. A zone's request for a VM is the file ZONE.request, whose lines
 # are the states that it goes through, one a look; what `fate.ZONE` holds is what a new one goes
@@ -256,10 +258,11 @@ def run_with_fakes(folder, script, *arguments):
     return [shlex.split(line) for line in (folder / 'calls').read_text().splitlines()]
 
 
-def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp_path):
+def test_rows_of_the_ablation_share_phantoms_and_are_measured_beside_the_default(tmp_path):
     runs = tmp_path / 'runs'
-    for run in ('default_0', 'default_1', 'gan_0'):
+    for run in ('a_0', 'default_0', 'default_1', 'gan_0'):
         (runs / run / 'transunet').mkdir(parents=True)
+    (runs / 'hu_0').mkdir()
     (runs / 'table.md').touch()
     calls = run_with_fakes(tmp_path, 'ablation.sh', runs)
     rows = [call for call in calls if call[0] == 'run']
@@ -267,11 +270,23 @@ def test_every_row_of_the_ablation_is_of_phantoms_that_no_choice_was_made_on(tmp
     for row in rows:
         assert [flag for flag in row if 'phantom.seed' in flag] == ['--config.phantom.seed=2026']
     # Rows with a network, each with all its seeds, the default first.
-    models = [f'{runs}/default_0,{runs}/default_1', f'{runs}/gan_0']
+    models = [f'{runs}/default_0,{runs}/default_1', f'{runs}/a_0', f'{runs}/gan_0']
     assert calls[-1] == [f'{runs}/measured', *models]
 
 
+def test_a_row_of_the_ablation_that_is_named_is_made_alone(tmp_path):
+    (tmp_path / 'runs' / 'default_0' / 'transunet').mkdir(parents=True)
+    (tmp_path / 'runs' / 'table.md').touch()
+    calls = run_with_fakes(tmp_path, 'ablation.sh', tmp_path / 'runs', 'gan_1')
+    assert [call[0] for call in calls] == ['run', f'{tmp_path}/launch/ablation_table.py']
+
+
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
+    # What its recipe takes from the laptop's: with another value another model would be made.
+    laptop = transunet.get_config('phantom')
+    assert laptop.train.rounds == ('synthetic',)
+    assert laptop.opacities.coverage_threshold == (-0.2, 2.9)
+    assert (laptop.prepare.lungs_source, laptop.phantom.num_masked) == ('network', 12)
     flags = '--config.train.num_steps=9', '--config=configs/transunet.py:tiny'
     *runs, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
     assert len(runs) == 4

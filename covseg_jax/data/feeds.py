@@ -32,6 +32,8 @@ COVID_LUNGS = 'covid_lungs'  # as LUNGS
 CASE = 'case'  # (B,) int32: which of the feed's cases a row is of; not for the device
 COVID_CASE = 'covid_case'  # of the COVID scan beside it
 
+Volume = tuple[np.ndarray, np.ndarray, np.ndarray]  # image, target, lungs, each (D, H, W)
+
 # More would wait for each other: a slice is opened in Python.
 _MOST_THREADS = 8
 
@@ -273,13 +275,10 @@ def _beside(pair: tuple[dict, dict]) -> dict[str, np.ndarray]:
 
 
 def evaluation_batches(
-    volumes: Iterable[Sequence[np.ndarray]], *, batch_size: int
+    volumes: Iterable[Volume], *, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """All slices that show lung of volumes, once, in order, with IMAGE, TARGET and LUNGS in
-    float32; the last batch is filled up with rows whose VALID is 0.
-
-    `volumes` are (image, target, lungs), each (D, H, W).
-    """
+    float32; the last batch is filled up with rows whose VALID is 0."""
     rows = (
         [volume[z] for volume in arrays]
         for arrays in volumes

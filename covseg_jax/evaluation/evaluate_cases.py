@@ -1,4 +1,4 @@
-"""Evaluates a network, and the pseudo-masks it learned from, on every study with a true mask."""
+"""Evaluates a network, and pseudo-masks where there are any, on every study with a true mask."""
 
 import dataclasses
 import pathlib

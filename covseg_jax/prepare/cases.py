@@ -157,9 +157,10 @@ class Splits:
     get pseudo-masks too, so that those can be measured."""
 
     healthy_train: tuple[Case, ...]  # the GAN's healthy scans; zero-lesion slices for training
-    healthy_calibration: tuple[Case, ...]  # held out: thresholds are found on these
+    # Held out: thresholds are found on these, and rounds of painted scans validated.
+    healthy_calibration: tuple[Case, ...]
     train: tuple[Case, ...]  # COVID scans that the networks learn from
-    validation: tuple[Case, ...]  # COVID scans for schedules, by the same targets as train
+    validation: tuple[Case, ...]  # COVID scans for the other rounds, by the same targets as train
     evaluation: tuple[Case, ...]  # subjects with a human mask: never trained on
 
 

@@ -1,1 +1,1 @@
-"""Pseudo-masks to a trained network: what segments a slice."""
+"""Painted scans and pseudo-masks to a trained network: what segments a slice."""

@@ -304,7 +304,7 @@ def make_evaluation_step(
     *, share_of_max: float = 0.0, target_share_of_max: float = 0.0
 ) -> Callable[[jax.Array, dict], dict]:
     """A jitted (what `make_predict` gives of the batch's images, batch) -> (sum, count) pairs,
-    against the batch's pseudo-masks.
+    against the batch's targets.
 
     'mse' is of that output inside the lungs. 'dice' is that of all slices taken together, output
     and target each cut at 0.5, or where its share is above 0 at what exceeds that share of its

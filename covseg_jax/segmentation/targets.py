@@ -84,6 +84,15 @@ def choose_targets(
     return splits, read_target
 
 
+def learned_cases(rounds: Sequence[str], source: str, splits: Splits) -> tuple[Case, ...]:
+    """The COVID cases of training and validation that rounds of these kinds see, with targets from
+    this source: none where all learn from painted healthy scans alone."""
+    if set(rounds) == {'synthetic'}:
+        return ()
+    covid = splits.train + splits.validation
+    return human_mask_cases(source, splits) if source == 'human' else covid
+
+
 def human_mask_cases(source: str, splits: Splits) -> tuple[Case, ...]:
     """The cases of training and validation whose target is a human mask, by `choose_targets`."""
     if source == 'pseudo':

@@ -1,9 +1,10 @@
-"""The segmentation network's run: taken from the config, fed with pseudo-masks, trained."""
+"""The segmentation network's run: taken from the config, fed with painted scans and pseudo-masks,
+trained."""
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -206,13 +207,9 @@ def train_segmentation(
     check_train_batch(config, train.batch_size, parts.mesh)
     splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     rounds = _plan_rounds(config)
-    # Read before the first round: what is missing is missed at once.
-    validation = {
-        kind: _validation_volumes(config, splits, read_target, kind)
-        for kind in {each.kind for each in rounds}
-    }
     step_at = choose_segmentation_step(config, parts)
-    evaluate = _make_evaluation(config, parts)  # compiled once for all rounds
+    kinds = {each.kind for each in rounds}
+    evaluations = _make_evaluations(config, parts, splits, read_target, kinds)
     state = parts.make_state() if initial is None else parts.start_from(initial)
     for number, each in enumerate(rounds):
         if each.kind == 'refined':
@@ -237,29 +234,55 @@ def train_segmentation(
                 num_hosts=hosts.count(),
             ),
             step_at=step_at,
-            evaluate=functools.partial(evaluate, validation[each.kind]),
+            evaluate=evaluations[each.kind],
             schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
 
 
-def _validation_volumes(
-    config: ml_collections.ConfigDict, splits: Splits, read_target: ReadTarget, kind: str
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(image, target, lungs) of what a round is validated on: held-out healthy scans with painted
-    opacities where it learns from painted scans alone, else held-out COVID scans with their
-    targets."""
-    if kind == 'synthetic':
-        healthy = splits.healthy_calibration or splits.healthy_train[:1]
-        painted = paint_scans(healthy, opacity_model(config), config.seed)
-        return [(scan.image, scan.mask, scan.lungs) for scan in painted]
-    cases = splits.validation or splits.train[:1]
-    return [(case.image(), read_target(case), case.lungs()) for case in cases]
+def _painted_volumes(config: ml_collections.ConfigDict, splits: Splits) -> list[feeds.Volume]:
+    """Held-out healthy scans with painted opacities, in memory."""
+    healthy = splits.healthy_calibration or splits.healthy_train[:1]
+    painted = paint_scans(healthy, opacity_model(config), config.seed)
+    return [(scan.image, scan.mask, np.array(scan.lungs)) for scan in painted]
+
+
+def _make_evaluations(
+    config: ml_collections.ConfigDict,
+    parts: SegmentationParts,
+    splits: Splits,
+    read_target: ReadTarget,
+    kinds: set[str],
+) -> dict[str, loop.Evaluate]:
+    """How each kind of round is validated: those of painted scans alone on held-out healthy scans
+    with painted opacities, the others on the targets of held-out COVID scans. What the plateau
+    schedule compares is of one kind: of painted scans only where there is nothing else.
+
+    Raises:
+      InputError: a target that a round needs is not there.
+    """
+    evaluate, is_plateau = _make_evaluation(config, parts), config.train.schedule == 'plateau'
+    found, of_targets = {}, kinds - {'synthetic'}
+    if 'synthetic' in kinds:
+        painted = _painted_volumes(config, splits)
+        steps_plateau = is_plateau and not of_targets
+        found['synthetic'] = functools.partial(evaluate, lambda: painted, steps_plateau)
+    if of_targets:
+        cases = splits.validation or splits.train[:1]
+        for case in (*splits.train, *cases):  # what is missing is missed before the first round
+            read_target(case)
+
+        # Opened anew each time: the files of hundreds of scans would stay open.
+        def open_volumes() -> Iterator[feeds.Volume]:
+            return ((case.image(), read_target(case), case.lungs()) for case in cases)
+
+        found |= dict.fromkeys(of_targets, functools.partial(evaluate, open_volumes, is_plateau))
+    return found
 
 
 def _make_evaluation(config: ml_collections.ConfigDict, parts: SegmentationParts) -> Callable:
-    """(volumes of `_validation_volumes`, state) -> as `loop.Evaluate`: validation of the averaged
-    network; steps the plateau schedule."""
+    """(function that opens volumes, whether to step the plateau schedule, state) -> what
+    `loop.Evaluate` gives, of the averaged network. Compiled once for all rounds."""
     predict = make_predict(parts.network, config.predict.output)
     evaluate_step = steps.make_evaluation_step(
         share_of_max=config.masks.share_of_max,
@@ -272,16 +295,20 @@ def _make_evaluation(config: ml_collections.ConfigDict, parts: SegmentationParts
         _, plateau = parts.plateau.update(zeros, state.plateau, value=value)
         return state.replace(plateau=plateau)
 
-    def evaluate(volumes: Sequence[tuple[np.ndarray, ...]], state: SegmentationState):
+    def evaluate(
+        open_volumes: Callable[[], Iterable[feeds.Volume]],
+        steps_plateau: bool,
+        state: SegmentationState,
+    ):
         collected, shown, most = [], None, -np.inf
-        variables = _variables_of(state)
-        for batch in feeds.evaluation_batches(volumes, batch_size=config.predict.batch_size):
+        variables, size = _variables_of(state), config.predict.batch_size
+        for batch in feeds.evaluation_batches(open_volumes(), batch_size=size):
             probability = predict(variables, batch[feeds.IMAGE])
             collected.append(evaluate_step(probability, batch))
             if batch[feeds.TARGET].sum() > most:
                 shown, most = (batch, probability), batch[feeds.TARGET].sum()
         values = loop.mean_metrics(collected)
-        if config.train.schedule == 'plateau':
+        if steps_plateau:
             state = step_plateau(state, 1.0 - np.nan_to_num(values['dice']))
         return state, values, {'slice_target_prediction': _strip(*shown)}
 

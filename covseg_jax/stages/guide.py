@@ -15,7 +15,7 @@ STAGES = {
     'prepare': "finds the lungs in every study, and brings it to the model's grid",
     'gan': 'trains the GAN that turns scans into healthy-looking ones',
     'synthesize': 'makes a pseudo-mask of every COVID scan; by default what the GAN took away',
-    'train': 'trains the segmentation network, on painted opacities and pseudo-masks',
+    'train': 'trains the segmentation network, on painted opacities, pseudo-masks or both',
     'evaluate': 'scores masks against human ones, and writes a page with figures',
     'verify': 'reads every file of a data set, and says which cannot be used and why',
     'compile_check': 'compiles the training steps for a TPU that need not be there',
@@ -35,9 +35,9 @@ _PLACES = {
 _WITHOUT_OUTPUT = ('compile_check', 'import_weights', 'status')
 
 _HEAD = """\
-covseg_jax segments COVID-19 lesions in chest CT without human masks: a GAN turns a scan into a
-healthy-looking one, the difference is a pseudo-mask, and a network learns from pseudo-masks. It is
-research software and not a medical device.
+covseg_jax segments COVID-19 lesions in chest CT without human masks: a network learns from opacities
+that are painted into healthy scans, and from pseudo-masks, which are what a GAN takes away where it
+turns a scan into a healthy-looking one. It is research software and not a medical device.
 
   python -m covseg_jax.main --input=SCANS --output=FOLDER [FLAGS]
       marks the lesions of scans with the model that comes with it

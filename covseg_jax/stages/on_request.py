@@ -224,8 +224,8 @@ def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:
         shown = ('loss/total', 'validation/dice', 'validation/removed', 'speed/steps_per_s')
         listed = [f'{key} {values[key]:.4g}' for key in shown if values.get(key) is not None]
         state = manifest.describe(workdir, stage)
-        if state == manifest.NOT_BEGUN and stage not in config.stages.split(','):
-            state = 'not asked for'
+        if state == manifest.NOT_BEGUN and stage not in config.stages:
+            state = 'not in config.stages'
         rows.append((stage, state, step, ', '.join(listed)))
     show_table(rows, ('stage', 'state', 'step', 'newest values'))
     if (workdir / STOPPED).exists():

@@ -15,7 +15,7 @@ from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesiz
 from covseg_jax.imaging.studies import Study, find_studies
 from covseg_jax.prepare.cases import Case, Splits, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
-from covseg_jax.segmentation.targets import human_mask_cases
+from covseg_jax.segmentation.targets import human_mask_cases, learned_cases
 from covseg_jax.stages import human_masks, initial_model, inputs
 from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
@@ -195,13 +195,13 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     else:
         false_positive_ml = marked_ml(probability, healthy, settings)
     cuts = inputs.describe_cuts(settings)
-    sides = (splits.train, splits.validation, splits.healthy_train, healthy)
+    learned = _learned_covid(config, splits) + splits.healthy_train + healthy
     calibration = {
         **cuts,
         'checkpoint_step': step,
         'healthy_false_positive_ml': false_positive_ml,
         'training_data': training_data,
-        _TRAINED_ON: sorted({case.subject for side in sides for case in side}),
+        _TRAINED_ON: sorted({case.subject for case in learned}),
     }
     if hosts.is_first():
         atomic.write_text(calibration_path, json.dumps(calibration, indent=2))
@@ -246,9 +246,7 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
     before = [] if initial is None else [initial.description.get('training_data')]
     human_masks.refuse_learned([c for c in splits.evaluation if c.has_lesion_mask], before)
     masked = human_mask_cases(config.train.targets, splits)
-    covid = splits.train + splits.validation
-    if config.train.targets == 'human':
-        covid = masked
+    covid = _learned_covid(config, splits)
     healthy = splits.healthy_train + splits.healthy_calibration
     return {
         'data_sets': sorted({case.description['data_set'] for case in covid + healthy}),
@@ -259,9 +257,14 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
     }
 
 
+def _learned_covid(config: Config, splits: Splits) -> tuple[Case, ...]:
+    return learned_cases(config.train.rounds, config.train.targets, splits)
+
+
 def _rows_of(training_data: Mapping[str, Any]) -> list[tuple[str, object]]:
     number = human_masks.count_human_masks([training_data])
-    rows = [] if number == 0 else [('human masks trained on', number or 'not known')]
+    rows = [('COVID scans learned from', training_data['covid_studies'])]
+    rows += [] if number == 0 else [('human masks trained on', number or 'not known')]
     if 'initial_model' in training_data:
         rows.append(('went on from weights', training_data['initial_model']['weights_sha256']))
     return rows

@@ -132,6 +132,12 @@ def refuse_unusable(config: Config) -> None:
             f'--config.train.round_shares={shares!r}: must be a share for each of '
             f'the rounds {rounds!r}'
         )
+    targets = values['train.targets']
+    if targets != 'pseudo' and set(rounds) == {'synthetic'}:
+        raise InputError(
+            f'--config.train.targets={targets!r}: is of COVID scans, which no round of {rounds!r} '
+            'learns from; add --config.train.rounds="(\'targets\',)"'
+        )
 
 
 def _rules(name: str, value: Any) -> list[tuple[Callable[[Any], bool], str]]:

@@ -175,17 +175,22 @@ def test_feeds_of_two_seeds_and_of_both_sides_share_no_order(prepared):
 
 
 def test_evaluation_batches_hold_each_slice_with_lung_once_and_mark_what_fills_up():
-    lungs = np.zeros((5, 4, 4), np.uint8)
-    lungs[1:4, 1:3, 1:3] = 1
-    volumes = [
-        (np.full(lungs.shape, 0.25 * n, np.float16), lungs > 0, lungs) for n in (1, 2, 3)
-    ]  # nine slices with lung
-    batches = list(feeds.evaluation_batches(iter(volumes), batch_size=4))
+    def volume(number):
+        image = np.full((5, 4, 4), number / 4, np.float16) + np.arange(5)[:, None, None] / 64
+        lungs = np.zeros((5, 4, 4), np.uint8)
+        lungs[1:4, 1:3, 1:3] = 1
+        target = np.zeros((5, 4, 4), bool)
+        target[:, 1, 1] = True
+        return image.astype(np.float16), target, lungs
+
+    batches = list(feeds.evaluation_batches(map(volume, (1, 2, 3)), batch_size=4))
     valid = np.concatenate([batch[feeds.VALID] for batch in batches])
     assert valid.tolist() == [1] * 9 + [0] * 3
     images = np.concatenate([batch[feeds.IMAGE] for batch in batches])
-    assert images[valid > 0, 0, 0, 0].tolist() == [0.25] * 3 + [0.5] * 3 + [0.75] * 3
+    expected = [number / 4 + z / 64 for number in (1, 2, 3) for z in (1, 2, 3)]
+    assert images[valid > 0, 0, 0, 0].tolist() == expected
     for batch in batches:
         assert batch[feeds.IMAGE].shape == (4, 4, 4, 1)
-        np.testing.assert_array_equal(batch[feeds.TARGET], batch[feeds.LUNGS])
+        assert batch[feeds.TARGET].sum((1, 2, 3)).tolist() == [1] * 4
+        assert batch[feeds.LUNGS].sum((1, 2, 3)).tolist() == [4] * 4
         assert all(array.dtype == np.float32 for array in batch.values())

@@ -10,7 +10,13 @@ from configs import transunet
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.segmentation import train
-from covseg_jax.segmentation.targets import Round, choose_targets, plan_rounds, refine_targets
+from covseg_jax.segmentation.targets import (
+    Round,
+    choose_targets,
+    learned_cases,
+    plan_rounds,
+    refine_targets,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,12 @@ def test_choose_targets_by_source():
         choose_targets('humans', SPLITS, pseudo_mask)
 
 
+def test_rounds_of_painted_scans_learn_from_no_covid_scan():
+    assert learned_cases(('synthetic',), 'pseudo', SPLITS) == ()
+    assert learned_cases(('synthetic', 'refined'), 'pseudo', SPLITS) == (MASKED, UNMASKED, UNMASKED)
+    assert learned_cases(('targets',), 'human', SPLITS) == (MASKED,)
+
+
 def test_refine_targets_averages_once_and_keeps_human_masks(tmp_path):
     calls = types.SimpleNamespace(count=0)
 
@@ -88,9 +100,7 @@ def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypat
     """At the lungs' border `predict.border_factor` is for predictions alone."""
     config = transunet.get_config('tiny')
     parts = types.SimpleNamespace(mesh=None, network=None, make_state=lambda: None)
-    for name in (
-        'check_train_batch', 'choose_segmentation_step', '_make_evaluation', '_validation_volumes'
-    ):  # fmt: skip
+    for name in ('check_train_batch', 'choose_segmentation_step', '_make_evaluations'):
         monkeypatch.setattr(train, name, lambda *_: None)
     monkeypatch.setattr(train, 'build_segmentation', lambda _: parts)
     refined = types.SimpleNamespace(kind='refined')
@@ -110,23 +120,64 @@ def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypat
     np.testing.assert_array_equal(seen.value.args[0], 1.0)
 
 
-def test_a_round_of_painted_scans_is_validated_on_them_and_asks_for_no_pseudo_mask():
-    def refuse(case):
-        raise AssertionError('a pseudo-mask was read')
+@pytest.fixture
+def seen(monkeypatch):
+    """Volumes and whether the plateau is stepped, of each evaluation, which is left out."""
+    found = []
 
+    def make(*_):
+        return lambda open_volumes, plateau, _: found.append((list(open_volumes()), plateau))
+
+    monkeypatch.setattr(train, '_make_evaluation', make)
+    return found
+
+
+def make_evaluations(kinds, read_target=pseudo_mask, schedule='cosine', held_out=True):
     shape = (16, 32, 32)
     image, lungs = np.full(shape, 0.1, np.float16), np.ones(shape, np.uint8)
-    held_out = types.SimpleNamespace(
+    healthy = types.SimpleNamespace(
         study_id='c', image=lambda: image, lungs=lambda: lungs,
         geometry=types.SimpleNamespace(voxel_ml=1.0),
     )  # fmt: skip
-    splits = dataclasses.replace(SPLITS, healthy_train=(UNMASKED,), healthy_calibration=(held_out,))
-    config = transunet.get_config('tiny')
-    ((painted, mask, inside),) = train._validation_volumes(config, splits, refuse, 'synthetic')
-    np.testing.assert_array_equal(inside, lungs)
+    sides = {'healthy_train': (healthy,), 'healthy_calibration': (healthy,) if held_out else ()}
+    config = transunet.get_config('tiny').unlock()
+    config.train.schedule = schedule
+    splits = dataclasses.replace(SPLITS, **sides)
+    return train._make_evaluations(config, None, splits, read_target, kinds)
+
+
+@pytest.mark.parametrize('held_out', [True, False])
+def test_rounds_of_painted_scans_are_validated_on_them_and_ask_for_no_pseudo_mask(seen, held_out):
+    def refuse(case):
+        raise AssertionError('a pseudo-mask was read')
+
+    evaluations = make_evaluations({'synthetic'}, refuse, 'plateau', held_out)
+    assert evaluations.keys() == {'synthetic'}
+    evaluations['synthetic'](None)
+    ((((painted, mask, lungs),), steps_plateau),) = seen
+    assert steps_plateau
+    assert lungs.all()
     assert 0 < mask.sum() < mask.size
-    added = painted - image
+    added = painted - np.float16(0.1)
     assert added.min() >= 0
     assert added[mask].mean() > 5 * added[~mask].mean()
-    ((_, target, _),) = train._validation_volumes(config, splits, pseudo_mask, 'refined')
-    assert target.max() == 0.2
+
+
+def test_other_rounds_are_validated_on_their_targets_and_alone_step_the_plateau(seen):
+    evaluations = make_evaluations({'synthetic', 'refined'}, schedule='plateau')
+    for _ in range(2):
+        evaluations['refined'](None)
+    evaluations['synthetic'](None)
+    *of_targets, (((_, painted_mask, _),), painted_steps_plateau) = seen
+    assert [(volumes[0][1].max(), steps) for volumes, steps in of_targets] == [(0.2, True)] * 2
+    assert (painted_mask.dtype, painted_steps_plateau) == (bool, False)
+
+
+def test_target_of_a_training_scan_that_is_not_there_is_missed_before_the_first_round(seen):
+    def read_one(case):
+        if case is MASKED:
+            raise InputError('run synthesize')
+        return pseudo_mask(case)
+
+    with pytest.raises(InputError, match='synthesize'):
+        make_evaluations({'synthetic', 'refined'}, read_one)

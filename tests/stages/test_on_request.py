@@ -102,9 +102,9 @@ def test_verify_names_what_is_no_study(tmp_path, capsys):
     assert rows[1]['file'] == str(tmp_path / 'scans' / 'b_mask.nii.gz')
 
 
-def test_status_tells_what_is_to_do_from_what_was_not_asked_for(tmp_path, capsys):
+def test_status_tells_what_is_to_do_from_what_is_not_in_the_config(tmp_path, capsys):
     config = transunet.get_config('phantom')  # prepare, train and evaluate
     (tmp_path / 'config.json').write_text('{}')
     on_request.run_status(config, tmp_path, Request())
     said = capsys.readouterr().out
-    assert (said.count('not begun'), said.count('not asked for')) == (3, 2)
+    assert (said.count('not begun'), said.count('not in config.stages')) == (3, 2)

@@ -50,6 +50,15 @@ def test_what_cannot_be_used_is_named_with_what_it_must_be(field, value, told):
     assert '\n' not in str(error.value)
 
 
+def test_human_masks_are_of_no_use_to_rounds_of_painted_scans_alone():
+    config = transunet.get_config('phantom').unlock()
+    config.train.targets = 'human'
+    with pytest.raises(InputError, match=r"add --config.train.rounds=\"\('targets',\)\"$"):
+        values.refuse_unusable(config)
+    config.train.rounds = ('targets',)
+    values.refuse_unusable(config)
+
+
 def test_each_round_has_a_share():
     config = transunet.get_config('tiny').unlock()
     config.train.rounds = ('synthetic',)
