@@ -1,5 +1,5 @@
-"""The variant phantom_gan without the GAN: the network learns from painted healthy scans alone, which
-on phantoms is better than with pseudo-masks (docs/results.md).
+"""The variant phantom_gan without the GAN: the network learns from painted healthy scans alone,
+which on phantoms is better than with pseudo-masks (docs/results.md).
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 

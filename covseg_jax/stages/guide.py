@@ -35,9 +35,9 @@ _PLACES = {
 _WITHOUT_OUTPUT = ('compile_check', 'import_weights', 'status')
 
 _HEAD = """\
-covseg_jax segments COVID-19 lesions in chest CT without human masks: a network learns from opacities
-that are painted into healthy scans, and from pseudo-masks, which are what a GAN takes away where it
-turns a scan into a healthy-looking one. It is research software and not a medical device.
+covseg_jax segments COVID-19 lesions in chest CT without human masks: a network learns from
+opacities painted into healthy scans, and from pseudo-masks, which are what a GAN takes away where
+it turns a scan into a healthy-looking one. It is research software and not a medical device.
 
   python -m covseg_jax.main --input=SCANS --output=FOLDER [FLAGS]
       marks the lesions of scans with the model that comes with it
