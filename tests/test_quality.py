@@ -21,6 +21,7 @@ SHORT = (
     '--config.phantom.shape=(96,96,20)',
     '--config.phantom.spacing_mm=(3.5,3.5,16.0)',
     '--config.prepare.grid=(16,64,64)',
+    '--config.opacities.coverage_threshold=(0.9,2.9)',  # small ones: sixty steps learn them
     "--config.train.rounds=('synthetic',)",
     '--config.train.round_shares=(1.0,)',
     '--config.train.num_steps=60',
