@@ -3,8 +3,8 @@ which on phantoms is better than with pseudo-masks (docs/results.md).
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 
-2 CPU cores: 10 minutes. Dice of 12 held-out phantoms: 0.66 of seed 0, on which settings were chosen,
-and 0.51 of seed 2026, the mean of three trainings (docs/results.md).
+2 CPU cores: 10 minutes. Dice of 12 held-out phantoms: 0.66 of seed 0, on which settings were
+chosen, and 0.51 of seed 2026, the mean of three trainings (docs/results.md).
 """
 
 import ml_collections
