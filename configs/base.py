@@ -113,7 +113,7 @@ def _train() -> ml_collections.ConfigDict:
     train.epoch_steps = 500  # in the modes 'two_phase' and 'published'
     train.contrastive_steps = 50  # of an epoch's steps, the first, in the same modes
     train.losses = losses = ml_collections.ConfigDict()  # segmentation/steps.py: SegmentationLosses
-    losses.contrastive = 0.1  # weights
+    losses.contrastive = 0.1  # weights; what has none is not computed
     losses.mse = 1.0
     losses.sensitivity = 1.0
     losses.beta = 2.0  # extra weight of missed lesion in the BCE

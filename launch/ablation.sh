@@ -39,14 +39,14 @@ row() { # NAME VARIANT [flags]
   "${VENV:-.venv}/bin/python" "$here/ablation_table.py" "$folder" >"$folder/table.md"
 }
 
-# The terms of the loss, each left out or changed.
+# The terms of the loss, each added, left out or changed.
 terms() { # SEED
   local seed="--config.seed=$1"
-  row "no_contrastive_$1" phantom "$seed" --config.train.losses.contrastive=0.0
+  row "contrastive_$1" phantom "$seed" --config.train.losses.contrastive=0.1
   row "no_mse_$1" phantom "$seed" --config.train.losses.mse=0.0
   row "plain_bce_$1" phantom "$seed" --config.train.losses.beta=0.0
-  row "two_phase_$1" phantom "$seed" --config.train.mode=two_phase \
-    --config.train.epoch_steps=100 --config.train.contrastive_steps=10
+  row "two_phase_$1" phantom "$seed" --config.train.losses.contrastive=0.1 \
+    --config.train.mode=two_phase --config.train.epoch_steps=100 --config.train.contrastive_steps=10
 }
 
 cd "$here/.."

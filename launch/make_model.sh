@@ -24,6 +24,7 @@ recipe=(
   --config.phantom.num_covid=24
   --config.data.calibration_fraction=0.15
   --config.train.num_steps=12000
+  --config.train.losses.contrastive=0.1
   --config.train.ema_decay=0.99
   --config.train.evaluate_every=1000
   "--config.export.licence=as this repository's; no patient's data went into it"

@@ -74,13 +74,14 @@ def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
     assert alone.keys() == whole.keys()
 
 
-def test_phantom_is_phantom_gan_without_the_rounds_that_need_it():
+def test_phantom_is_phantom_gan_without_the_rounds_that_need_it_and_the_contrastive_loss():
     alone, whole = (
         dict(guide.config_fields(transunet.get_config(name))) for name in ('phantom', 'phantom_gan')
     )
     changed = {name for name in whole if alone[name] != whole[name]}
     of_rounds = {f'config.{name}' for name in ('stages', 'train.rounds', 'train.round_shares')}
-    assert changed == {'config.variant', *of_rounds}
+    assert changed == {'config.variant', 'config.train.losses.contrastive', *of_rounds}
+    assert alone['config.train.losses.contrastive'] == 0
     mosmed = guide.config_fields(transunet.get_config())
     assert {name: whole[name] for name in of_rounds} == {name: mosmed[name] for name in of_rounds}
 
@@ -155,6 +156,8 @@ def test_flags_that_change_the_gan_are_built_and_stepped(changes, steps):
         ({'train.mode': 'two_phase', 'train.schedule': 'plateau'}, TWO_PHASES),
         ({**UNET, 'train.mode': 'two_phase', 'train.contrastive_steps': 0}, {'mse + sensitivity'}),
         (UNET, COMBINED),
+        ({**UNET, 'train.losses.contrastive': 0.0}, {'mse + sensitivity'}),
+        ({**UNET, 'train.losses.sensitivity': 0.0}, {'contrastive + mse'}),
         ({'network.num_heads': 8}, COMBINED),
         ({'network.published_attention': True, 'network.dropout_rate': 0.1}, COMBINED),
         ({'train.compute_dtype': 'bfloat16'}, COMBINED),

@@ -154,7 +154,11 @@ def choose_segmentation_step(
     config: ml_collections.ConfigDict, parts: SegmentationParts
 ) -> Callable[[int], Callable]:
     """Step number -> compiled step: method.md section 4's two-phase epoch, one sum, or the
-    published schedule, `steps.published_terms`."""
+    published schedule, `steps.published_terms`. Losses without weight are not computed.
+
+    Raises:
+      InputError: a setting does not exist, or some step has no loss with a weight.
+    """
     train = config.train
     settings = steps.SegmentationLosses(**train.losses)
     phases = {name: train[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
@@ -170,6 +174,17 @@ def choose_segmentation_step(
     if train.mode not in modes:
         raise InputError(f'train.mode={train.mode!r} is not one of {", ".join(map(repr, modes))}')
 
+    def terms_at(step: int) -> tuple[str, ...]:
+        return tuple(name for name in modes[train.mode](step) if train.losses[name])
+
+    for step in range(train.num_steps):
+        if not terms_at(step):
+            terms = modes[train.mode](step)
+            raise InputError(
+                f'train.mode={train.mode!r} has steps of no loss but {" and ".join(terms)}, whose '
+                f'weight is 0; set --config.train.losses.{terms[0]} above 0, or another mode'
+            )
+
     @functools.cache
     def make(terms: tuple[str, ...]) -> Callable:
         return steps.make_segmentation_step(
@@ -182,7 +197,7 @@ def choose_segmentation_step(
             unroll=parts.mesh.devices.flat[0].platform == 'cpu',
         )
 
-    return lambda step: make(modes[train.mode](step))
+    return lambda step: make(terms_at(step))
 
 
 def train_segmentation(

@@ -250,7 +250,8 @@ def transunet_forward(batch_size: int, fields: dict, size: int) -> Callable[[], 
 def transunet_step(
     batch_size: int, fields: dict, size: int, projection_dim: int, contrastive_weight: float
 ) -> Callable[[], None]:
-    """The combined step: contrastive + MSE + sensitivity-enhanced BCE, clipped Adam."""
+    """The combined step: MSE + sensitivity-enhanced BCE, and where it has a weight the contrastive
+    loss, clipped Adam."""
     network = TransUNet(size, **fields).train()
     features = network.class_token.shape[-1]
     project = nn.Sequential(
@@ -264,19 +265,23 @@ def transunet_step(
     same = label[:, None] == label
     itself = torch.eye(batch_size, dtype=torch.bool)
 
-    def run() -> None:
-        logits, tokens = network(image)
+    def contrastive(tokens: torch.Tensor) -> torch.Tensor:
         standardised = (tokens - tokens.mean(0)) / tokens.std(0, correction=0).clamp(min=1e-4)
         unit = functional.normalize(project(standardised), dim=1)
         scores = unit @ unit.T / 0.1
         positive = scores.masked_fill(~same | itself, -torch.inf).logsumexp(1)
         negative = scores.masked_fill(same, -torch.inf).logsumexp(1)
-        contrastive = functional.softplus(negative - positive).mean()
+        return functional.softplus(negative - positive).mean()
+
+    def run() -> None:
+        logits, tokens = network(image)
         probability = torch.sigmoid(logits)
         mse = functional.mse_loss(probability, target)
         bce = functional.binary_cross_entropy_with_logits(logits, target, reduction='none')
         sensitivity = (bce * (1 + 2 * (1 - probability) * target)).mean()
-        loss = contrastive_weight * contrastive + mse + sensitivity
+        loss = mse + sensitivity
+        if contrastive_weight:
+            loss = loss + contrastive_weight * contrastive(tokens)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

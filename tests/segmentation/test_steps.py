@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 
 from configs import transunet
 from covseg_jax.data import feeds
+from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import Segmentation
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation.network import make_predict
@@ -241,6 +242,20 @@ def test_contrastive_step_leaves_the_decoder_without_gradient(config):
     assert any(value for name, value in flat.items() if 'projection' in name)
     assert not any(value for name, value in flat.items() if 'decoder' in name)
     assert any('decoder' in name for name in flat)
+
+
+def test_a_step_of_losses_without_weight_is_refused(config):
+    config = config.copy_and_resolve_references().unlock()
+    config.train.mode = 'two_phase'
+    config.train.losses.contrastive = 0.0
+    parts = build_segmentation(config)
+    with pytest.raises(InputError, match='no loss but contrastive, whose weight is 0'):
+        choose_segmentation_step(config, parts)
+    config.train.contrastive_steps = 0
+    choose_segmentation_step(config, parts)
+    config.train.losses.update(mse=0.0, sensitivity=0.0)
+    with pytest.raises(InputError, match='no loss but mse and sensitivity'):
+        choose_segmentation_step(config, parts)
 
 
 def test_segmentation_step_on_eight_devices_equals_one(config):
