@@ -7,10 +7,10 @@ transunet is the config's network at its image size, in training the real combin
 sensitivity-enhanced BCE, in most variants + contrastive, clipped Adam, averaged weights). gan3d is
 the config's generator, in training its adversarial step, or with --mode=reconstruct the step
 without discriminator; of --variant=published a whole published iteration (reconstruction,
-discriminator, adversarial). Opacities and corrupting noise are made in our step, the peer gets them ready-made. Prints one JSON
-line; the first call of each side, which compiles, is not counted, and `flops` are the compiler's
-count of ours. On a GPU both sides run there, in float32 with TF32 products, as JAX does of itself.
-PyTorch is no requirement: `pip install torch`.
+discriminator, adversarial). Opacities and corrupting noise are made in our step, the peer gets
+them ready-made. Prints one JSON line; the first call of each side, which compiles, is not counted,
+and `flops` are the compiler's count of ours. On a GPU both sides run there, in float32 with TF32
+products, as JAX does of itself. PyTorch is no requirement: `pip install torch`.
 """
 
 import argparse
