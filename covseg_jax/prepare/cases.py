@@ -211,6 +211,7 @@ def split_cases(
     calibration_fraction: float,
     validation_fraction: float,
     evaluation_pattern: str = '.*',
+    least_covid: int = 2,
 ) -> Splits:
     """Splits by subject: evaluation = the subjects with a lesion mask, the rest by category.
 
@@ -221,10 +222,12 @@ def split_cases(
       validation_fraction: the same of the other COVID subjects, in [0, 1).
       evaluation_pattern: regular expression that the whole name of a subject must match to be kept
         for evaluation; other subjects with a lesion mask may be trained on.
+      least_covid: COVID subjects that there must be beside those for evaluation.
 
     Raises:
-      InputError: fewer than two healthy or COVID subjects are left: there is nothing to learn from;
-        the pattern is no regular expression; or one scan stands in two splits under two names.
+      InputError: fewer than two healthy, or too few COVID subjects are left: there is nothing to
+        learn from; the pattern is no regular expression; or one scan stands in two splits under two
+        names.
     """
     evaluation = _evaluation_subjects(cases, evaluation_pattern)
     learnable = [c for c in cases if c.subject not in evaluation]
@@ -237,10 +240,10 @@ def split_cases(
             'least two; name the healthy studies with --config.data.healthy_pattern, a regular '
             f'expression on the study id (without it those of category {HEALTHY} are healthy)'
         )
-    if len(covid) < 2:
+    if len(covid) < least_covid:
         raise InputError(
             f'prepared cases: {len(covid)} COVID subjects to learn from, and training needs at '
-            'least two; subjects with a lesion mask are kept for evaluation where '
+            f'least {least_covid}; subjects with a lesion mask are kept for evaluation where '
             '--config.data.evaluation_pattern matches them'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)

@@ -84,10 +84,16 @@ def choose_targets(
     return splits, read_target
 
 
+def learns_from_covid(rounds: Sequence[str]) -> bool:
+    """Whether some of the rounds of these kinds learns from COVID scans, not from painted healthy
+    ones alone."""
+    return set(rounds) != {'synthetic'}
+
+
 def learned_cases(rounds: Sequence[str], source: str, splits: Splits) -> tuple[Case, ...]:
     """The COVID cases of training and validation that rounds of these kinds see, with targets from
-    this source: none where all learn from painted healthy scans alone."""
-    if set(rounds) == {'synthetic'}:
+    this source."""
+    if not learns_from_covid(rounds):
         return ()
     covid = splits.train + splits.validation
     return human_mask_cases(source, splits) if source == 'human' else covid

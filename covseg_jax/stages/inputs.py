@@ -110,7 +110,7 @@ def prepared_cases(
     )
 
 
-def split_studies(config: Config, workdir: pathlib.Path) -> Splits:
+def split_studies(config: Config, workdir: pathlib.Path, *, needs_covid: bool = True) -> Splits:
     cases = prepared_cases(config, prepared_folder(config, workdir))
     pattern = config.data.healthy_pattern
     if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
@@ -124,6 +124,7 @@ def split_studies(config: Config, workdir: pathlib.Path) -> Splits:
         calibration_fraction=config.data.calibration_fraction,
         validation_fraction=config.data.validation_fraction,
         evaluation_pattern=config.data.evaluation_pattern,
+        least_covid=2 if needs_covid else 0,
     )
 
 

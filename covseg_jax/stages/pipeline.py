@@ -15,7 +15,11 @@ from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesiz
 from covseg_jax.imaging.studies import Study, find_studies
 from covseg_jax.prepare.cases import Case, Splits, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
-from covseg_jax.segmentation.targets import human_mask_cases, learned_cases
+from covseg_jax.segmentation.targets import (
+    human_mask_cases,
+    learned_cases,
+    learns_from_covid,
+)
 from covseg_jax.stages import human_masks, initial_model, inputs
 from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
@@ -174,7 +178,9 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     from covseg_jax.segmentation import train as segmentation
     from covseg_jax.training.logging import read_newest
 
-    splits, folder = inputs.split_studies(config, workdir), workdir / 'transunet'
+    needs_covid = learns_from_covid(config.train.rounds)
+    splits = inputs.split_studies(config, workdir, needs_covid=needs_covid)
+    folder = workdir / 'transunet'
     training_data = _describe_training_data(config, splits)
     initial = initial_model.load(config, read_variables)
     log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'

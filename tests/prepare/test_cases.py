@@ -107,6 +107,19 @@ def test_split_cases_without_healthy_scans_says_how_to_name_them(tmp_path):
     assert names(evaluation_cases(find_cases(tmp_path))) == {'m1'}
 
 
+def test_healthy_scans_alone_are_split_where_nothing_learns_from_covid_scans(tmp_path):
+    for number in range(4):
+        write_case(tmp_path, f's{number}', 'CT-0')
+    config = transunet.get_config('phantom')
+    with config.unlocked():
+        config.data.prepared = str(tmp_path)
+    splits = split_studies(config, tmp_path, needs_covid=False)
+    assert len(splits.healthy_train + splits.healthy_calibration) == 4
+    assert not splits.train + splits.validation
+    with pytest.raises(InputError, match=r'0 COVID subjects .* at least 2'):
+        split_studies(config, tmp_path)
+
+
 def test_healthy_pattern_names_healthy_studies_of_any_data_set(tmp_path):
     for name in ('normal_1', 'normal_2', 'abnormal_1', 'covid_1', 'covid_2'):
         write_case(tmp_path, name, None)

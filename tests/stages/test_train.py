@@ -29,7 +29,7 @@ def make_case(outputs):
 def without_training(monkeypatch, tmp_path):
     healthy = (make_case([0.1, 0.5, 0.11, 0.0]), make_case([0.0, 0.0, 0.0, 0.3]))
     splits = Splits(healthy, healthy, healthy[:1], (), ())
-    monkeypatch.setattr(inputs, 'split_studies', lambda *_: splits)
+    monkeypatch.setattr(inputs, 'split_studies', lambda *_, **__: splits)
     monkeypatch.setattr(segmentation, 'train_segmentation', lambda *_: None)
     monkeypatch.setattr(segmentation, 'load_variables', lambda *_: (None, None, 1300))
     monkeypatch.setattr(segmentation, 'make_probability', lambda *_: lambda image, lungs: image)
