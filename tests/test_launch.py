@@ -297,6 +297,7 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
         # Each once, --config before its fields.
         assert given[:2] == ['run', flags[1]]
         assert {flags[0], f'--config.seed={seed}', f'--config.phantom.seed={seed}'} < set(given)
+        assert '--config.train.losses.contrastive=0.1' in given
         assert given[-1] == f'--workdir={folder}'
         names = [flag.split('=')[0] for flag in given]
         assert len(set(names)) == len(names)

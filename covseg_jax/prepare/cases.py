@@ -211,7 +211,7 @@ def split_cases(
     calibration_fraction: float,
     validation_fraction: float,
     evaluation_pattern: str = '.*',
-    least_covid: int = 2,
+    needs_covid: bool = True,
 ) -> Splits:
     """Splits by subject: evaluation = the subjects with a lesion mask, the rest by category.
 
@@ -222,7 +222,7 @@ def split_cases(
       validation_fraction: the same of the other COVID subjects, in [0, 1).
       evaluation_pattern: regular expression that the whole name of a subject must match to be kept
         for evaluation; other subjects with a lesion mask may be trained on.
-      least_covid: COVID subjects that there must be beside those for evaluation.
+      needs_covid: refuse fewer than two COVID subjects beside those for evaluation.
 
     Raises:
       InputError: fewer than two healthy, or too few COVID subjects are left: there is nothing to
@@ -240,11 +240,12 @@ def split_cases(
             'least two; name the healthy studies with --config.data.healthy_pattern, a regular '
             f'expression on the study id (without it those of category {HEALTHY} are healthy)'
         )
-    if len(covid) < least_covid:
+    if needs_covid and len(covid) < 2:
         raise InputError(
             f'prepared cases: {len(covid)} COVID subjects to learn from, and training needs at '
-            f'least {least_covid}; subjects with a lesion mask are kept for evaluation where '
-            '--config.data.evaluation_pattern matches them'
+            'least two; subjects with a lesion mask are kept for evaluation where '
+            '--config.data.evaluation_pattern matches them; the variant phantom learns from '
+            'healthy scans alone'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)
     validation = _held_out(covid, validation_fraction, seed)

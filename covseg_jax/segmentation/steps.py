@@ -20,23 +20,6 @@ from covseg_jax.training.parts import Parts
 from covseg_jax.training.sharding import replicated
 from covseg_jax.training.step import compile_step
 
-CONTRASTIVE = ('contrastive',)
-MSE = ('mse',)
-SEGMENTATION = ('mse', 'sensitivity')
-COMBINED = CONTRASTIVE + SEGMENTATION
-
-
-def published_terms(
-    step: int, *, num_epochs: int, epoch_steps: int, contrastive_steps: int
-) -> tuple[str, ...]:
-    """The losses of a step (from 0) of the published schedule, method.md section 3: `num_epochs`
-    epochs of `epoch_steps` steps, the first `contrastive_steps` of each contrastive and the others
-    MSE; from then on the sum of all three losses. Published: 100 epochs of 2 contrastive and 1 MSE
-    step."""
-    if step >= num_epochs * epoch_steps:
-        return COMBINED
-    return CONTRASTIVE if step % epoch_steps < contrastive_steps else MSE
-
 
 @dataclasses.dataclass(frozen=True)
 class SegmentationLosses:

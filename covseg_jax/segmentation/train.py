@@ -23,6 +23,7 @@ from covseg_jax.models.transunet import ProjectionHead
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation.network import build_network, make_predict
+from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
 from covseg_jax.segmentation.targets import (
     ReadTarget,
@@ -153,37 +154,13 @@ def _augmentation(config: ml_collections.ConfigDict):
 def choose_segmentation_step(
     config: ml_collections.ConfigDict, parts: SegmentationParts
 ) -> Callable[[int], Callable]:
-    """Step number -> compiled step: method.md section 4's two-phase epoch, one sum, or the
-    published schedule, `steps.published_terms`. Losses without weight are not computed.
+    """Step number -> compiled step, of the losses that `schedule.terms_by_step` gives.
 
     Raises:
       InputError: a setting does not exist, or some step has no loss with a weight.
     """
     train = config.train
-    settings = steps.SegmentationLosses(**train.losses)
-    phases = {name: train[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
-    modes = {
-        'two_phase': lambda step: (
-            steps.CONTRASTIVE
-            if step % train.epoch_steps < train.contrastive_steps
-            else steps.SEGMENTATION
-        ),
-        'combined': lambda step: steps.COMBINED,
-        'published': lambda step: steps.published_terms(step, **phases),
-    }
-    if train.mode not in modes:
-        raise InputError(f'train.mode={train.mode!r} is not one of {", ".join(map(repr, modes))}')
-
-    def terms_at(step: int) -> tuple[str, ...]:
-        return tuple(name for name in modes[train.mode](step) if train.losses[name])
-
-    for step in range(train.num_steps):
-        if not terms_at(step):
-            terms = modes[train.mode](step)
-            raise InputError(
-                f'train.mode={train.mode!r} has steps of no loss but {" and ".join(terms)}, whose '
-                f'weight is 0; set --config.train.losses.{terms[0]} above 0, or another mode'
-            )
+    settings, terms_at = steps.SegmentationLosses(**train.losses), terms_by_step(train)
 
     @functools.cache
     def make(terms: tuple[str, ...]) -> Callable:

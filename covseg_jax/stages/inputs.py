@@ -124,7 +124,7 @@ def split_studies(config: Config, workdir: pathlib.Path, *, needs_covid: bool = 
         calibration_fraction=config.data.calibration_fraction,
         validation_fraction=config.data.validation_fraction,
         evaluation_pattern=config.data.evaluation_pattern,
-        least_covid=2 if needs_covid else 0,
+        needs_covid=needs_covid,
     )
 
 

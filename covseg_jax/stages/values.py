@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from covseg_jax.errors import InputError
+from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.stages import guide
 from covseg_jax.stages.inputs import Config
 
@@ -118,7 +119,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def refuse_unusable(config: Config) -> None:
-    """Raises an InputError that names the first value that no stage can use, and what it may be."""
+    """Raises an InputError that names the first value that no stage can use, and what it may be, or
+    values that do not go together."""
     values = {
         name.removeprefix('config.'): value for name, value in guide.config_fields(config).items()
     }
@@ -138,6 +140,7 @@ def refuse_unusable(config: Config) -> None:
             f'--config.train.targets={targets!r}: is of COVID scans, which no round of {rounds!r} '
             'learns from; add --config.train.rounds="(\'targets\',)"'
         )
+    terms_by_step(config.train)
 
 
 def _rules(name: str, value: Any) -> list[tuple[Callable[[Any], bool], str]]:

@@ -1,7 +1,5 @@
 """Compiled steps on tiny networks: they learn, and devices do not change the result."""
 
-from collections import Counter
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -10,9 +8,8 @@ from jax.sharding import AxisType, Mesh
 
 from configs import transunet
 from covseg_jax.data import feeds
-from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import Segmentation
-from covseg_jax.segmentation import steps
+from covseg_jax.segmentation import schedule, steps
 from covseg_jax.segmentation.network import make_predict
 from covseg_jax.segmentation.train import build_segmentation, choose_segmentation_step
 from covseg_jax.training import losses, sharding
@@ -80,12 +77,12 @@ def train(config, terms, num_steps, mesh_size=1, repeat=1, micro_batches=1, unro
 
 
 def test_segmentation_step_learns_bright_squares(config):
-    _, history = train(config, steps.SEGMENTATION, 80)
+    _, history = train(config, schedule.SEGMENTATION, 80)
     assert history[-1]['loss/total'] < 0.3 * history[0]['loss/total']
 
 
 def test_combined_step_reports_all_three_losses(config):
-    state, history = train(config, steps.COMBINED, 2)
+    state, history = train(config, schedule.COMBINED, 2)
     names = {'loss/contrastive', 'loss/mse', 'loss/sensitivity'}
     assert names < set(history[0])
     assert sum(history[0][name] for name in names) == pytest.approx(history[0]['loss/total'])
@@ -95,9 +92,9 @@ def test_combined_step_reports_all_three_losses(config):
 @pytest.mark.parametrize(('mesh_size', 'unroll'), [(1, True), (2, False)])
 def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, mesh_size, unroll):
     # each pair of rows three times: every third pair is the batch itself
-    one, expected = train(config, steps.COMBINED, 1)
+    one, expected = train(config, schedule.COMBINED, 1)
     three, found = train(
-        config, steps.COMBINED, 1, mesh_size, repeat=3, micro_batches=3, unroll=unroll
+        config, schedule.COMBINED, 1, mesh_size, repeat=3, micro_batches=3, unroll=unroll
     )
     for name in ('loss/total', 'loss/contrastive', 'optimizer/gradient_norm'):
         assert found[0][name] == pytest.approx(expected[0][name], rel=1e-5)
@@ -109,9 +106,9 @@ def test_a_step_over_equal_micro_batches_is_the_step_over_one_of_them(config, me
 
 
 def test_a_state_of_trees_is_stepped_as_one_of_vectors(config, monkeypatch):
-    vectors, expected = train(config, steps.SEGMENTATION, 2)
+    vectors, expected = train(config, schedule.SEGMENTATION, 2)
     monkeypatch.setattr(Parts, 'to_hold', lambda self, tree: tree)
-    trees, found = train(config, steps.SEGMENTATION, 2)
+    trees, found = train(config, schedule.SEGMENTATION, 2)
     assert isinstance(vectors.batch_stats, Flat)
     assert isinstance(trees.batch_stats, dict)
     assert found[1]['loss/total'] == pytest.approx(expected[1]['loss/total'], rel=1e-6)
@@ -136,16 +133,6 @@ def test_sharpen_targets_gives_doubtful_pixels_no_weight():
         [1, 1, 0, 0, 1, 1],
     )
     assert sharpened() == (target.ravel().tolist(), [1] * 6)
-
-
-def test_published_schedule_is_a_hundred_small_epochs_and_then_the_sum():
-    published = transunet.get_config('published').train
-    phases = {name: published[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
-    terms = [steps.published_terms(step, **phases) for step in range(published.num_steps)]
-    contrastive, mse, combined = ('contrastive',), ('mse',), ('contrastive', 'mse', 'sensitivity')
-    assert terms[:7] == [contrastive, contrastive, mse] * 2 + [contrastive]
-    assert terms[297:302] == [contrastive, contrastive, mse, combined, combined]
-    assert Counter(terms) == {contrastive: 200, mse: 100, combined: 1000}
 
 
 class Pixelwise(nn.Module):
@@ -232,7 +219,7 @@ def test_evaluation_step_cuts_raw_output_and_difference_at_a_share_of_their_maxi
 def test_contrastive_step_leaves_the_decoder_without_gradient(config):
     parts = build_segmentation(config)
     before = jax.device_get(unflatten(parts.make_state().params))
-    state, _ = train(config, steps.CONTRASTIVE, 1)
+    state, _ = train(config, schedule.CONTRASTIVE, 1)
     after = jax.device_get(unflatten(state.params))
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, after)
     flat = {
@@ -244,28 +231,14 @@ def test_contrastive_step_leaves_the_decoder_without_gradient(config):
     assert any('decoder' in name for name in flat)
 
 
-def test_a_step_of_losses_without_weight_is_refused(config):
-    config = config.copy_and_resolve_references().unlock()
-    config.train.mode = 'two_phase'
-    config.train.losses.contrastive = 0.0
-    parts = build_segmentation(config)
-    with pytest.raises(InputError, match='no loss but contrastive, whose weight is 0'):
-        choose_segmentation_step(config, parts)
-    config.train.contrastive_steps = 0
-    choose_segmentation_step(config, parts)
-    config.train.losses.update(mse=0.0, sensitivity=0.0)
-    with pytest.raises(InputError, match='no loss but mse and sensitivity'):
-        choose_segmentation_step(config, parts)
-
-
 def test_segmentation_step_on_eight_devices_equals_one(config):
     # Adam's first steps are as long as the rate, whatever the gradient's size: at a large rate the
     # rounding of gradients near 0 would show in the next loss.
     config = config.copy_and_resolve_references().unlock()
     config.network.name = 'transunet'
     config.train.learning_rate = 1e-4
-    _, history_one = train(config, steps.COMBINED, 3, mesh_size=1)
-    _, history_eight = train(config, steps.COMBINED, 3, mesh_size=8)
+    _, history_one = train(config, schedule.COMBINED, 3, mesh_size=1)
+    _, history_eight = train(config, schedule.COMBINED, 3, mesh_size=8)
     for a, b in zip(history_one, history_eight, strict=True):
         assert a['loss/total'] == pytest.approx(b['loss/total'], rel=1e-5)
     jax.tree.map(

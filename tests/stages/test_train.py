@@ -29,7 +29,12 @@ def make_case(outputs):
 def without_training(monkeypatch, tmp_path):
     healthy = (make_case([0.1, 0.5, 0.11, 0.0]), make_case([0.0, 0.0, 0.0, 0.3]))
     splits = Splits(healthy, healthy, healthy[:1], (), ())
-    monkeypatch.setattr(inputs, 'split_studies', lambda *_, **__: splits)
+
+    def split_studies(config, workdir, *, needs_covid):
+        assert needs_covid == (config.train.rounds != ('synthetic',))
+        return splits
+
+    monkeypatch.setattr(inputs, 'split_studies', split_studies)
     monkeypatch.setattr(segmentation, 'train_segmentation', lambda *_: None)
     monkeypatch.setattr(segmentation, 'load_variables', lambda *_: (None, None, 1300))
     monkeypatch.setattr(segmentation, 'make_probability', lambda *_: lambda image, lungs: image)
@@ -54,6 +59,17 @@ def test_published_train_searches_no_threshold_and_says_how_masks_are_cut(
     assert inputs.load_masks(config, without_training) == MaskSettings(
         min_component_ml=0.0, share_of_max=0.2
     )
+
+
+@pytest.mark.parametrize(('rounds', 'learned'), [(('synthetic',), 0), (('targets',), 1)])
+def test_covid_scans_are_asked_for_and_counted_where_a_round_learns_from_them(
+    without_training, rounds, learned
+):
+    config = transunet.get_config('published').unlock()
+    config.train.update(rounds=rounds, round_shares=(1.0,))
+    pipeline.run_train(config, without_training)
+    written = json.loads((without_training / 'transunet' / 'calibration.json').read_text())
+    assert written['training_data']['covid_studies'] == learned
 
 
 def test_found_cuts_that_mark_much_or_are_found_on_no_scan_are_told(capsys):

@@ -59,6 +59,17 @@ def test_human_masks_are_of_no_use_to_rounds_of_painted_scans_alone():
     values.refuse_unusable(config)
 
 
+def test_losses_without_weight_are_refused_where_a_step_has_no_other():
+    config = transunet.get_config('mosmed').unlock()
+    config.train.losses.contrastive = 0.0
+    with pytest.raises(
+        InputError, match=r"train\.mode='two_phase': .* --config\.train\.mode=combined$"
+    ):
+        values.refuse_unusable(config)
+    config.train.mode = 'combined'
+    values.refuse_unusable(config)
+
+
 def test_each_round_has_a_share():
     config = transunet.get_config('tiny').unlock()
     config.train.rounds = ('synthetic',)
