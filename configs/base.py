@@ -106,14 +106,14 @@ def _train() -> ml_collections.ConfigDict:
     train.warmup_steps = 500  # as gan.warmup_steps
     train.plateau_patience = 5  # evaluations, as PyTorch counts them
     train.plateau_factor = 0.5  # of the rate after that
-    # Or 'combined': the three losses as one sum, in every step. Or 'published': num_epochs epochs
+    # Or 'combined': the losses as one sum, in every step. Or 'published': num_epochs epochs
     # in two phases, contrastive and then MSE alone, and after them the sum.
     train.mode = 'two_phase'
     train.num_epochs = 100  # in mode 'published'
     train.epoch_steps = 500  # in the modes 'two_phase' and 'published'
     train.contrastive_steps = 50  # of an epoch's steps, the first, in the same modes
     train.losses = losses = ml_collections.ConfigDict()  # segmentation/steps.py: SegmentationLosses
-    losses.contrastive = 0.1  # weights; what has none is not computed
+    losses.contrastive = 0.1  # weights; a loss of weight 0 is not computed
     losses.mse = 1.0
     losses.sensitivity = 1.0
     losses.beta = 2.0  # extra weight of missed lesion in the BCE

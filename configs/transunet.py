@@ -6,8 +6,9 @@ Variants are files beside this one, which say what differs from configs/base.py,
 and what to expect of it:
 
     mosmed              base.py as it is: MosMedData in the published sizes, for an accelerator
-    phantom             on studies that it makes itself, sized for two CPU cores; without the GAN
-    phantom_gan         the same with the GAN and its pseudo-masks
+    phantom             on studies that it makes itself, sized for two CPU cores; without
+                        the GAN and the contrastive loss
+    phantom_gan         the same with both: the whole method
     tiny                as small as it goes: for tests
     published           the recipe of the public code, on mosmed's studies
     phantom_published   that recipe on phantoms

@@ -15,7 +15,8 @@ shift || true
 rows=("$@")
 
 # What is chosen by looking at phantoms, such as the threshold candidates of predict/calibrate.py,
-# is chosen on those of seed 0. The table is of phantoms that no choice was made on.
+# is chosen on those of seed 0. The table is of other phantoms, on which only the contrastive loss was
+# judged.
 # Every CT-1 study has a mask here, for the row that learns from them; the phantom variant's twelve
 # evaluation subjects stay the same, and no other row looks at the other masks.
 common=(

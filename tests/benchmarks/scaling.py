@@ -1,6 +1,6 @@
 """What one device's share of the training step is on 1, 2, 4 and 8 simulated devices.
 
-    python tests/benchmarks/scaling.py [--variant=phantom] [--batch_size=4]
+    python tests/benchmarks/scaling.py [--variant=phantom_gan] [--batch_size=4]
 
 Compiles the config's combined TransUNet step with --batch_size slices a device on simulated CPU
 devices, and prints one JSON line for each number of them: the gradient's share of the all-reduces,
@@ -33,7 +33,7 @@ from covseg_jax.training import sharding  # noqa: E402
 def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--variant', default='phantom', help='of configs/transunet.py')
+    parser.add_argument('--variant', default='phantom_gan', help='of configs/transunet.py')
     parser.add_argument('--batch_size', type=int, default=4, help='slices a device')
     arguments = parser.parse_args()
     config = transunet.get_config(arguments.variant).unlock()
