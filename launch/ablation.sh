@@ -23,8 +23,10 @@ common=(
   --config.data.folder="$folder/studies"
   --config.data.prepared="$folder/prepared"
   --config.phantom.seed=2026
+  --config.phantom.num_healthy=48
+  --config.phantom.num_covid=40
   --config.phantom.num_masked=32
-  "--config.data.evaluation_pattern=study_00(2[1-9]|3[0-2])"
+  "--config.data.evaluation_pattern=study_00(49|5[0-9]|60)"
 )
 shared="--config.data.pseudo_masks=$folder/gan_0/pseudo_masks"
 

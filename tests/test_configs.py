@@ -74,14 +74,18 @@ def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
     assert alone.keys() == whole.keys()
 
 
-def test_phantom_is_phantom_gan_without_the_rounds_that_need_it_and_the_contrastive_loss():
+def test_phantom_is_phantom_gan_without_what_its_rounds_do_not_need():
     alone, whole = (
         dict(guide.config_fields(transunet.get_config(name))) for name in ('phantom', 'phantom_gan')
     )
     changed = {name for name in whole if alone[name] != whole[name]}
     of_rounds = {f'config.{name}' for name in ('stages', 'train.rounds', 'train.round_shares')}
-    assert changed == {'config.variant', 'config.train.losses.contrastive', *of_rounds}
+    of_scans = {'phantom.num_healthy', 'phantom.num_covid', 'data.calibration_fraction'}
+    others = {f'config.{name}' for name in ('variant', 'train.losses.contrastive', *of_scans)}
+    assert changed == others | of_rounds
     assert alone['config.train.losses.contrastive'] == 0
+    studies = ('config.phantom.num_healthy', 'config.phantom.num_covid')
+    assert sum(map(alone.get, studies)) == sum(map(whole.get, studies))
     mosmed = guide.config_fields(transunet.get_config())
     assert {name: whole[name] for name in of_rounds} == {name: mosmed[name] for name in of_rounds}
 
