@@ -59,11 +59,11 @@ def test_phantom_run_reaches_its_figures(tmp_path):
     assert not {'gan', 'pseudo_masks'} & {path.name for path in tmp_path.iterdir()}
     volume = read_summary(tmp_path)['protocols']['volume']
     calibration = json.loads((tmp_path / 'transunet' / 'calibration.json').read_text())
-    # Floors are below what was measured by as much as seeds differ: Dice 0.656, 29.6 ml in five
-    # healthy scans, of which three are hard ones, and 0.990 (docs/results.md).
-    assert volume['dice']['mean'] > 0.55
-    assert calibration['healthy_false_positive_ml'] < 40
-    assert volume['specificity_lung']['mean'] > 0.985
+    # Floors are below what was measured by as much as seeds differ: Dice 0.679, 20.0 ml in 15
+    # healthy scans, and 0.967, which severe phantoms lower (docs/results.md).
+    assert volume['dice']['mean'] > 0.58
+    assert calibration['healthy_false_positive_ml'] < 30
+    assert volume['specificity_lung']['mean'] > 0.95
 
 
 @pytest.mark.slow
