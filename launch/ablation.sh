@@ -16,9 +16,9 @@ rows=("$@")
 
 # What is chosen by looking at phantoms, such as the threshold candidates of predict/calibrate.py,
 # is chosen on those of seed 0. The table is of other phantoms, on which only the contrastive loss was
-# judged.
-# Every CT-1 study has a mask here, for the row that learns from them; the phantom variant's twelve
-# evaluation subjects stay the same, and no other row looks at the other masks.
+# judged. Every CT-1 study has a mask here, for the row that learns from them; twelve of them are what
+# all rows are evaluated on, and no other row looks at the other masks. All rows hold out the same
+# healthy phantoms.
 common=(
   --config.data.folder="$folder/studies"
   --config.data.prepared="$folder/prepared"
@@ -26,6 +26,7 @@ common=(
   --config.phantom.num_healthy=48
   --config.phantom.num_covid=40
   --config.phantom.num_masked=32
+  --config.data.calibration_fraction=0.2
   "--config.data.evaluation_pattern=study_00(49|5[0-9]|60)"
 )
 shared="--config.data.pseudo_masks=$folder/gan_0/pseudo_masks"

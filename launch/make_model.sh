@@ -16,8 +16,9 @@ if [ $# != 0 ] && [[ "$1" != --* ]]; then
 fi
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
-# The laptop's recipe, of painted healthy scans alone, with more phantoms, five times the steps, and the
-# contrastive loss, with which the model was made: whoever changes configs/phantom.py changes what this makes.
+# The laptop's recipe, of painted healthy scans alone, with more phantoms, five times the steps, and
+# the contrastive loss, with which the model was made: whoever changes configs/phantom.py changes what
+# this makes.
 recipe=(
   --config=configs/transunet.py:phantom
   --config.phantom.num_healthy=80

@@ -1,6 +1,7 @@
 """Quality has a floor: what the pipeline reaches on phantoms may not fall without a test that says
 so. Bands are wider than seeds differ; whoever changes a recipe measures it (launch/ablation.sh)."""
 
+import csv
 import json
 
 import numpy as np
@@ -60,10 +61,16 @@ def test_phantom_run_reaches_its_figures(tmp_path):
     volume = read_summary(tmp_path)['protocols']['volume']
     calibration = json.loads((tmp_path / 'transunet' / 'calibration.json').read_text())
     # Floors are below what was measured by as much as seeds differ: Dice 0.679, 20.0 ml in 15
-    # healthy scans, and 0.967, which severe phantoms lower (docs/results.md).
+    # healthy scans, and 0.995 in CT-1 (docs/results.md; 0.967 with three severe phantoms).
     assert volume['dice']['mean'] > 0.58
     assert calibration['healthy_false_positive_ml'] < 30
-    assert volume['specificity_lung']['mean'] > 0.95
+    with (tmp_path / 'evaluation' / 'cases.csv').open() as file:
+        mild = [
+            float(row['specificity_lung'])
+            for row in csv.DictReader(file)
+            if row['category'] == 'CT-1'
+        ]
+    assert np.mean(mild) > 0.985
 
 
 @pytest.mark.slow

@@ -22,21 +22,23 @@ def terms_by_step(train: ml_collections.ConfigDict) -> Callable[[int], tuple[str
     phases = {name: train[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
     modes = {
         'two_phase': lambda step: (
-            CONTRASTIVE if step % train.epoch_steps < train.contrastive_steps else SEGMENTATION
+            CONTRASTIVE
+            if step % phases['epoch_steps'] < phases['contrastive_steps']
+            else SEGMENTATION
         ),
         'combined': lambda step: COMBINED,
         'published': lambda step: published_terms(step, **phases),
     }
     if train.mode not in modes:
         raise InputError(f'train.mode={train.mode!r} is not one of {", ".join(map(repr, modes))}')
-    weights = train.losses.to_dict()
-    for terms in dict.fromkeys(map(modes[train.mode], range(train.num_steps))):
+    all_terms_at, weights = modes[train.mode], train.losses.to_dict()
+    for terms in dict.fromkeys(map(all_terms_at, range(train.num_steps))):
         if not any(weights[name] for name in terms):
             raise InputError(
                 f'train.mode={train.mode!r}: steps that minimise {", ".join(terms)} and no other '
                 f'loss have nothing to learn from, for its weight is 0; {_remedy(terms)}'
             )
-    return lambda step: tuple(name for name in modes[train.mode](step) if weights[name])
+    return lambda step: tuple(name for name in all_terms_at(step) if weights[name])
 
 
 def _remedy(terms: tuple[str, ...]) -> str:

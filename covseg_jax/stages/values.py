@@ -12,6 +12,7 @@ from typing import Any
 
 from covseg_jax.errors import InputError
 from covseg_jax.segmentation.schedule import terms_by_step
+from covseg_jax.segmentation.targets import learns_from_covid
 from covseg_jax.stages import guide
 from covseg_jax.stages.inputs import Config
 
@@ -135,7 +136,7 @@ def refuse_unusable(config: Config) -> None:
             f'the rounds {rounds!r}'
         )
     targets = values['train.targets']
-    if targets != 'pseudo' and set(rounds) == {'synthetic'}:
+    if targets != 'pseudo' and not learns_from_covid(rounds):
         raise InputError(
             f'--config.train.targets={targets!r}: is of COVID scans, which no round of {rounds!r} '
             'learns from; add --config.train.rounds="(\'targets\',)"'
