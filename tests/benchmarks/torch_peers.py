@@ -251,13 +251,14 @@ def transunet_step(
     batch_size: int, fields: dict, size: int, projection_dim: int, contrastive_weight: float
 ) -> Callable[[], None]:
     """The combined step: MSE + sensitivity-enhanced BCE, and where it has a weight the contrastive
-    loss, clipped Adam."""
+    loss, clipped Adam, averaged weights."""
     network = TransUNet(size, **fields).train()
     features = network.class_token.shape[-1]
     project = nn.Sequential(
         nn.Linear(features, features), nn.ReLU(), nn.Linear(features, projection_dim)
     )
     parameters = [*network.parameters(), *project.parameters()]
+    averaged = [each.detach().clone() for each in network.parameters()]
     optimizer = torch.optim.Adam(parameters, 3e-4)
     image = torch.rand(batch_size, 1, size, size)
     target = (torch.rand(batch_size, 1, size, size) > 0.9).float()
@@ -286,6 +287,8 @@ def transunet_step(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, list(network.parameters()), 0.001)
 
     return run
 
