@@ -40,6 +40,19 @@ def tracing_for(name: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x (..., C) @ matrix (C, n) → (..., n).
+
+    On a CPU of rows in one axis: the matrix's gradient is then a product of two matrices as they
+    lie, where XLA first copies an x of more axes transposed (1×1 convolution, 16 → 32 at 8 × 64²:
+    0.8 instead of 4.8 ms, one core). On a TPU, whose tiles pad the last two axes, that would copy.
+    """
+    if platform() != 'cpu':
+        return x @ matrix
+    rows = x.reshape(-1, x.shape[-1]) @ matrix
+    return rows.reshape(*x.shape[:-1], matrix.shape[-1])
+
+
 # --- 2D convolution
 
 
@@ -53,7 +66,7 @@ def conv2d(x: jax.Array, kernel: jax.Array, *, stride: int = 1) -> jax.Array:
     pad = (size // 2, size // 2)
     if platform() == 'cpu':
         if size == 1:
-            return x[:, ::stride, ::stride] @ kernel[0, 0]
+            return product(x[:, ::stride, ::stride], kernel[0, 0])
         if x.shape[3] == 1 and stride > 1:
             return _conv2d_blocks(x, kernel, stride)
         if x.shape[3] >= 512 and (stride > 1 or x.shape[1] * x.shape[2] <= 64):
@@ -89,7 +102,9 @@ def _conv2d_pairs(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     channels, features = kernel.shape[2:]
     batch, height, width = x.shape[:3]
-    x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    # Not jnp.pad: XLA fuses it with what makes x into one slow loop.
+    edge = jnp.zeros((batch, height, 1, channels), x.dtype)
+    x = jnp.concatenate([edge, x, edge], axis=2)
     x = x.reshape(batch, height, width // 2 + 1, 2 * channels)
     # column c of the four inputs and column o of the two outputs meet in tap c − o
     taps = np.stack([np.eye(4, 2, -tap) for tap in range(3)])
@@ -110,7 +125,7 @@ def _conv2d_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         for i in range(size)
         for j in range(size)
     ]
-    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(size * size * channels, -1)
+    return product(jnp.concatenate(windows, axis=-1), kernel.reshape(size * size * channels, -1))
 
 
 def _conv_nd(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:
@@ -138,7 +153,7 @@ def conv3d(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: str = '
     if platform() != 'cpu':
         return _conv_nd(x, kernel, (stride,) * 3, pads)
     if size == 1 and stride == 1:
-        return x @ kernel[0, 0, 0]
+        return product(x, kernel[0, 0, 0])
     if stride > 1 and size % stride == 0:
         return _conv3d_blocks(x, kernel, stride, pads)
     if stride > 1:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import export, lax
 
+from covseg_jax.models.convolution import product
 from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform
 
 GRID_STEP = 16  # pixels a patch token stands for, in H and in W
@@ -210,12 +211,12 @@ class TransformerBlock(nn.Module):
         # its own, so that no axis of heads has to be carried past that of the tokens.
         layout, groups = (head_width, 3, self.num_heads), 3 * self.num_heads
         if not export.is_symbolic_dim(batch) and batch * count < features:
-            fused = (x @ kernel).reshape(batch, count, *layout).transpose(3, 4, 0, 1, 2)
+            fused = product(x, kernel).reshape(batch, count, *layout).transpose(3, 4, 0, 1, 2)
             fused = fused.reshape(groups, batch, count, head_width)
             parts = [part[0] for part in lax.split(fused, (1,) * groups)]
         else:
             kernel = kernel.reshape(features, *layout).transpose(0, 2, 3, 1)
-            parts = jnp.split(x @ kernel.reshape(features, -1), groups, axis=-1)
+            parts = jnp.split(product(x, kernel.reshape(features, -1)), groups, axis=-1)
         root = head_width**0.5
         scale = root if self.published_attention else 1 / root
         mixed = []
@@ -282,4 +283,10 @@ def interpolate_positions(
 
 
 def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=torch_uniform, name=name)
+    options = {'dtype': dtype, 'kernel_init': torch_uniform, 'dot_general': _dense_product}
+    return nn.Dense(features, use_bias=use_bias, name=name, **options)
+
+
+def _dense_product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    # linen also names the axes, always these, and a precision, always the default one
+    return product(x, kernel)

@@ -16,7 +16,7 @@ def upsample_bilinear(x: jax.Array) -> jax.Array:
     (B, H, W, C) → (B, 2H, 2W, C).
     """
     if platform() == 'cpu':
-        return _double_axis(_double_axis(x, 1), 2)
+        return _double(x)
     rows, columns = (jnp.asarray(_corner_aligned_matrix(size), x.dtype) for size in x.shape[1:3])
     return jnp.einsum('ph,qw,bhwc->bpqc', rows, columns, x)
 
@@ -27,21 +27,57 @@ def _corner_aligned_matrix(size: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(size)))
 
 
+@jax.custom_vjp
+def _double(x: jax.Array) -> jax.Array:
+    return _double_axis(_double_axis(x, 2), 1)
+
+
 def _double_axis(x: jax.Array, axis: int) -> jax.Array:
     """Linear ×2 along one axis: samples 2m and 2m + 1 lie m / (2n − 1) before x[m] and as far
     after it as n − 1 − m counts, so each is a mix of x[m] with one neighbour."""
     size = x.shape[axis]
-    shape = [1] * x.ndim
-    shape[axis] = size
-    share = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)
+    before, after = _shares(x, axis, size)
     first = lax.slice_in_dim(x, 0, 1, axis=axis)
     last = lax.slice_in_dim(x, size - 1, size, axis=axis)
     earlier = jnp.concatenate([first, lax.slice_in_dim(x, 0, size - 1, axis=axis)], axis)
     later = jnp.concatenate([lax.slice_in_dim(x, 1, size, axis=axis), last], axis)
-    even = x + share * (earlier - x)
-    odd = x + jnp.flip(share, axis) * (later - x)
+    even = x + before * (earlier - x)
+    odd = x + after * (later - x)
     doubled = jnp.stack([even, odd], axis + 1)
     return doubled.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+
+
+def _halve_axis(dy: jax.Array, axis: int) -> jax.Array:
+    """The gradient of `_double_axis`."""
+    size = dy.shape[axis] // 2
+    before, after = _shares(dy, axis, size)
+    pairs = dy.reshape(*dy.shape[:axis], size, 2, *dy.shape[axis + 1 :])
+    even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+    none = jnp.zeros_like(lax.slice_in_dim(even, 0, 1, axis=axis))
+    from_next = lax.slice_in_dim(before * even, 1, size, axis=axis)
+    from_previous = lax.slice_in_dim(after * odd, 0, size - 1, axis=axis)
+    return (
+        (1 - before) * even
+        + (1 - after) * odd
+        + jnp.concatenate([from_next, none], axis)
+        + jnp.concatenate([none, from_previous], axis)
+    )
+
+
+def _shares(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Of each sample's earlier neighbour in the even, of its later one in the odd sample."""
+    shape = [1] * x.ndim
+    shape[axis] = size
+    before = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)
+    return before, jnp.flip(before, axis)
+
+
+# Each axis by itself: of both at once XLA makes one loop, which takes 2.1 instead of 0.8 ms for
+# 8 channels at 8 × 128² (one core).
+_double.defvjp(
+    lambda x: (_double(x), None),
+    lambda _, dy: (_halve_axis(lax.optimization_barrier(_halve_axis(dy, 1)), 2),),
+)
 
 
 def conv_upsampled(x: jax.Array | None, below: jax.Array, kernel: jax.Array) -> jax.Array:
