@@ -41,9 +41,10 @@ def _data() -> ml_collections.ConfigDict:
     # Regex: studies whose whole id it matches are healthy, beside those of category CT-0.
     data.healthy_pattern = ''
     data.evaluation_pattern = '.*'  # regex: subjects with a mask that are kept for evaluation
-    # Of the healthy subjects: thresholds are found on them, and painted rounds validated.
+    # Chance of each healthy subject to be held out, one at least: thresholds are found on these,
+    # and painted rounds validated.
     data.calibration_fraction = 0.15
-    data.validation_fraction = 0.1  # of the other COVID subjects: the other rounds are validated
+    data.validation_fraction = 0.1  # the same of other COVID subjects: other rounds are validated
     data.on_bad_study = 'skip'  # or 'stop'
     data.num_workers = 0  # processes that prepare, verify, predict; 0: one a core, as memory allows
     data.prepared = ''  # '' means <workdir>/prepared
@@ -134,7 +135,9 @@ def _train() -> ml_collections.ConfigDict:
     train.high_percent = 1.0  # of a slice's lungs, from which on 'infection' calls it high
     train.use_healthy = True  # healthy training scans join the low group with empty targets
     train.synthetic_share = 0.5  # of the slices that get opacities with exact masks
-    train.max_healthy_ml = 15.0  # in a healthy scan on average: cuts shown to mark more are refused
+    # In a healthy scan on average: a cut is refused that held-out healthy scans show to mark more,
+    # with 95 % confidence, or that marks three times this in them.
+    train.max_healthy_ml = 15.0
     train.augment = augment = ml_collections.ConfigDict()  # data/augment.py: Augmentation
     augment.enabled = True  # with mirror images, and the next, each at most
     augment.zoom = 0.1  # relative

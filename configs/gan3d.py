@@ -1,5 +1,5 @@
 """The GAN alone: studies -> prepared cases -> GAN -> pseudo-masks; variants and fields as in
-configs/transunet.py.
+configs/transunet.py, but for `phantom`, which learns from no scan with lesions.
 
     python -m covseg_jax.main --config=configs/gan3d.py[:VARIANT]
 """
@@ -8,9 +8,13 @@ import ml_collections
 
 from configs import transunet
 
+VARIANTS = tuple(each for each in transunet.VARIANTS if each != 'phantom')
+
 
 def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:
     """The locked configuration of one variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f'variant {variant!r} of the GAN is not one of {", ".join(VARIANTS)}')
     config = transunet.get_config(variant).unlock()
     config.name = 'gan3d'
     config.stages = 'prepare,gan,synthesize'

@@ -4,8 +4,9 @@ healthy scans alone, of which there are more. On phantoms it is better without e
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 
-2 CPU cores: 9 to 10 minutes. Dice of 12 held-out phantoms of seed 0, on which settings were
-chosen: 0.68; of sixty others: 0.67 (docs/results.md).
+2 CPU cores: 9 to 10 minutes. Dice of 12 held-out phantoms of seed 0, nine mild and three severe
+ones, on which settings were chosen: 0.68; of sixty of seed 777001: 0.67 (docs/results.md). They are
+not the phantoms that phantom_gan is evaluated on; launch/ablation.sh and launch/measure.sh compare.
 """
 
 import ml_collections
@@ -19,6 +20,6 @@ def change(config: ml_collections.ConfigDict) -> None:
     config.stages = 'prepare,train,evaluate'
     config.train.update(rounds=('synthetic',), round_shares=(1.0,))
     config.train.losses.contrastive = 0.0
-    # COVID scans are evaluated on alone; as many studies as phantom_gan has.
+    # COVID scans serve evaluation only; as many studies as phantom_gan has.
     config.phantom.update(num_healthy=48, num_covid=12)
     config.data.calibration_fraction = 0.2

@@ -3,8 +3,8 @@
 # averaged, are trained in FOLDER/seed_0 and FOLDER/seed_1, each on phantoms of its own, exported, and
 # put into covseg_jax/default_model/.
 #   launch/make_model.sh [FOLDER] [flags]     default: runs/default_model
-# The seeds are fixed: the same flags give the same model. A run that was stopped goes on with the same
-# command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
+# The seeds are fixed: the same flags give the same model, on as many cores and with the same code and
+# jaxlib. A run that was stopped goes on with the same command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
 # stays as it is: write there what was measured.
 set -euo pipefail
 

@@ -1,4 +1,4 @@
-"""What launch/measure.sh does: phantoms that nothing else uses, models, their scores, one table."""
+"""What launch/measure.sh does: phantoms that no training saw, models, their scores, one table."""
 
 import argparse
 import dataclasses
@@ -28,8 +28,8 @@ from covseg_jax.phantom.studies import write_phantom_data_set
 from covseg_jax.predict import default
 from covseg_jax.predict.model import Model
 
-# No training saw phantoms of this seed, and no setting of the default model was chosen on them;
-# the rule of cuts (predict/calibrate.py) was judged on them, and leaves that model as it was.
+# No training saw phantoms of this seed. Choices were made on them: the rule of cuts, the factor of
+# the lungs' outermost pixels, and what the variant `phantom` learns from (docs/results.md).
 SEED = 777001
 NUM_PHANTOMS = 60
 # Of the phantoms with lesions, those in CT-2, CT-3 and CT-4: about MosMedData's shares, but with a

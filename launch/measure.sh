@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Scores trained models side by side on scans that no choice was made on, and prints one table.
+# Scores trained models side by side on scans that no training saw, and prints one table.
 #   launch/measure.sh FOLDER MODEL [MODEL ...] [flags]
 # A MODEL is the work directory of a run, an export, `default`, or several of one recipe that are one row of the
 # table: runs/a_0,runs/a_1,runs/a_2. FOLDER gets phantoms (made once), table.md and scores.csv. A
@@ -8,7 +8,7 @@
 #   --real_slices=DIR   a data set with lesion masks, such as labelled slices, scored too
 #   --healthy=DIR       healthy scans, of which is said how much each model marks in them
 #   --phantoms=N        how many phantoms there are, with lesions and as many without (60; 0 makes none)
-#   --seed=N            of the phantoms (777001: choose nothing on them)
+#   --seed=N            of the phantoms (777001, on which some choices were made; 777003: choose nothing)
 #   --num_workers=N     processes beside the network's (one a core, as memory allows; 0 is none)
 set -euo pipefail
 

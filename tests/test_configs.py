@@ -66,7 +66,7 @@ def name_case(value):
     return ' '.join(f'{k}={v}' for k, v in value.items()) if isinstance(value, dict) else ''
 
 
-@pytest.mark.parametrize('variant', transunet.VARIANTS)
+@pytest.mark.parametrize('variant', gan3d.VARIANTS)
 def test_gan_config_is_the_whole_pipelines_but_for_its_stages(variant):
     alone, whole = gan3d.get_config(variant).to_dict(), transunet.get_config(variant).to_dict()
     changed = {name for name in whole if alone[name] != whole[name]}

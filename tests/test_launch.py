@@ -281,6 +281,15 @@ def test_a_row_of_the_ablation_that_is_named_is_made_alone(tmp_path):
     assert [call[0] for call in calls] == ['run', f'{tmp_path}/launch/ablation_table.py']
 
 
+def test_a_row_that_does_not_exist_is_named_before_any_is_made(tmp_path):
+    done = subprocess.run(
+        ['bash', LAUNCH / 'ablation.sh', tmp_path, 'default_0', 'defualt_1'],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('error: there is no row defualt_1; rows are default_0 gan_0 ')
+
+
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
     # What its recipe takes from the laptop's: with another value another model would be made.
     laptop = transunet.get_config('phantom')

@@ -287,6 +287,6 @@ def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.De
     return nn.Dense(features, use_bias=use_bias, name=name, **options)
 
 
-def _dense_product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
-    # linen also names the axes, always these, and a precision, always the default one
+def _dense_product(x: jax.Array, kernel: jax.Array, axes: Any, precision: None) -> jax.Array:
+    del axes, precision  # x's last and the kernel's first; the default one
     return product(x, kernel)

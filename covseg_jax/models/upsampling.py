@@ -33,8 +33,8 @@ def _double(x: jax.Array) -> jax.Array:
 
 
 def _double_axis(x: jax.Array, axis: int) -> jax.Array:
-    """Linear ×2 along one axis: samples 2m and 2m + 1 lie m / (2n − 1) before x[m] and as far
-    after it as n − 1 − m counts, so each is a mix of x[m] with one neighbour."""
+    """Linear ×2 along one axis of n: output 2m lies m / (2n − 1) before x[m], and output 2m + 1
+    (n − 1 − m) / (2n − 1) after it, so each is a mix of x[m] with one neighbour."""
     size = x.shape[axis]
     before, after = _shares(x, axis, size)
     first = lax.slice_in_dim(x, 0, 1, axis=axis)
@@ -48,7 +48,7 @@ def _double_axis(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _halve_axis(dy: jax.Array, axis: int) -> jax.Array:
-    """The gradient of `_double_axis`."""
+    """The gradient of `_double_axis`'s input: its transpose."""
     size = dy.shape[axis] // 2
     before, after = _shares(dy, axis, size)
     pairs = dy.reshape(*dy.shape[:axis], size, 2, *dy.shape[axis + 1 :])
@@ -65,7 +65,8 @@ def _halve_axis(dy: jax.Array, axis: int) -> jax.Array:
 
 
 def _shares(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Of each sample's earlier neighbour in the even, of its later one in the odd sample."""
+    """The weight of x[m − 1] in output 2m and of x[m + 1] in output 2m + 1, of length n along the
+    axis."""
     shape = [1] * x.ndim
     shape[axis] = size
     before = (jnp.arange(size) / (2 * size - 1)).astype(x.dtype).reshape(shape)

@@ -131,6 +131,8 @@ def _describe_network(network: Mapping[str, Any]) -> str:
         with_masks = 'with' if data['human_masks'] else 'without'
         named = {'phantoms': 'synthetic scans (phantoms)'}
         sets = ' and '.join(named.get(each, each) for each in data['data_sets'])
+        if data.get('covid_studies') == 0:
+            sets = f'synthetic opacities, painted into scans without lesions of {sets},'
         text += f', trained on {sets} {with_masks} human lesion masks'
     if network['name'] == DEFAULT:
         text += ', as the model card of covseg_jax describes'

@@ -243,9 +243,9 @@ def split_cases(
     if needs_covid and len(covid) < 2:
         raise InputError(
             f'prepared cases: {len(covid)} COVID subjects to learn from, and training needs at '
-            'least two; subjects with a lesion mask are kept for evaluation where '
-            '--config.data.evaluation_pattern matches them; the variant phantom learns from '
-            'healthy scans alone'
+            'least two where it learns from any; subjects with a lesion mask are kept for '
+            'evaluation where --config.data.evaluation_pattern matches them; '
+            '--config.train.rounds="(\'synthetic\',)" learns from healthy scans alone'
         )
     calibration = _held_out(healthy, calibration_fraction, seed)
     validation = _held_out(covid, validation_fraction, seed)

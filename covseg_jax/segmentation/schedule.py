@@ -17,7 +17,8 @@ def terms_by_step(train: ml_collections.ConfigDict) -> Callable[[int], tuple[str
     have a weight: method.md section 4's two-phase epoch, one sum, or the published schedule.
 
     Raises:
-      InputError: the mode does not exist, or some step has no loss with a weight.
+      InputError: the mode does not exist, some step has no loss with a weight, or none has one of
+        SEGMENTATION: the network would learn to mark nothing.
     """
     phases = {name: train[name] for name in ('num_epochs', 'epoch_steps', 'contrastive_steps')}
     modes = {
@@ -32,12 +33,20 @@ def terms_by_step(train: ml_collections.ConfigDict) -> Callable[[int], tuple[str
     if train.mode not in modes:
         raise InputError(f'train.mode={train.mode!r} is not one of {", ".join(map(repr, modes))}')
     all_terms_at, weights = modes[train.mode], train.losses.to_dict()
-    for terms in dict.fromkeys(map(all_terms_at, range(train.num_steps))):
+    found = list(dict.fromkeys(map(all_terms_at, range(train.num_steps))))
+    for terms in found:
         if not any(weights[name] for name in terms):
             raise InputError(
                 f'train.mode={train.mode!r}: steps that minimise {", ".join(terms)} and no other '
-                f'loss have nothing to learn from, for its weight is 0; {_remedy(terms)}'
+                f'loss have nothing to learn from, for no weight is above 0; {_remedy(terms)}'
             )
+    if not any(weights[name] for terms in found for name in terms if name in SEGMENTATION):
+        raise InputError(
+            f'train.mode={train.mode!r}: none of {train.num_steps} steps minimises '
+            f'{" or ".join(SEGMENTATION)}, so the network would not learn to mark lesions; give '
+            'one of --config.train.losses.mse and sensitivity a weight, or '
+            '--config.train.num_steps more than train.contrastive_steps'
+        )
     return lambda step: tuple(name for name in all_terms_at(step) if weights[name])
 
 

@@ -46,7 +46,8 @@ def plan_rounds(kinds: Sequence[str], shares: Sequence[float], num_steps: int) -
         )
     if len(shares) != len(kinds) or min(shares) <= 0:
         raise InputError(
-            f'train.round_shares={tuple(shares)}: one positive share for each of {tuple(kinds)}'
+            f'--config.train.round_shares={tuple(shares)}: must be one positive share for each of '
+            f'the rounds {tuple(kinds)}'
         )
     ends = np.rint(num_steps * np.cumsum(shares) / sum(shares)).astype(int).tolist()
     return [Round(*each) for each in zip(kinds, [0, *ends[:-1]], ends, strict=True)]

@@ -7,14 +7,17 @@ the devices, it says itself.
 
 import fnmatch
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from covseg_jax.errors import InputError
+from covseg_jax.prepare.study_files import LUNGS_SOURCES
 from covseg_jax.segmentation.schedule import terms_by_step
-from covseg_jax.segmentation.targets import learns_from_covid
+from covseg_jax.segmentation.targets import SOURCES, learns_from_covid, plan_rounds
 from covseg_jax.stages import guide
 from covseg_jax.stages.inputs import Config
+from covseg_jax.training.optim import SCHEDULES
 
 
 def _is_number(value: Any) -> bool:
@@ -31,6 +34,14 @@ def _are_counts(value: Any) -> bool:
 
 def _is_range(value: Any) -> bool:
     return _are_numbers(value, 2) and value[0] <= value[1]
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _is_one_of(*known: str) -> tuple[Callable[[Any], bool], str]:
@@ -93,8 +104,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'train.rounds': (
         lambda value: isinstance(value, tuple)
         and value != ()
-        and {*value} <= {'synthetic', 'refined', 'targets'},
-        "some of ('synthetic', 'refined', 'targets')",
+        and {*value} <= {'synthetic', 'refined', 'targets'}
+        and value[0] != 'refined',
+        "some of ('synthetic', 'refined', 'targets'), and not 'refined' first",
     ),
     'train.round_shares': (
         lambda value: isinstance(value, tuple) and all(_is_number(n) and n > 0 for n in value),
@@ -111,6 +123,21 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _are_numbers(value, 3) and min(value) > 0,
         'x, y and z, such as (1.75, 1.75, 8.0)',
     ),
+    **dict.fromkeys(
+        ('data.subject_pattern', 'data.healthy_pattern', 'data.evaluation_pattern'),
+        (_is_pattern, 'a regular expression'),
+    ),
+    'synthesize.percentile': (lambda value: 0 <= value <= 100, 'from 0 to 100'),
+    'train.targets': _is_one_of(*SOURCES),
+    'train.labels': _is_one_of('quartiles', 'infection'),
+    'train.schedule': _is_one_of(*SCHEDULES),
+    **dict.fromkeys(('gan.schedule', 'lungs.schedule'), _is_one_of('cosine', 'constant')),
+    'train.losses.contrastive_features': _is_one_of('projection', 'logits'),
+    'train.losses.contrastive_labels': _is_one_of('infection', 'one'),
+    'train.losses.mse_on': _is_one_of('probability', 'logits'),
+    'synthesize.source': _is_one_of('gan', 'model'),
+    'synthesize.difference': _is_one_of('opacity', 'published'),
+    'prepare.lungs_source': _is_one_of(*LUNGS_SOURCES),
     'gan.recipe': _is_one_of('default', 'published', 'none'),
     'gan.generator.head': _is_one_of('blend', 'relu'),
     'network.name': _is_one_of('transunet', 'unet', 'none'),
@@ -129,11 +156,12 @@ def refuse_unusable(config: Config) -> None:
         for can_be_used, expected in _rules(name, value):
             if not can_be_used(value):
                 raise InputError(f'--config.{name}={value!r}: must be {expected}')
-    rounds, shares = values['train.rounds'], values['train.round_shares']
-    if len(rounds) != len(shares):
+    rounds = values['train.rounds']
+    plan_rounds(rounds, values['train.round_shares'], values['train.num_steps'])
+    if 'synthetic' in rounds and not values['train.synthetic_share']:
         raise InputError(
-            f'--config.train.round_shares={shares!r}: must be a share for each of '
-            f'the rounds {rounds!r}'
+            '--config.train.synthetic_share=0.0: no slice of a round of painted healthy scans '
+            f'would have a lesion; give it a share, or take synthetic out of {rounds!r}'
         )
     targets = values['train.targets']
     if targets != 'pseudo' and not learns_from_covid(rounds):

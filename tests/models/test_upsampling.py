@@ -23,8 +23,9 @@ def test_upsample_keeps_corners_and_interpolates_between(platform):
     np.testing.assert_allclose(actual[0, :, :, 0], [[0, 2, 4, 6, 8, 10]] * 2, atol=1e-5)
 
 
-def test_upsample_folded_equals_native():
-    x, weights = draw(0, 2, 4, 7, 3), draw(1, 2, 8, 14, 3)
+@pytest.mark.parametrize(('height', 'width'), [(4, 7), (1, 2), (3, 1)])
+def test_upsample_folded_equals_native(height, width):
+    x, weights = draw(0, 2, height, width, 3), draw(1, 2, 2 * height, 2 * width, 3)
 
     def value_and_gradient(platform):
         graded = jax.value_and_grad(lambda x: jnp.vdot(weights, upsampling.upsample_bilinear(x)))

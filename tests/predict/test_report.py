@@ -209,3 +209,14 @@ def test_methods_of_other_settings_say_those(predicted):
     assert "exceeds 20 % of the study's highest" in paragraph
     assert 'Lung masks were given with the scans.' in paragraph
     assert not re.search('mirror|Gaussian|multiplied|dropped|more scan|trained|SHA-256', paragraph)
+
+
+def test_methods_name_painted_opacities_where_no_covid_scan_was_learned_from(predicted):
+    record = copy.deepcopy(read_record(predicted[1], 'a'))
+    (network,) = record['model']['networks']
+    network['training_data'] |= {'covid_studies': 0}
+    paragraph, _ = describe_methods([record], 0)
+    assert (
+        'trained on synthetic opacities, painted into scans without lesions of synthetic scans '
+        '(phantoms), without human lesion masks'
+    ) in paragraph

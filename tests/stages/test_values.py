@@ -38,6 +38,15 @@ def test_every_rule_is_of_a_field():
         ('train.rounds', ('synthetic', 'refine'), "'refined'"),
         ('train.compute_dtype', 'float16', "'bfloat16'"),
         ('network.name', 'resnet', "'unet'"),
+        ('train.rounds', ('refined', 'synthetic'), "not 'refined' first"),
+        ('train.targets', 'humans', "'human'"),
+        ('train.schedule', 'cosin', "'cosine'"),
+        ('gan.schedule', 'plateau', "'cosine'"),
+        ('train.losses.mse_on', 'logit', "'logits'"),
+        ('synthesize.source', 'models', "'model'"),
+        ('prepare.lungs_source', 'net', "'network'"),
+        ('data.evaluation_pattern', '(', 'a regular expression'),
+        ('synthesize.percentile', 150.0, 'from 0 to 100'),
     ],
 )
 def test_what_cannot_be_used_is_named_with_what_it_must_be(field, value, told):
@@ -70,8 +79,32 @@ def test_losses_without_weight_are_refused_where_a_step_has_no_other():
     values.refuse_unusable(config)
 
 
+@pytest.mark.parametrize(
+    ('variant', 'fields'),
+    [
+        ('phantom_gan', {'train.losses.mse': 0.0, 'train.losses.sensitivity': 0.0}),
+        ('mosmed', {'train.num_steps': 50}),  # as many contrastive steps begin each epoch
+        ('mosmed', {'train.contrastive_steps': 500}),
+    ],
+)
+def test_a_training_that_learns_no_mask_is_refused(variant, fields):
+    config = transunet.get_config(variant).unlock()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(InputError, match='would not learn to mark lesions; give one of --config'):
+        values.refuse_unusable(config)
+
+
+def test_painted_rounds_paint():
+    config = transunet.get_config('phantom').unlock()
+    config.train.synthetic_share = 0.0
+    with pytest.raises(InputError, match=r'synthetic_share=0\.0: .* give it a share'):
+        values.refuse_unusable(config)
+
+
 def test_each_round_has_a_share():
     config = transunet.get_config('tiny').unlock()
     config.train.rounds = ('synthetic',)
-    with pytest.raises(InputError, match=r'train.round_shares=\(.*\): must be a share for each'):
+    with pytest.raises(
+        InputError, match=r'train.round_shares=\(.*\): must be one positive share for each'
+    ):
         values.refuse_unusable(config)
