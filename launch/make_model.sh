@@ -16,16 +16,13 @@ if [ $# != 0 ] && [[ "$1" != --* ]]; then
 fi
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
-# The laptop's recipe, of painted healthy scans alone, with more phantoms, five times the steps, and
-# the contrastive loss, with which the model was made: whoever changes configs/phantom.py changes what
-# this makes.
+# The laptop's recipe, of painted healthy scans alone, with more phantoms and five times the steps:
+# whoever changes phantom.py, phantom_gan.py or base.py in configs/ may change what this makes.
 recipe=(
   --config=configs/transunet.py:phantom
-  --config.phantom.num_healthy=80
-  --config.phantom.num_covid=24
-  --config.data.calibration_fraction=0.15
+  --config.phantom.num_healthy=160
+  --config.data.calibration_fraction=0.1
   --config.train.num_steps=12000
-  --config.train.losses.contrastive=0.1
   --config.train.ema_decay=0.99
   --config.train.evaluate_every=1000
   "--config.export.licence=as this repository's; no patient's data went into it"
