@@ -5,7 +5,7 @@ healthy scans alone, of which there are more. On phantoms it is better without e
     python -m covseg_jax.main --config=configs/transunet.py:phantom
 
 2 CPU cores: 9 to 10 minutes. Dice of 12 held-out phantoms of seed 0, nine mild and three severe
-ones, on which settings were chosen: 0.68; of sixty of seed 777001: 0.67 (docs/results.md). They are
+ones, on which settings were chosen: 0.67; of sixty of seed 777001: 0.68 (docs/results.md). They are
 not the phantoms that phantom_gan is evaluated on; launch/ablation.sh and launch/measure.sh compare.
 """
 
