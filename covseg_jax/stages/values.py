@@ -17,7 +17,6 @@ from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.targets import SOURCES, learns_from_covid, plan_rounds
 from covseg_jax.stages import guide
 from covseg_jax.stages.inputs import Config
-from covseg_jax.training.optim import SCHEDULES
 
 
 def _is_number(value: Any) -> bool:
@@ -130,7 +129,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'synthesize.percentile': (lambda value: 0 <= value <= 100, 'from 0 to 100'),
     'train.targets': _is_one_of(*SOURCES),
     'train.labels': _is_one_of('quartiles', 'infection'),
-    'train.schedule': _is_one_of(*SCHEDULES),
+    # Not training/optim.py's SCHEDULES: what predicts needs no optax.
+    'train.schedule': _is_one_of('cosine', 'plateau', 'constant'),
     **dict.fromkeys(('gan.schedule', 'lungs.schedule'), _is_one_of('cosine', 'constant')),
     'train.losses.contrastive_features': _is_one_of('projection', 'logits'),
     'train.losses.contrastive_labels': _is_one_of('infection', 'one'),

@@ -116,7 +116,7 @@ def test_healthy_scans_alone_are_split_where_nothing_learns_from_covid_scans(tmp
     splits = split_studies(config, tmp_path, needs_covid=False)
     assert len(splits.healthy_train + splits.healthy_calibration) == 4
     assert not splits.train + splits.validation
-    with pytest.raises(InputError, match=r'0 COVID subjects .* at least two.*variant phantom'):
+    with pytest.raises(InputError, match=r'0 COVID subjects .* at least two.*synthetic'):
         split_studies(config, tmp_path)
 
 

@@ -7,11 +7,19 @@ import pytest
 from configs import transunet
 from covseg_jax.errors import InputError
 from covseg_jax.stages import guide, values
+from covseg_jax.training.optim import SCHEDULES
 
 
 @pytest.mark.parametrize('variant', transunet.VARIANTS)
 def test_every_variant_can_be_used(variant):
     assert values.refuse_unusable(transunet.get_config(variant)) is None
+
+
+def test_schedules_are_those_that_there_are():
+    for schedule in SCHEDULES:
+        config = transunet.get_config('tiny').unlock()
+        config.train.schedule = schedule
+        values.refuse_unusable(config)
 
 
 def test_every_rule_is_of_a_field():
