@@ -73,8 +73,8 @@ def _shares(x: jax.Array, axis: int, size: int) -> tuple[jax.Array, jax.Array]:
     return before, jnp.flip(before, axis)
 
 
-# Each axis by itself: of both at once XLA makes one loop, which takes 2.1 instead of 0.8 ms for
-# 8 channels at 8 × 128² (one core).
+# By hand, and each axis by itself: 0.8 ms for 8 channels at 8 × 128² (one core). JAX's own gradient
+# takes 2.1, and 2.0 with the axes kept apart.
 _double.defvjp(
     lambda x: (_double(x), None),
     lambda _, dy: (_halve_axis(lax.optimization_barrier(_halve_axis(dy, 1)), 2),),

@@ -42,7 +42,8 @@ def plan_rounds(kinds: Sequence[str], shares: Sequence[float], num_steps: int) -
     unknown = [kind for kind in kinds if kind not in ROUNDS]
     if unknown or not kinds or kinds[0] == 'refined':
         raise InputError(
-            f'train.rounds={tuple(kinds)}: choose from {", ".join(ROUNDS)}, and not refined first'
+            f'--config.train.rounds={tuple(kinds)}: must be some of {ROUNDS}, '
+            "and not 'refined' first"
         )
     if len(shares) != len(kinds) or min(shares) <= 0:
         raise InputError(

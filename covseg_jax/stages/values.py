@@ -100,13 +100,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(('gan.compute_dtype', 'train.compute_dtype'), _TYPE),
     'train.losses.temperature': (lambda value: value > 0, 'more than 0'),
     'train.losses.doubtful': (lambda value: value == () or _is_range(value), '() or (low, high)'),
-    'train.rounds': (
-        lambda value: isinstance(value, tuple)
-        and value != ()
-        and {*value} <= {'synthetic', 'refined', 'targets'}
-        and value[0] != 'refined',
-        "some of ('synthetic', 'refined', 'targets'), and not 'refined' first",
-    ),
     'train.round_shares': (
         lambda value: isinstance(value, tuple) and all(_is_number(n) and n > 0 for n in value),
         'a share of num_steps for each of train.rounds, such as (0.7, 0.3)',
