@@ -112,10 +112,15 @@ class _Profiler:
 
 
 class _Timer:
-    """How fast steps were since the last line, and which share of the time they waited for data."""
+    """How fast steps were since the last line, and which share of the time they waited for data.
+
+    What compiling took is in neither: on a GPU it is minutes, and the first line would say that
+    hours are left.
+    """
 
     def __init__(self) -> None:
         self._since, self._seconds = time.monotonic(), {'pause': [], 'wait': []}
+        self._compiled = set()
 
     @contextlib.contextmanager
     def measure(self, what: str) -> Iterator[None]:
@@ -123,6 +128,14 @@ class _Timer:
         began = time.monotonic()
         yield
         self._seconds[what].append(time.monotonic() - began)
+
+    def call(self, program: Callable) -> contextlib.AbstractContextManager[None]:
+        """The block calls a jitted program, whose first call compiles, and is a pause. The device
+        computes the step after the call."""
+        if program in self._compiled:
+            return contextlib.nullcontext()
+        self._compiled.add(program)
+        return self.measure('pause')
 
     def take(self) -> dict[str, float]:
         """The two, and begins anew."""
@@ -294,7 +307,9 @@ def run(
             with timer.measure('wait'):
                 batch = next(batches)
             profiler.before(step)
-            state, metrics = step_at(step)(state, shard_batch(feed.inputs(batch), mesh))
+            program, inputs = step_at(step), shard_batch(feed.inputs(batch), mesh)
+            with timer.call(program):
+                state, metrics = program(state, inputs)
             profiler.after(step, state)
             records.add_step(step + 1, metrics, feed.studies(batch))
             bar.update()

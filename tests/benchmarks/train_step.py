@@ -8,9 +8,10 @@ sensitivity-enhanced BCE, in most variants + contrastive, clipped Adam, averaged
 the config's generator, in training its adversarial step, or with --mode=reconstruct the step
 without discriminator; of --variant=published a whole published iteration (reconstruction,
 discriminator, adversarial). Opacities and corrupting noise are made in our step, the peer gets
-them ready-made. Prints one JSON line; the first call of each side, which compiles, is not counted,
-and `flops` are the compiler's count of ours. On a GPU both sides run there, in float32 with TF32
-products, as JAX does of itself. PyTorch is no requirement: `pip install torch`.
+them ready-made. Prints one JSON line: `compile_s` is what making ours took, tracing and compiling
+included, the first call of each side is not counted, and `flops` are the compiler's count of ours.
+On a GPU both sides run there, in float32 with TF32 products, as JAX does of itself. PyTorch is no
+requirement: `pip install torch`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import json
 import pathlib
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -197,7 +199,9 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--peer', choices=('torch',))
     arguments = parser.parse_args()
+    started = time.monotonic()
     work, flops = (gan_work if arguments.model == 'gan3d' else transunet_work)(arguments)
+    compile_s = time.monotonic() - started
     sides = {'ours': work} | ({'peer': torch_work(arguments)} if arguments.peer else {})
     seconds = list(take_turns(sides, arguments.repeats, rest_s=0.2).values())
     medians = [statistics.median(each) for each in seconds]
@@ -206,6 +210,7 @@ def main() -> None:
         'median_s': round(medians[0], 4),
         'runs': arguments.repeats,
         'batch_size': arguments.batch_size,
+        'compile_s': round(compile_s, 1),
         'flops': flops,
         'gflops_per_s': round(flops / medians[0] / 1e9, 1),
     }
