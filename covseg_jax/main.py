@@ -53,8 +53,8 @@ _STAGES = flags.DEFINE_string(
 _PATHS = {
     'input': 'predict, verify: scans; evaluate: masks, or with --model a data set; compare: '
     'RUN,RUN; import_weights: a weights file',
-    'output': 'predict, verify, export, pseudo_masks, evaluate, compare: the folder for what they '
-    'write',
+    'output': 'predict, verify, export, pseudo_masks, evaluate, compare, lungs: the folder for '
+    'what they write',
     'reference': "evaluate: true masks, for --input's masks",
 }
 _SWITCHES = {

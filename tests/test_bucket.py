@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import transunet
 from covseg_jax import bucket, hosts, mirror
 from covseg_jax.errors import InputError
 from covseg_jax.stages import buckets
@@ -220,6 +221,15 @@ def test_several_hosts_write_predictions_on_a_disk_that_they_share(monkeypatch):
     given = dict.fromkeys(('input', 'output', 'reference', 'model')) | {'output': URL}
     with pytest.raises(InputError, match='several hosts write into a folder on a disk'):
         contextlib.ExitStack().enter_context(buckets.opened(None, URL, ['predict'], given))
+
+
+@pytest.mark.parametrize('field', ['data.prepared', 'prepare.lung_network', 'train.init'])
+def test_a_setting_that_must_be_on_a_disk_is_refused_in_a_bucket(field):
+    config = transunet.get_config()
+    config.update_from_flattened_dict({field: URL})
+    given = dict.fromkeys(('input', 'output', 'reference', 'model'))
+    with pytest.raises(InputError, match=f"{field}='{URL}': is in a bucket"):
+        contextlib.ExitStack().enter_context(buckets.opened(config, '', ['train'], given))
 
 
 def test_two_runs_on_one_host_do_not_share_a_folder(server):

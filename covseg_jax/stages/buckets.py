@@ -10,7 +10,7 @@ from covseg_jax.stages.on_request import STOPPED
 from covseg_jax.stages.pipeline import PIPELINE
 
 _READ = ('input', 'reference', 'model')  # flags
-_ON_A_DISK = ('data.prepared', 'data.pseudo_masks', 'prepare.lung_network')
+_ON_A_DISK = ('data.prepared', 'data.pseudo_masks', 'prepare.lung_network', 'train.init')
 _READ_DATA = {*PIPELINE, 'verify', 'pseudo_masks'}  # the stages that look at data.folder
 _SHOWN_BY_STATUS = ('manifests/', 'config.json', 'metrics.jsonl', STOPPED)
 

@@ -16,7 +16,7 @@ STAGES = {
     'gan': 'trains the GAN that turns scans into healthy-looking ones',
     'synthesize': 'makes a pseudo-mask of every COVID scan; by default what the GAN took away',
     'train': 'trains the segmentation network, on painted opacities, pseudo-masks or both',
-    'evaluate': 'scores masks against human ones, and writes a page with figures',
+    'evaluate': "scores masks against human ones; a network's on a page with figures too",
     'verify': 'reads every file of a data set, and says which cannot be used and why',
     'compile_check': 'compiles the training steps for a TPU that need not be there',
     'import_weights': 'makes published TransUNet weights the start of a training',
