@@ -60,7 +60,7 @@ def _gan() -> ml_collections.ConfigDict:
     gan.discriminator_learning_rate = 2e-4  # throughout
     gan.learning_rate_batch_size = 0  # as train.learning_rate_batch_size, of both rates
     gan.schedule = 'cosine'  # or 'constant'
-    gan.warmup_steps = 200  # in which the generator's rate rises from 0
+    gan.warmup_steps = 200  # in which the generator's rate rises from 0, half of all at most
     gan.adversarial_every = 2  # the other steps learn the reconstruction alone
     gan.losses = losses = ml_collections.ConfigDict()  # gan/steps.py: GANLosses
     losses.reconstruction = 1.0  # weights
@@ -119,7 +119,7 @@ def _train() -> ml_collections.ConfigDict:
     losses.sensitivity = 1.0
     losses.beta = 2.0  # extra weight of missed lesion in the BCE
     losses.temperature = 0.1  # of the contrastive loss
-    losses.positive_weight = 1.5  # w of the contrastive loss, of pairs of high-infection slices
+    losses.positive_weight = 1.5  # w of the contrastive loss, of pairs of one label
     losses.contrastive_features = 'projection'  # or, as published, 'logits', the flattened map
     losses.contrastive_labels = 'infection'  # high or low; or, as published, 'one': all are 1
     losses.include_self = False  # published True: a slice and itself are a positive pair

@@ -202,7 +202,7 @@ def _run(arguments: list[str]) -> None:
     except OSError as error:  # config_flags misses a file only when the config is first used
         raise InputError(f'--config: {_one_line(error)}') from error
     if config is not None:
-        values.refuse_unusable(config)
+        values.refuse_unusable(config, names)
     if given.model and names not in (['predict'], ['evaluate']):
         raise InputError('--model is for --stages=predict or --stages=evaluate alone')
     place = ''

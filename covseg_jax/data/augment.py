@@ -66,8 +66,8 @@ def augment_slices(
     key: jax.Array, batch: dict[str, jax.Array], settings: Augmentation
 ) -> dict[str, jax.Array]:
     """Flips left and right, zooms, shifts, and changes brightness, contrast and noise of IMAGE,
-    TARGET, LUNGS (B, H, W, 1); other keys pass through. IMAGE and TARGET stay in [0, 1], and are 0
-    outside the lungs."""
+    TARGET, LUNGS (B, H, W, 1); other keys pass through. IMAGE stays in [0, 1] and TARGET in its
+    range, and both are 0 outside the lungs."""
     num, height, width, _ = batch[IMAGE].shape
     numbers_key, noise_key = jax.random.split(key)
     # Drawn flat and at once: XLA for CPUs compiles draws of many axes, and many draws, slowly.
@@ -87,4 +87,4 @@ def augment_slices(
     noise = jax.random.normal(noise_key, (image.size,)).reshape(image.shape)
     image = image * (1 + settings.gain * gain) + settings.bias * bias
     image = jnp.clip(image + settings.noise * deviation * noise, 0.0, 1.0) * lungs
-    return batch | {IMAGE: image, TARGET: jnp.clip(target, 0.0, 1.0) * lungs, LUNGS: lungs}
+    return batch | {IMAGE: image, TARGET: target * lungs, LUNGS: lungs}

@@ -16,7 +16,7 @@ import numpy as np
 from covseg_jax import cpu
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
-from covseg_jax.prepare.cases import Case
+from covseg_jax.prepare.cases import Case, SliceFile
 
 # The keys of a batch. Images, targets and lungs come in the types in which they are stored, which
 # are less to send than float32; training steps make that of them on the device.
@@ -53,7 +53,7 @@ class Slices:
     """Axial slices of some cases with their targets: a random-access source."""
 
     cases: tuple[Case, ...]
-    targets: tuple[np.ndarray | None, ...]  # (D, H, W) of each case; None: without lesions
+    targets: tuple[np.ndarray | SliceFile | None, ...]  # (D, H, W) each; None: without lesions
     index: np.ndarray  # (N, 2): case number and slice number
     labels: np.ndarray  # (N,) int32
 
@@ -87,14 +87,16 @@ class Slices:
 
 
 def all_slices(cases: Sequence[Case], targets: Sequence[np.ndarray | None]) -> Slices:
-    """Every slice that shows lung, in order, with label 0; `rank_slices` gives others."""
+    """Every slice that shows lung, in order, with label 0; `rank_slices` gives others. Targets that
+    are mapped from files are read by slices."""
+    opened = tuple(SliceFile(each) if isinstance(each, np.memmap) else each for each in targets)
     index = [
         (number, z)
         for number, case in enumerate(cases)
         for z in np.flatnonzero(np.asarray(case.lungs()).any(axis=(1, 2)))
     ]
     index = np.array(index, np.int64).reshape(-1, 2)
-    return Slices(tuple(cases), tuple(targets), index, np.zeros(len(index), np.int32))
+    return Slices(tuple(cases), opened, index, np.zeros(len(index), np.int32))
 
 
 def rank_slices(
@@ -111,7 +113,7 @@ def rank_slices(
       cut: count pixels whose target is at least this, instead of summing targets.
 
     Raises:
-      InputError: another rule.
+      InputError: another rule, or the targets are empty.
     """
     if by not in ('quartiles', 'infection'):
         raise InputError(f"train.labels={by!r} is not one of 'quartiles', 'infection'")
@@ -123,6 +125,12 @@ def rank_slices(
             sums[row] = (target if cut is None else target >= cut).sum()
             if by == 'infection':
                 lungs[row] = max(np.asarray(slices.cases[number].lungs()[z]).sum(), 1)
+    if not sums[~healthy].any():
+        raise InputError(
+            'training slices: no pixel of any COVID scan is lesion in the targets, so the network '
+            'would learn to mark nothing; look at the pseudo-masks (synthesize.percentile, '
+            'synthesize.min_component_ml), or train the GAN longer'
+        )
     if by == 'infection':
         labels = (100 * sums / lungs > high_percent).astype(np.int32)
     else:

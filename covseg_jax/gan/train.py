@@ -49,6 +49,8 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
     of = gan.generator
     learning_rate = make_learning_rate('gan', gan, [gan.num_steps])
     epsilon = 1e-7 if published else 1e-8  # Keras's, which the published code leaves as it is
+    # Published iterations update the generator twice, and Adam counts updates.
+    of_generator = (lambda count: learning_rate(count // 2)) if published else learning_rate
     return GANParts(
         seed=config.seed,
         mesh=mesh or sharding.make_mesh(),
@@ -63,7 +65,7 @@ def build_gan(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh | None 
             **gan.discriminator, dtype=dtype
         ),
         optimizers={
-            'generator': make_adam(learning_rate, epsilon=epsilon, clip_norm=gan.clip_norm),
+            'generator': make_adam(of_generator, epsilon=epsilon, clip_norm=gan.clip_norm),
             # A short memory of gradients: the generator that D judges keeps moving.
             'discriminator': make_adam(
                 scale_rate(gan.discriminator_learning_rate, gan),
@@ -142,25 +144,24 @@ def train_gan(config: ml_collections.ConfigDict, splits: Splits, folder: pathlib
 
 
 def _make_evaluation(parts: GANParts, splits: Splits) -> loop.Evaluate:
-    """Evaluation on held-out healthy scans with fixed synthetic opacities, and pictures."""
+    """Evaluation on held-out healthy scans with fixed synthetic opacities, where there are any, and
+    pictures."""
     evaluate_step = make_gan_evaluation(parts.generator, parts.opacities)
     heal = make_heal(parts.generator)
     healthy = feeds.Volumes(splits.healthy_calibration)
     covid = feeds.Volumes(splits.validation[:1] or splits.train[:1])
 
     def evaluate(state: GANState):
-        collected = []
+        collected, pictures = [], {}
         for number, case in enumerate(healthy.cases):
             batch = {k: feeds.in_float32(v)[None] for k, v in healthy[number].items()}
             key = stream_key(parts.seed, 'validation', case.study_id)
             metrics, (corrupted, restored) = evaluate_step(state.ema, batch, key)
             collected.append(metrics)
+            pictures['synthetic_corrupted_restored_difference'] = _strip(corrupted, restored)
         scan = feeds.in_float32(covid[0][feeds.IMAGE])[None]
         healed = np.asarray(heal(state.ema, scan, stream_key(parts.seed, 'picture')))
-        pictures = {
-            'synthetic_corrupted_restored_difference': _strip(corrupted, restored),
-            'covid_scan_healthy_difference': _strip(scan, healed),
-        }
+        pictures['covid_scan_healthy_difference'] = _strip(scan, healed)
         return state, loop.mean_metrics(collected), pictures
 
     return evaluate

@@ -54,20 +54,31 @@ class Case:
     def read_slice(self, name: str, z: int) -> np.ndarray:
         """(H, W), slice z of 'image' or 'lungs' as it is stored: for feeds, which read single
         slices of all cases in turn, and would parse a header and map a file for each."""
-        path = f'{self.folder}/{name}.npy'
-        if name not in self._layouts:
-            found = _open(path)
-            self._layouts[name] = (found.dtype, found.shape, found.offset, found.flags.c_contiguous)
-        dtype, shape, offset, is_in_rows = self._layouts[name]
-        if not is_in_rows:
-            return _open(path)[z]
-        count = shape[1] * shape[2]
-        start = offset + range(shape[0])[z] * count * dtype.itemsize
-        return np.fromfile(path, dtype, count, offset=start).reshape(shape[1:])
+        if name not in self._files:
+            self._files[name] = SliceFile(_open(self.folder / f'{name}.npy'))
+        return self._files[name][z]
 
     @functools.cached_property
-    def _layouts(self) -> dict[str, tuple[np.dtype, tuple[int, ...], int, bool]]:
+    def _files(self) -> dict[str, 'SliceFile']:
         return {}
+
+
+class SliceFile:
+    """A stored (D, H, W) array of which single slices are read, each (H, W). Its header is parsed
+    once, and the file is not held open: of hundreds, which a mapped array each would be, a process
+    may not hold as many."""
+
+    def __init__(self, mapped: np.memmap):
+        self._path, self._offset = str(mapped.filename), mapped.offset
+        self._dtype, self._shape = mapped.dtype, mapped.shape
+        self._is_in_rows = mapped.flags.c_contiguous
+
+    def __getitem__(self, z: int) -> np.ndarray:
+        if not self._is_in_rows:
+            return _open(self._path)[z]
+        count = self._shape[1] * self._shape[2]
+        start = self._offset + range(self._shape[0])[z] * count * self._dtype.itemsize
+        return np.fromfile(self._path, self._dtype, count, offset=start).reshape(self._shape[1:])
 
 
 def _open(path: str | pathlib.Path) -> np.ndarray:

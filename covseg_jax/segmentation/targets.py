@@ -115,14 +115,16 @@ def refine_targets(
     folder: pathlib.Path,
     *,
     keep_human: bool,
+    is_done: bool,
 ) -> ReadTarget:
     """Writes the mean of each case's target and the network's prediction to `folder`, as
-    `<study_id>.npy`, float16 (D, H, W), and returns what reads them. What is there is kept;
-    with `keep_human` human masks stay as they are.
+    `<study_id>.npy`, float16 (D, H, W), and returns what reads them. With `keep_human` human masks
+    stay as they are. With `is_done` what is there is kept: the round that learns from it has begun,
+    and the network is no more what it was before.
     """
     for case in hosts.share(cases):
         path = folder / f'{case.study_id}.npy'
-        if path.exists():
+        if is_done and path.exists():
             continue
         target = np.asarray(read_target(case), np.float32)
         if not (keep_human and case.has_lesion_mask):

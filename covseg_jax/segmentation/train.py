@@ -20,7 +20,7 @@ from covseg_jax.data.opacities import opacity_model, paint_scans, paint_slices
 from covseg_jax.data.streams import stream_seed
 from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead
-from covseg_jax.prepare.cases import Splits
+from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import steps
 from covseg_jax.segmentation.network import build_network, make_predict
 from covseg_jax.segmentation.schedule import terms_by_step
@@ -212,6 +212,7 @@ def train_segmentation(
                 make_probability(config, parts.network, _variables_of(state), border_factor=1.0),
                 folder / 'targets' / f'round_{number + 1}',
                 keep_human=train.targets != 'pseudo',
+                is_done=int(state.step) > each.start,
             )
         state = loop.run(
             name=f'train, {each.kind}',
@@ -262,7 +263,7 @@ def _make_evaluations(
     if of_targets:
         cases = splits.validation or splits.train[:1]
         for case in (*splits.train, *cases):  # what is missing is missed before the first round
-            read_target(case)
+            _check_target(case, read_target(case))
 
         # Opened anew each time: the files of hundreds of scans would stay open.
         def open_volumes() -> Iterator[feeds.Volume]:
@@ -270,6 +271,15 @@ def _make_evaluations(
 
         found |= dict.fromkeys(of_targets, functools.partial(evaluate, open_volumes, is_plateau))
     return found
+
+
+def _check_target(case: Case, target: np.ndarray) -> None:
+    shape = case.image().shape
+    if target.shape != shape:
+        raise InputError(
+            f'the target of {case.study_id} has {target.shape} voxels, its prepared scan {shape}: '
+            'it is of another preparation; make the pseudo-masks again with --stages=synthesize'
+        )
 
 
 def _make_evaluation(config: ml_collections.ConfigDict, parts: SegmentationParts) -> Callable:

@@ -8,7 +8,7 @@ the devices, it says itself.
 import fnmatch
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from covseg_jax.errors import InputError
@@ -85,20 +85,32 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         (
             '*.ema_decay', '*.dropout_rate', '*_fraction', '*_share', '*.share_of_max',
-            '*.dependent_density', '*.plateau_factor', '*.border_factor',
+            '*.dependent_density', '*.border_factor',
         ),
         _SHARE,
     ),
     **dict.fromkeys(
         (
-            '*.target_hu', '*.opacity', '*.coverage_threshold', '*.grain_voxels', '*.grain_slices',
-            '*.edge', '*.periphery', '*.dependence', '*.core_hu', 'prepare.window_hu',
+            '*.target_hu', '*.opacity', '*.coverage_threshold', '*.edge', '*.periphery',
+            '*.dependence', '*.core_hu', 'prepare.window_hu',
         ),
         _RANGE,
     ),
     **dict.fromkeys(('*.filters', '*.widths'), _WIDTHS),
     **dict.fromkeys(('gan.compute_dtype', 'train.compute_dtype'), _TYPE),
-    'train.losses.temperature': (lambda value: value > 0, 'more than 0'),
+    **dict.fromkeys(
+        ('*.grain_voxels', '*.grain_slices'),
+        (lambda value: _is_range(value) and value[0] > 0, 'above 0, (finest, coarsest)'),
+    ),
+    **dict.fromkeys(
+        ('train.losses.temperature', 'train.losses.positive_weight', 'gan.losses.error_floor'),
+        (lambda value: value > 0, 'more than 0'),
+    ),
+    'train.plateau_factor': (lambda value: 0 < value < 1, 'between 0 and 1'),
+    '*.profile_steps': (
+        lambda value: value == () or (_is_range(value) and _are_counts(value)),
+        '() or (first, last)',
+    ),
     'train.losses.doubtful': (lambda value: value == () or _is_range(value), '() or (low, high)'),
     'train.round_shares': (
         lambda value: isinstance(value, tuple) and all(_is_number(n) and n > 0 for n in value),
@@ -139,9 +151,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def refuse_unusable(config: Config) -> None:
+def refuse_unusable(config: Config, stages: Sequence[str]) -> None:
     """Raises an InputError that names the first value that no stage can use, and what it may be, or
-    values that do not go together."""
+    values that do not go together in one of `stages`."""
     values = {
         name.removeprefix('config.'): value for name, value in guide.config_fields(config).items()
     }
@@ -163,6 +175,74 @@ def refuse_unusable(config: Config) -> None:
             'learns from; add --config.train.rounds="(\'targets\',)"'
         )
     terms_by_step(config.train)
+    if 'gan' in stages:
+        _refuse_gan_sizes(config)
+    if 'train' in stages:
+        _refuse_network_sizes(config)
+    if 'synthesize' in stages and not config.data.calibration_fraction:
+        raise InputError(
+            '--config.data.calibration_fraction=0.0: pseudo-masks are cut where healthy scans that '
+            'are held out say; hold some out, such as 0.2 of them'
+        )
+
+
+def _refuse_gan_sizes(config: Config) -> None:
+    """What `models/gan3d.py` cannot compute, of the sizes that a volume has in the GAN."""
+    gan, generator = config.gan, config.gan.generator
+    step, patch = 2 ** len(generator.filters), generator.patch
+    volume, steps = (gan.depth, *config.prepare.grid[1:]), (step, patch * step, patch * step)
+    if gan.depth > config.prepare.grid[0]:
+        raise InputError(
+            f'--config.gan.depth={gan.depth}: prepared scans have {config.prepare.grid[0]} slices, '
+            'by --config.prepare.grid; give at most as many'
+        )
+    if any(size % each for size, each in zip(volume, steps, strict=True)):
+        raise InputError(
+            f'--config.gan.depth={gan.depth}: with it volumes are {volume}, and by '
+            f'--config.gan.generator.filters and patch they must be multiples of {steps}'
+        )
+    if (patch**2 + sum(generator.filters) + generator.bottleneck_filters) % 3:
+        raise InputError(
+            f'--config.gan.generator.bottleneck_filters={generator.bottleneck_filters}: with '
+            "patch², the sum of filters and it, the bottleneck's channels must divide by 3"
+        )
+    least = _least_published_size(gan.discriminator.filters)
+    if gan.recipe == 'published' and min(volume) < least:
+        raise InputError(
+            f"--config.gan.recipe='published': its discriminator needs volumes of {least} and more "
+            f'voxels each way, and these are {volume}; take a larger --config.gan.depth, or fewer '
+            '--config.gan.discriminator.filters'
+        )
+
+
+def _least_published_size(filters: Sequence[int]) -> int:
+    """What leaves one voxel after as many valid convolutions of 3 and halvings."""
+    size = 1
+    for _ in filters:
+        size = 2 * size + 2
+    return size
+
+
+def _refuse_network_sizes(config: Config) -> None:
+    """What `models/transunet.py` and `models/unet.py` cannot compute."""
+    network, size = config.network, config.prepare.grid[1:]
+    if network.name == 'transunet':
+        if network.width < 8 and not network.final_width:
+            raise InputError(
+                f'--config.network.width={network.width}: must be 8 or more where '
+                '--config.network.final_width is 0, an eighth of it'
+            )
+        if 8 * network.width % network.num_heads:
+            raise InputError(
+                f'--config.network.num_heads={network.num_heads}: must divide 8 times '
+                f'--config.network.width, {8 * network.width}'
+            )
+    step = 2 ** (len(config.unet.widths) - 1)
+    if network.name == 'unet' and any(each % step for each in size):
+        raise InputError(
+            f'--config.unet.widths={config.unet.widths!r}: with as many levels slices must be '
+            f'multiples of {step}, and by --config.prepare.grid they are {tuple(size)}'
+        )
 
 
 def _rules(name: str, value: Any) -> list[tuple[Callable[[Any], bool], str]]:

@@ -38,8 +38,9 @@ _SHOW_EVERY = 60  # seconds, of progress.png, whose drawing takes one, and of a 
 class Schedule:
     """How long, and how often what, in steps. 0 means never, but for the end of the run.
 
-    `profile_steps` is () or (first, last): the steps that XLA's profiler looks at. At most
-    `max_skipped_steps` in a row may be skipped because their loss or gradient is not finite.
+    `profile_steps` is () or (first, last): the steps that XLA's profiler looks at. A training ends
+    where, at a line of its log, more than `max_skipped_steps` in a row were skipped because their
+    loss or gradient is not finite.
     """
 
     num_steps: int
@@ -193,7 +194,7 @@ class _Records:
             self._save(step, state)
         if evaluates or stop:
             self._draw_progress(always=at_end or stop)
-        return state, stop and not at_end
+        return state, stop
 
     def _look(self) -> None:
         """Brings the steps from the device, and counts those that were skipped."""

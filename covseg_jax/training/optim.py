@@ -36,20 +36,21 @@ def reduce_on_plateau(
 def learning_rate_schedule(
     *, peak: float, schedule: str, warmup_steps: int, num_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up to `peak`, then a cosine to a hundredth of it, or constant (for 'plateau', in
-    which the state's scale cuts, and 'constant').
+    """Linear warm-up to `peak`, over half of the steps at most, then a cosine to a hundredth of it,
+    or constant (for 'plateau', in which the state's scale cuts, and 'constant').
 
     Raises:
       ValueError: the schedule is not one of SCHEDULES.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule {schedule!r} is not one of {SCHEDULES}')
+    warmup_steps = min(warmup_steps, num_steps // 2)
     if schedule == 'cosine':
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0,
             peak_value=peak,
             warmup_steps=warmup_steps,
-            decay_steps=max(num_steps, warmup_steps + 1),
+            decay_steps=num_steps,
             end_value=peak / 100,
         )
     return optax.linear_schedule(0.0 if warmup_steps else peak, peak, max(warmup_steps, 1))

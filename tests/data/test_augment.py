@@ -49,6 +49,12 @@ def test_augment_slices_stays_in_range_and_inside_the_lungs(batch):
     np.testing.assert_array_equal(out[LABEL], batch[LABEL])
 
 
+def test_augment_slices_keeps_signed_targets(batch):
+    signed = batch | {TARGET: batch[TARGET] - 0.4 * batch[LUNGS]}
+    out = augment_slices(jax.random.key(1), signed, augmentation(zoom=0, shift=0))
+    assert float(out[TARGET].min()) == pytest.approx(-0.4)
+
+
 def test_augment_slices_moves_image_and_target_together(batch):
     # The target is the image itself, so that it must be so afterwards, wherever it went.
     batch = batch | {TARGET: batch[IMAGE]}

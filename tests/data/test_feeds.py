@@ -1,6 +1,8 @@
 """Feeds: balanced, in one global order, and resumable."""
 
 import dataclasses
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -60,6 +62,33 @@ def test_rank_slices_labels_by_infection(prepared):
     assert ranked.labels.tolist() == [int(z >= 8.5) for _, z in slices.index]
     with pytest.raises(InputError, match='labels'):
         feeds.rank_slices(slices, by='thirds')
+
+
+@pytest.mark.parametrize('by', ['quartiles', 'infection'])
+def test_rank_slices_refuses_targets_without_lesion(slices, by):
+    empty = [np.full((16, 32, 32), 0.4)] * len(slices.cases)
+    found = feeds.all_slices(slices.cases, empty)
+    with pytest.raises(InputError, match='would learn to mark nothing'):
+        feeds.rank_slices(found, by=by, cut=0.5)
+
+
+def test_targets_in_files_are_read_by_slices_and_hold_none_open(slices, tmp_path):
+    cases = slices.cases[:8]
+    whole = np.random.default_rng(0).uniform(size=(16, 32, 32)).astype(np.float16)
+    for case in cases:
+        np.save(tmp_path / f'{case.study_id}.npy', whole)
+    before = open_files()
+    found = feeds.all_slices(
+        cases, [np.load(tmp_path / f'{case.study_id}.npy', mmap_mode='r') for case in cases]
+    )
+    assert open_files() == before
+    for row in (0, len(found) - 1):
+        z = found.index[row, 1]
+        np.testing.assert_array_equal(found[row][feeds.TARGET][..., 0], whole[z])
+
+
+def open_files():
+    return sum('tmp' in os.path.realpath(link) for link in pathlib.Path('/proc/self/fd').iterdir())
 
 
 def test_balanced_feed_is_half_high_half_low(slices):

@@ -1,14 +1,17 @@
 """The GAN's compiled steps on tiny networks: which of them moves what."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from configs import transunet
 from covseg_jax.data import feeds
-from covseg_jax.gan import steps
+from covseg_jax.gan import steps, train
 from covseg_jax.gan.published_step import make_published_step
 from covseg_jax.gan.train import build_gan
+from covseg_jax.prepare.cases import Splits
 from covseg_jax.training import sharding
 from tests.settings import gan_losses
 
@@ -51,6 +54,32 @@ def test_gan_step_moves_both_networks_only_when_adversarial():
     moved, metrics = one_step(True)
     assert moved == [True, True]
     assert 0 <= float(metrics['discriminator/accuracy'][0]) <= 1
+
+
+def test_published_generators_rate_is_that_of_the_iteration():
+    """It is updated twice in each, and Adam's update of a constant gradient is the rate."""
+    config = transunet.get_config('published').unlock()
+    config.gan.update(schedule='cosine', num_steps=4)
+    parts = build_gan(config)
+    adam, params = parts.optimizers['generator'], jax.numpy.ones(1)
+    state, rates = adam.init(params), []
+    for _ in range(4):
+        updates, state = adam.update(params, state)
+        rates.append(-float(updates[0]))
+    expected = [float(parts.learning_rate(iteration)) for iteration in (0, 0, 1, 1)]
+    assert expected[0] > 1.1 * expected[2]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4)
+
+
+def test_gan_is_evaluated_without_held_out_scans(monkeypatch):
+    volume = np.full((16, 32, 32), 0.5, np.float16)
+    scan = types.SimpleNamespace(study_id='a', image=lambda: volume, lungs=lambda: volume > 0)
+    monkeypatch.setattr(train, 'make_heal', lambda _: lambda ema, volume, key: volume)
+    parts = build_gan(transunet.get_config('tiny'))
+    evaluate = train._make_evaluation(parts, Splits((), (), (scan,), (), ()))
+    _, values, pictures = evaluate(types.SimpleNamespace(ema=None))
+    assert values == {}
+    assert pictures.keys() == {'covid_scan_healthy_difference'}
 
 
 def test_published_step_is_the_published_networks_three_updates():

@@ -81,7 +81,7 @@ def test_rounds_of_painted_scans_learn_from_no_covid_scan():
     assert learned_cases(('targets',), 'human', SPLITS) == (MASKED,)
 
 
-def test_refine_targets_averages_once_and_keeps_human_masks(tmp_path):
+def test_refine_targets_averages_until_the_round_began_and_keeps_human_masks(tmp_path):
     calls = types.SimpleNamespace(count=0)
 
     def predict(image, lungs):
@@ -89,22 +89,25 @@ def test_refine_targets_averages_once_and_keeps_human_masks(tmp_path):
         return image * lungs
 
     _, read = choose_targets('human_else_pseudo', SPLITS, pseudo_mask)
-    for _ in range(2):  # as after a restart
-        refined = refine_targets(SPLITS.train, read, predict, tmp_path, keep_human=True)
+    np.save(tmp_path / 'b.npy', np.zeros((2, 4, 4)))  # of a training that was begun anew since
+    for is_done, predictions in ((False, 1), (True, 1), (False, 2)):
+        refined = refine_targets(
+            SPLITS.train, read, predict, tmp_path, keep_human=True, is_done=is_done
+        )
         np.testing.assert_allclose(refined(UNMASKED), 0.5, atol=1e-3)
         np.testing.assert_array_equal(refined(MASKED), 1)
-    assert calls.count == 1
+        assert calls.count == predictions
 
 
 def test_refined_round_learns_from_probabilities_that_are_not_lessened(monkeypatch, tmp_path):
     """At the lungs' border `predict.border_factor` is for predictions alone."""
     config = transunet.get_config('tiny')
-    parts = types.SimpleNamespace(mesh=None, network=None, make_state=lambda: None)
+    state = types.SimpleNamespace(step=4)
+    parts = types.SimpleNamespace(mesh=None, network=None, make_state=lambda: state)
     for name in ('check_train_batch', 'choose_segmentation_step', '_make_evaluations'):
         monkeypatch.setattr(train, name, lambda *_: None)
     monkeypatch.setattr(train, 'build_segmentation', lambda _: parts)
-    refined = types.SimpleNamespace(kind='refined')
-    monkeypatch.setattr(train, '_plan_rounds', lambda _: [refined])
+    monkeypatch.setattr(train, '_plan_rounds', lambda _: [Round('refined', 4, 8)])
     monkeypatch.setattr(train, '_variables_of', lambda _: None)
     monkeypatch.setattr(train, 'make_predict', lambda *_: lambda _, slices: np.ones_like(slices))
 
@@ -181,3 +184,12 @@ def test_target_of_a_training_scan_that_is_not_there_is_missed_before_the_first_
 
     with pytest.raises(InputError, match='synthesize'):
         make_evaluations({'synthetic', 'refined'}, read_one)
+
+
+def test_target_of_another_preparation_is_refused_before_the_first_round(seen):
+    with pytest.raises(
+        InputError, match=r'b has .3, 4, 4. voxels, its prepared scan .2, 4, 4.'
+    ):
+        make_evaluations(
+            {'refined'}, lambda case: np.zeros((2 + (case is UNMASKED), 4, 4), np.float16)
+        )

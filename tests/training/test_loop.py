@@ -107,6 +107,17 @@ def losses_of(folder):
     return {row['step']: row['loss/total'] for row in log_of(folder) if 'loss/total' in row}
 
 
+def test_a_stop_in_the_last_step_stops_what_would_come_after_it(tmp_path):
+    def stop_in_the_last(number):
+        if number == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match='saved at step 12'):
+        run(tmp_path, on_step=stop_in_the_last)
+    assert kept(tmp_path)[-1] == 12
+    assert int(run(tmp_path).step) == 12
+
+
 def test_run_evaluates_logs_and_saves_on_schedule(tmp_path):
     evaluated = []
     run(tmp_path, evaluated=evaluated)

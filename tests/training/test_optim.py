@@ -53,6 +53,13 @@ def test_learning_rate_schedule_warms_up_and_falls_to_a_hundredth():
     assert float(rate(110)) == pytest.approx(1e-4)
 
 
+def test_learning_rate_warms_up_over_half_of_a_short_round():
+    rate = optim.learning_rate_schedule(
+        peak=1e-2, schedule='cosine', warmup_steps=500, num_steps=20
+    )
+    assert [float(rate(n)) for n in (0, 5, 10, 20)] == pytest.approx([0, 5e-3, 1e-2, 1e-4])
+
+
 @pytest.mark.parametrize('schedule', ['plateau', 'constant'])
 def test_learning_rate_schedule_stays_at_its_peak(schedule):
     rate = optim.learning_rate_schedule(peak=1e-2, schedule=schedule, warmup_steps=0, num_steps=100)
