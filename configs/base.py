@@ -126,7 +126,8 @@ def _train() -> ml_collections.ConfigDict:
     losses.mse_on = 'probability'  # or, as published, 'logits'
     losses.clip_targets = True  # to [0, 1]; published False, a target is a signed difference
     losses.binary_targets = True  # cut the pseudo-masks at 0.5
-    # Soft targets between these have no weight: there GAN and network disagree; () weighs all.
+    # Soft targets between these have no weight: there GAN and network disagree, and there run the
+    # borders of exact masks once a slice is zoomed and shifted; () weighs all.
     losses.doubtful = (0.25, 0.75)
     train.rounds = ('synthetic', 'refined')  # and 'targets', see segmentation/targets.py
     train.round_shares = (0.7, 0.3)  # of num_steps

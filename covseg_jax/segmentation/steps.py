@@ -39,7 +39,8 @@ class SegmentationLosses:
       clip_targets: to [0, 1]; not published, where a target is a signed difference.
       binary_targets: cut soft targets at 0.5.
       doubtful: pixels whose soft target lies between these two say neither lesion nor healthy and
-        have no weight in MSE and BCE; () counts all.
+        have no weight in MSE and BCE; () counts all. It is the target as the step gets it: one
+        of 0 and 1 that was zoomed and shifted has such pixels along its borders.
     """
 
     contrastive: float

@@ -187,9 +187,7 @@ def test_target_of_a_training_scan_that_is_not_there_is_missed_before_the_first_
 
 
 def test_target_of_another_preparation_is_refused_before_the_first_round(seen):
-    with pytest.raises(
-        InputError, match=r'b has .3, 4, 4. voxels, its prepared scan .2, 4, 4.'
-    ):
+    with pytest.raises(InputError, match=r'b has .3, 4, 4. voxels, its prepared scan .2, 4, 4.'):
         make_evaluations(
             {'refined'}, lambda case: np.zeros((2 + (case is UNMASKED), 4, 4), np.float16)
         )
