@@ -180,6 +180,8 @@ def _read_request() -> Request:
     given |= {name: buckets.local_paths(given[name]) for name in (*_PATHS, 'model')}
     paths = {name: pathlib.Path(given[name]) if given[name] else None for name in _PATHS}
     request = Request(**given | paths)
+    if request.num_workers is not None and request.num_workers < 0:
+        raise InputError(f'--num_workers={request.num_workers}: must be 0 or more')
     if _CONFIG.value is not None or request.model:
         return request
     if not request.input or _STAGES.value not in (None, 'predict'):
@@ -255,6 +257,7 @@ def main(arguments: list[str]) -> int:
         return stop.exit_code
     except KeyboardInterrupt:
         print(f'stopped; {GO_ON}', file=sys.stderr)
+        return 130  # a stage's result is not there, and a script must not go on as if it were
     return 0
 
 

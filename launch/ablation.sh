@@ -6,6 +6,7 @@
 # that was stopped goes on: run the same command again. FOLDER/table.md is written after each row,
 # and FOLDER/measured/table.md, of sixty phantoms more, at the end where no row is named.
 set -euo pipefail
+trap 'exit 130' INT TERM # a training that is stopped ends well, and the next would begin
 
 here="$(cd "$(dirname "$0")" && pwd)"
 folder="${1:-runs/ablation}"

@@ -45,7 +45,7 @@ make_environment() {
 
 as_absolute() { # PATH, as the caller names it
   case "$1" in
-    /*) echo "$1" ;;
+    /* | gs://*) echo "$1" ;;
     *) echo "$caller/$1" ;;
   esac
 }

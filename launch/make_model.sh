@@ -7,6 +7,7 @@
 # jaxlib. A run that was stopped goes on with the same command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
 # stays as it is: write there what was measured.
 set -euo pipefail
+trap 'exit 130' INT TERM # a training that is stopped ends well, and the next would begin
 
 here="$(cd "$(dirname "$0")" && pwd)"
 folder=runs/default_model

@@ -66,9 +66,11 @@ def find_real(
     Raises:
       InputError: a folder has no studies, or none with a lesion mask.
     """
-    studies = {}
+    from covseg_jax.stages import inputs
+
+    studies, tell = {}, inputs.tell_stray('measure')
     if real_slices:
-        masked = tuple(each for each in find_inputs(real_slices) if each.lesion_mask)
+        masked = tuple(each for each in find_inputs(real_slices, tell) if each.lesion_mask)
         if not masked:
             raise InputError(
                 f'{real_slices}: none of its studies has a lesion mask; give scans without lesions '
@@ -76,7 +78,7 @@ def find_real(
             )
         studies['real_slices'] = masked
     if healthy:
-        found = find_inputs(healthy)
+        found = find_inputs(healthy, tell)
         studies['healthy_scans'] = tuple(
             dataclasses.replace(each, lesion_mask=None) for each in found
         )
@@ -186,6 +188,12 @@ def _score(
     return rows
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r}: must be 0 or more')
+    return int(text)
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser('launch/measure.sh', description=__doc__)
     parser.add_argument('folder', type=pathlib.Path, help='for phantoms, scores and the table')
@@ -197,7 +205,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f'--{name}', type=pathlib.Path, metavar='DIR', help=text)
     parser.add_argument('--phantoms', type=int, default=NUM_PHANTOMS, metavar='N')
     parser.add_argument('--seed', type=int, default=SEED, metavar='N', help='of the phantoms')
-    parser.add_argument('--num_workers', type=int, metavar='N')
+    parser.add_argument('--num_workers', type=_count, metavar='N')
     return parser.parse_intermixed_args(arguments)
 
 

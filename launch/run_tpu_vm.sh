@@ -18,13 +18,19 @@ END
 }
 
 take_flags "$@"
+[[ "$attempts" =~ ^[1-9][0-9]*$ ]] || fail "--attempts=$attempts: must be 1 or more"
+bucket_cache=''
+for flag in "${program_flags[@]}"; do
+  [[ "$flag" != --bucket_cache=* ]] || bucket_cache="${flag#*=}"
+done
 if [ "${#program_flags[@]}" -eq 0 ]; then
   program_flags=(--config=configs/transunet.py)
 fi
 
 # A VM that is shut down sends SIGTERM, after which the program saves, and at once SIGHUP, which
 # would end it. A run whose connection was lost may go on: the next one waits for it.
-# A run that was asked to stop ends well too, and leaves the file `stopped`.
+# A run that was asked to stop ends well too, and leaves the file `stopped`; of a bucket's work
+# directory in the folder that stands for it on the first worker.
 on_workers "trap '' HUP;
 exec 9>covseg_jax.lock;
 flock -n 9 || { echo waiting for the run before, which has not ended >&2; flock 9; };
@@ -32,7 +38,11 @@ cd covseg_jax;
 for attempt in \$(seq $attempts); do
 .venv/bin/python -m covseg_jax.main$(printf ' %q' "${program_flags[@]}" --workdir="$workdir");
 code=\$?;
-if [ \$code = 0 ]; then [ ! -e '$workdir/stopped' ]; exit; fi;
+if [ \$code = 0 ]; then
+place=\$(.venv/bin/python -c 'import sys; from covseg_jax import bucket;
+sys.argv[2] and bucket.use_cache(sys.argv[2]); print(bucket.local_path(sys.argv[1]))'$(printf ' %q' "$workdir" "$bucket_cache")) && [ ! -e "\$place/stopped" ];
+exit;
+fi;
 echo attempt \$attempt of $attempts ended with \$code >&2;
 sleep 10;
 done;

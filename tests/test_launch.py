@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -346,15 +347,29 @@ def test_a_flag_that_does_not_exist_is_named(cloud, script):
     assert done.stderr.startswith('error: --zones=a is not a flag')
 
 
-def test_the_program_runs_again_where_it_fails_and_a_stop_is_no_end(cloud, tmp_path):
+@pytest.mark.parametrize(
+    ('workdir', 'place', 'flags'),
+    [
+        ('{tmp}', '{tmp}', ''),
+        ('gs://b/one', '{tmp}/.cache/covseg_jax/buckets/b%2Fone/one', ''),
+        ('gs://b/one', '{tmp}/cache/b%2Fone/one', ' --bucket_cache={tmp}/cache'),
+    ],
+)
+def test_the_program_runs_again_where_it_fails_and_a_stop_is_no_end(
+    cloud, tmp_path, workdir, place, flags
+):
     """The remote command itself, with a program that fails once, is stopped once, then is done."""
-    printed = launch(cloud, 'run_tpu_vm.sh', '--dry_run', f'--workdir={tmp_path}').stdout
+    workdir, place, flags = (each.format(tmp=tmp_path) for each in (workdir, place, flags))
+    flags = f'--config=configs/transunet.py{flags}'
+    arguments = '--dry_run', f'--workdir={workdir}', '--', *flags.split()
+    printed = launch(cloud, 'run_tpu_vm.sh', *arguments).stdout
     command = next(w for w in shlex.split(printed) if w.startswith('--command='))
     python = tmp_path / 'covseg_jax' / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
     python.write_text(
-        f'#!/bin/bash\necho "$@" >> {tmp_path}/runs\nrm -f {tmp_path}/stopped\n'
-        f'case $(wc -l < {tmp_path}/runs) in 1) exit 1 ;; 2) touch {tmp_path}/stopped ;; esac\n'
+        f'#!/bin/bash\n[ "$1" != -c ] || exec {sys.executable} "$@"\n'
+        f'echo "$@" >> {tmp_path}/runs\nmkdir -p {place}\nrm -f {place}/stopped\n'
+        f'case $(wc -l < {tmp_path}/runs) in 1) exit 1 ;; 2) touch {place}/stopped ;; esac\n'
     )
     python.chmod(0o755)
     (tmp_path / 'bin' / 'sleep').write_text('#!/bin/bash\n')
@@ -364,11 +379,24 @@ def test_the_program_runs_again_where_it_fails_and_a_stop_is_no_end(cloud, tmp_p
         return subprocess.run(
             ['bash', '-c', command.removeprefix('--command=')],
             cwd=tmp_path,
-            env=os.environ | {'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}'},
+            env=os.environ
+            | {
+                'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}',
+                'HOME': str(tmp_path),
+                'PYTHONPATH': str(LAUNCH.parent),
+                'XDG_CACHE_HOME': '',
+            },
             check=False,
         ).returncode
 
     assert run() != 0  # stopped
     assert run() == 0
     runs = (tmp_path / 'runs').read_text().splitlines()
-    assert runs == [f'-m covseg_jax.main --config=configs/transunet.py --workdir={tmp_path}'] * 3
+    assert runs == [f'-m covseg_jax.main {flags} --workdir={workdir}'] * 3
+
+
+@pytest.mark.parametrize('attempts', ['0', 'three'])
+def test_attempts_that_would_not_run_the_program_are_refused(cloud, attempts):
+    done = launch(cloud, 'run_tpu_vm.sh', f'--attempts={attempts}')
+    assert done.returncode == 2
+    assert 'must be 1 or more' in done.stderr

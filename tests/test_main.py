@@ -210,6 +210,17 @@ def test_main_refuses_to_train_on_under_other_settings(tiny_run):
     assert_one_line_error(done, 'train.learning_rate', usual, '0.5', '--workdir')
 
 
+def test_a_stage_that_is_stopped_half_way_is_no_success(monkeypatch, capsys):
+    """launch/*.sh and retry_tpu_vm.sh would go on with what is not there."""
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, '_run', stop)
+    assert main.main([]) == 130
+    assert 'run the same command again' in capsys.readouterr().err
+
+
 def call(workdir, stage, fields, **given):
     """A stage of the tiny variant in this process."""
     config = transunet.get_config('tiny').unlock()
@@ -324,6 +335,7 @@ def test_imported_weights_are_held_to_the_settings_of_their_import(tiny_run, tmp
             ['--config=configs/transunet.py:tiny', '--config.train.batch_size=x'],
             ['batch_size=x: must be a whole number'],
         ),
+        (['--input=scan.nii.gz', '--output=o', '--num_workers=-1'], ['num_workers', '0 or more']),
         (
             ['--config=configs/transunet.py:tiny', '--config.opacities.edge=0.3'],
             ['opacities.edge', '(low, high)'],

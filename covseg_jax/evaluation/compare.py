@@ -6,6 +6,7 @@ Studies are paired; intervals and tests are over their subjects.
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -38,6 +39,15 @@ class Difference:
     difference: float
     ci95: tuple[float, float]
     wilcoxon_p: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, with None for NaN, which JSON has not."""
+        fields = dataclasses.asdict(self) | {'ci95': list(map(_or_none, self.ci95))}
+        return fields | {'wilcoxon_p': _or_none(self.wilcoxon_p)}
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Difference], list[str]]:

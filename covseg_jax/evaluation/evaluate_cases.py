@@ -146,6 +146,7 @@ def _case_arrays(
         prediction=found.mask,
         lungs=found.lungs,
         spacing_mm=case.geometry.spacing_mm,
+        voxel_ml=case.geometry.study_voxel_ml,
         truth_model=np.asarray(case.lesion()) > 0,
         probability_model=np.asarray(probability, np.float32),
         lungs_model=np.asarray(case.lungs()) > 0,

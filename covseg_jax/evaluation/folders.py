@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from tqdm import tqdm
@@ -14,10 +14,13 @@ from covseg_jax.evaluation.metric_table import CaseArrays
 from covseg_jax.imaging import formats, nifti
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare.cases import name_subject
+from covseg_jax.prepare.study_files import ROUNDED_LABEL
 
 FILES = ('cases.csv', 'slices.csv', 'summary.json')
 # study_0001_mask.nii.gz, study_0001_0000.nii.gz and study_0001.nii.gz are one study.
-_ENDINGS = re.compile(r'(_mask|_seg|_0000)$')
+_ENDINGS = re.compile(r'(_mask|_seg)$')
+_CHANNEL = '_0000'  # of nnU-Net's names; case_0000 may be a study's own
+_HIGHEST_LABEL = 255
 _NO_MASK = re.compile(r'_(probability|disagreement|lungs)$')
 
 
@@ -32,6 +35,8 @@ def pair_masks(
     """
     predicted = _masks_by_study(predictions, are_true=False)
     true = _masks_by_study(references, are_true=True)
+    both = predicted.keys() & true.keys()
+    predicted, true = (_without_channel(each, both) for each in (predicted, true))
     shared = sorted(predicted.keys() & true.keys())
     if not shared:
         raise InputError(
@@ -61,6 +66,17 @@ def _masks_by_study(folder: pathlib.Path, *, are_true: bool) -> dict[str, pathli
     return found
 
 
+def _without_channel(masks: dict[str, pathlib.Path], paired: Set[str]) -> dict[str, pathlib.Path]:
+    """With the names that are not paired as they are without nnU-Net's channel, unless another
+    mask has that name."""
+    return {
+        name
+        if name in paired or name.removesuffix(_CHANNEL) in masks
+        else name.removesuffix(_CHANNEL): path
+        for name, path in masks.items()
+    }
+
+
 def score_folder(
     pairs: Sequence[tuple[str, pathlib.Path, pathlib.Path]],
     folder: pathlib.Path,
@@ -68,7 +84,7 @@ def score_folder(
 ) -> dict:
     """Scores the pairs in the protocols that need no probabilities, and writes FILES into `folder`.
 
-    Any voxel above 0 is lesion. Lungs are those of `<study id>_lungs.nii.gz` beside the true mask;
+    Any label above 0 is lesion. Lungs are those of `<study id>_lungs.nii.gz` beside the true mask;
     where there are none, what refers to them is undefined. `subject_pattern` is as
     `cases.name_subject` takes it.
 
@@ -76,7 +92,7 @@ def score_folder(
       The content of summary.json.
 
     Raises:
-      FileFault: a mask cannot be read, or the two of a study lie on different grids.
+      FileFault: a file cannot be read or is no mask, or the two of a study lie on different grids.
       InputError: `folder` holds one of FILES that this program did not write, or the pattern names
         no subject in a study's id.
     """
@@ -84,19 +100,20 @@ def score_folder(
     case_rows, slice_rows = [], []
     progress = tqdm(pairs, desc='evaluate', unit='study', disable=None)
     for study_id, predicted_path, true_path in progress:
-        truth = nifti.read_volume(true_path)
+        truth = _read_mask(true_path)
         prediction = _read_on_grid(predicted_path, truth, true_path)
         lungs = np.zeros(truth.array.shape, bool)
         lungs_path = true_path.with_name(f'{study_id}_lungs.nii.gz')
         if lungs_path.exists():
-            lungs = _read_on_grid(lungs_path, truth, true_path).array > 0
+            lungs = _read_on_grid(lungs_path, truth, true_path).array > ROUNDED_LABEL
         arrays = CaseArrays(
             study_id=study_id,
             category=None,
-            truth=truth.array > 0,
-            prediction=prediction.array > 0,
+            truth=truth.array > ROUNDED_LABEL,
+            prediction=prediction.array > ROUNDED_LABEL,
             lungs=lungs,
             spacing_mm=truth.spacing_mm,
+            voxel_ml=truth.voxel_ml,
             subject=subjects[study_id],
         )
         row, rows = scores.score_case(arrays)
@@ -110,8 +127,20 @@ def score_folder(
     return summary
 
 
-def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -> Volume:
+def _read_mask(path: pathlib.Path) -> Volume:
     volume = nifti.read_volume(path)
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if low < -ROUNDED_LABEL or high > _HIGHEST_LABEL:
+        raise FileFault(
+            path,
+            f'holds values from {low:.3g} to {high:.3g}: a scan, not a mask of labels',
+            'give masks, in a folder of their own',
+        )
+    return volume
+
+
+def _read_on_grid(path: pathlib.Path, other: Volume, other_path: pathlib.Path) -> Volume:
+    volume = _read_mask(path)
     if not volume.lies_on_grid_of(other):
         shape, other_shape = volume.as_stored.shape, other.as_stored.shape
         apart = f'{shape} voxels and {other_shape}'

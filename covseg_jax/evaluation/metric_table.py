@@ -43,10 +43,12 @@ class CaseArrays:
     Attributes:
       category: 'CT-0' … 'CT-4', or None.
       truth, prediction, lungs: (Z, Y, X) boolean, native grid.
-      spacing_mm: native voxel size along z, y, x.
+      spacing_mm: native distances of voxels along z, y, x.
       truth_model, lungs_model: (D, H, W) boolean, model grid; no voxel without probabilities.
       probability_model: (D, H, W) float in [0, 1], the network's output on the model grid.
       subject: whose study it is: what confidence intervals draw. '' is a subject of its own.
+      voxel_ml: volume of a native voxel, less than the spacing's product where a scan is tilted;
+        None is that product.
 
     Raises:
       InputError: arrays of one grid differ in shape, or the probability is not in [0, 1].
@@ -62,9 +64,12 @@ class CaseArrays:
     probability_model: np.ndarray = dataclasses.field(default_factory=_no_voxel)
     lungs_model: np.ndarray = dataclasses.field(default_factory=_no_voxel)
     subject: str = ''
+    voxel_ml: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, 'subject', self.subject or self.study_id)
+        if self.voxel_ml is None:
+            object.__setattr__(self, 'voxel_ml', math.prod(map(float, self.spacing_mm)) / 1000)
         model_grid = ('truth_model', 'probability_model', 'lungs_model')
         for grid in (('truth', 'prediction', 'lungs'), model_grid):
             shapes = {name: getattr(self, name).shape for name in grid}
@@ -102,10 +107,6 @@ class CaseArrays:
     def lung_voxels(self) -> tuple[np.ndarray, np.ndarray]:
         """Truth and probability of the voxels inside the lungs, on the model grid."""
         return self.truth_model[self.lungs_model], self.probability_model[self.lungs_model]
-
-    @property
-    def voxel_ml(self) -> float:
-        return math.prod(float(step) for step in self.spacing_mm) / 1000
 
     def volume_ml(self, mask: np.ndarray) -> float:
         return float(np.count_nonzero(mask) * self.voxel_ml)

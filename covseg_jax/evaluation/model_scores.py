@@ -106,9 +106,8 @@ def _finish(
 def _refuse(journal: Journal, study: Study, status: str) -> Row:
     image = read_image(study)
     nothing = np.zeros(image.array.shape, bool)
-    voxel_ml = math.prod(image.spacing_mm) / 1000
     found = StudyMask(nothing, nothing)
-    row = _score(study, nothing.astype(np.float32), found, voxel_ml, status)
+    row = _score(study, nothing.astype(np.float32), found, image.voxel_ml, status)
     journal.append(study, row, ())
     return row
 

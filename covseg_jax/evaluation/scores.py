@@ -71,7 +71,7 @@ def _slices(case: CaseArrays, *masks: np.ndarray) -> Iterator[tuple[int, CaseArr
         truth, prediction, lungs = (mask[z : z + 1] for mask in masks)
         yield z, CaseArrays(
             case.study_id, case.category, truth, prediction, lungs, case.spacing_mm,
-            subject=case.subject,
+            subject=case.subject, voxel_ml=case.voxel_ml,
         )  # fmt: skip
 
 

@@ -109,8 +109,9 @@ class Geometry:
 
     @property
     def voxel_ml(self) -> float:
-        """Volume of one voxel of the model grid, ml."""
-        return math.prod(self.model_spacing_mm) / 1000.0
+        """Volume of one voxel of the model grid, ml, which is tilted as the study's is."""
+        share = right_angle_share(self.affine) if describe_tilt(self.affine) else 1.0
+        return share * math.prod(self.model_spacing_mm) / 1000.0
 
     @property
     def study_voxel_ml(self) -> float:

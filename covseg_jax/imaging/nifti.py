@@ -38,6 +38,7 @@ _CONVERT = 'convert it to .nii.gz'
 # Deflate codes at most 258 bytes in 2 bits: no content is longer than 1032 times its gzip file.
 _MAXIMUM_RATIO = 1032
 _CHUNK = 2**18  # bytes
+_FORMS_APART_MM = 1.0  # sform and qform, before one of them is told to be wrong
 _ROUNDED_EXCESS = 0.01  # by which a quaternion's square may exceed 1 for rounding
 
 
@@ -116,7 +117,9 @@ def write_volume(
     """Writes a NIfTI-1 file atomically; the same input gives the same bytes.
 
     sform and qform codes are 1, units mm, scl_slope and scl_inter NaN (nothing is scaled), as in
-    MosMed's own files. The gzip header carries no time.
+    MosMed's own files. Of axes that are not at right angles (gantry tilt), which a qform cannot
+    say, its code is 0: a reader that prefers it would put the mask elsewhere. The gzip header
+    carries no time.
 
     Args:
         path: .nii, or .nii.gz, which is compressed.
@@ -137,6 +140,8 @@ def write_volume(
     header.set_data_dtype(data.dtype.type)
     header.set_data_shape(data.shape)
     header.set_qform(affine, code=1)
+    if _shift_mm(header.get_qform() - affine, data.shape) > _FORMS_APART_MM:
+        header.set_qform(None, code=0)
     header.set_sform(affine, code=1)
     header.set_xyzt_units('mm')
     header['magic'], header['vox_offset'] = b'n+1', 352
@@ -345,13 +350,18 @@ def _chosen_affine(
         return qform, qform_notes
     if not sform[:3, :3].any():
         return qform, [*qform_notes, 'its sform is all zeros; the qform is used']
-    corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
-    shifts = (sform - qform)[:3, :3] @ corners + (sform - qform)[:3, 3:]
-    shift_mm = np.linalg.norm(shifts, axis=0).max()
+    shift_mm = _shift_mm(sform - qform, shape)
     # Not "more than": a qform of NaN differs too.
-    if not shift_mm <= 1.0:
+    if not shift_mm <= _FORMS_APART_MM:
         return sform, [f'sform and qform are up to {shift_mm:.1f} mm apart; the sform is used']
     return sform, []
+
+
+def _shift_mm(difference: np.ndarray, shape: Shape) -> float:
+    """How far a voxel, a corner, moves at most between affines with this (4, 4) difference."""
+    corners = np.array(np.meshgrid(*((0, length - 1) for length in shape))).reshape(3, -1)
+    shifts = difference[:3, :3] @ corners + difference[:3, 3:]
+    return float(np.linalg.norm(shifts, axis=0).max())
 
 
 def _read_qform(header: nibabel.Nifti1Header) -> tuple[np.ndarray, list[str]]:

@@ -387,9 +387,20 @@ def _find_plain(folder: pathlib.Path, on_stray: OnStray) -> list[Study]:
         for stray in strays:
             on_stray(stray)
         studies += [_dicom_study(root, place, each) for each in series]
-        if place != root and not studies:
+        if place != root:
             deeper += [_nifti_study(image, root) for image in _scans(place)]
-    return studies or deeper
+    if not studies:
+        return deeper
+    for folder in sorted({study.image.parent for study in deeper}):
+        on_stray(
+            FileFault(
+                folder,
+                'its NIfTI files are left out, for folders of them are looked into only where '
+                'there is nothing else',
+                'give this folder as one of its own',
+            )
+        )
+    return studies
 
 
 def _scans(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -144,7 +144,9 @@ def write_prediction(
 
 def _cells_of_sides(case: PreparedCase, found: StudyMask, *, with_lesions: bool) -> Row:
     if not with_lesions:
-        right_ml, left_ml = measure_lungs(found.lungs, case.geometry.spacing_mm)
+        right_ml, left_ml = measure_lungs(
+            found.lungs, case.geometry.spacing_mm, case.geometry.study_voxel_ml
+        )
         return {'right_lung_ml': round(right_ml, 4), 'left_lung_ml': round(left_ml, 4)}
     row: Row = {}
     sides = split_lungs(found.lungs, case.geometry.spacing_mm)

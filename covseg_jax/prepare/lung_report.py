@@ -1,5 +1,6 @@
 """What a study's lungs amount to, and what is doubtful about them or their scan."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,15 +49,21 @@ class LungReport:
     notes: tuple[str, ...]
 
 
-def describe_lungs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingMm) -> LungReport:
+def describe_lungs(
+    lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingMm, voxel_ml: float | None = None
+) -> LungReport:
     """Volumes and doubts of a study's lungs, whatever found them.
 
     Args:
         lungs: bool (Z, Y, X), canonical, not empty.
         image_hu: (Z, Y, X), HU.
         spacing_mm: (z, y, x).
+        voxel_ml: volume of a voxel, less than the product of spacing_mm where a scan is tilted;
+            None is that product.
     """
-    right_ml, left_ml = measure_lungs(lungs, spacing_mm)
+    if voxel_ml is None:
+        voxel_ml = math.prod(spacing_mm) / 1000.0
+    right_ml, left_ml = measure_lungs(lungs, spacing_mm, voxel_ml)
     shape, coarse_mm = working_grid(lungs.shape, spacing_mm, REPORT_MM)
     nearest = nearest_voxels(shape, lungs.shape)
     coarse, image = lungs[nearest], image_hu[nearest]
@@ -70,17 +77,18 @@ def describe_lungs(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingM
     return LungReport(right_ml, left_ml, notes)
 
 
-def measure_lungs(lungs: np.ndarray, spacing_mm: SpacingMm) -> tuple[float, float]:
+def measure_lungs(lungs: np.ndarray, spacing_mm: SpacingMm, voxel_ml: float) -> tuple[float, float]:
     """Volumes of the right and the left lung, ml. Their sum is exact, and either is to about 1 %.
 
     Args:
         lungs: bool (Z, Y, X), canonical.
         spacing_mm: (z, y, x).
+        voxel_ml: volume of a voxel.
     """
     shape, coarse_mm = working_grid(lungs.shape, spacing_mm, REPORT_MM)
     right, left = split_lungs(lungs[nearest_voxels(shape, lungs.shape)], coarse_mm)
     share = np.count_nonzero(right) / max(1, np.count_nonzero(right) + np.count_nonzero(left))
-    total_ml = float(np.count_nonzero(lungs)) * float(np.prod(spacing_mm)) / 1000.0
+    total_ml = float(np.count_nonzero(lungs)) * voxel_ml
     return float(total_ml * share), float(total_ml * (1 - share))
 
 
@@ -132,6 +140,8 @@ def _note_limits(lungs: np.ndarray, padding: np.ndarray, spacing_mm: SpacingMm) 
 
 def _note_orientation(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: SpacingMm) -> list[str]:
     """Whether the trachea lies at the lower end of the lungs."""
+    if not lungs.any():  # fewer voxels than the coarse grid shows
+        return []
     ends = [np.flatnonzero(lungs.any(axis=axes))[[0, -1]] for axes in ((1, 2), (0, 2), (0, 1))]
     first, last = ends[0]
     if (last + 1 - first) * spacing_mm[0] < LEAST_HEIGHT_MM:
@@ -148,6 +158,8 @@ def _note_orientation(lungs: np.ndarray, image_hu: np.ndarray, spacing_mm: Spaci
     is_airway[0] = False
     seen = is_airway[labels].any(axis=(1, 2))
     third = len(seen) // 3
+    if third < 1:
+        return []
     if seen[:third].mean() < WITH_AIRWAYS or seen[len(seen) - third :].mean() > WITHOUT_AIRWAYS:
         return []
     return [

@@ -30,7 +30,7 @@ from covseg_jax.prepare.lung_report import describe_lungs
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings give another result, so that old cases are made anew.
-CASE_VERSION = 5
+CASE_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def prepare_volume(study: Study, settings: PrepareSettings) -> PreparedCase:
     geometry = fit_geometry(
         lungs, volume.as_stored.shape, volume.affine, settings.grid, settings.margin_mm
     )
-    report = describe_lungs(lungs, volume.array, volume.spacing_mm)
+    report = describe_lungs(lungs, volume.array, volume.spacing_mm, volume.voxel_ml)
     low, high = settings.window_hu
     # The window first, so that bright bone and metal do not outweigh their neighbours.
     resampled = to_model_grid(volume.array, geometry, weights=lungs, clip=(low, high))

@@ -16,8 +16,7 @@ from covseg_jax.prepare.lung_network import SHIPPED, load_network
 LUNGS_SOURCES = ('threshold', 'network', 'file', 'lungmask')
 SPACING_MM = (0.1, 50.0)  # between these lies every voxel of a chest CT
 LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as lung, or tissue
-_VOXELS_AT_A_TIME = 2**22
-_ROUNDED_LABEL = 1e-3  # by which a label may differ from a whole number
+ROUNDED_LABEL = 1e-3  # by which a label may differ from a whole number
 _MOST_LABELS = 8  # of a volume that is taken for a mask
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
 
@@ -73,7 +72,7 @@ def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | No
         )
         raise FileFault(path, fault, 'give the mask on the image grid')
     if labels is None:
-        return mask.array > _ROUNDED_LABEL
+        return mask.array > ROUNDED_LABEL
     chosen = np.empty(mask.array.shape, bool)
     for z, values in enumerate(mask.array):
         whole = _round_labels(values)
@@ -88,16 +87,14 @@ def _round_labels(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind != 'f':
         return values
     whole = np.rint(values)
-    return np.where(np.abs(values - whole) <= _ROUNDED_LABEL, whole, values)
+    return np.where(np.abs(values - whole) <= ROUNDED_LABEL, whole, values)
 
 
 def voxel_crc32(volume: Volume) -> int:
-    """CRC-32 of a volume's voxels, whatever its header, type and format."""
-    # In the order of memory, which is the file's.
-    voxels, crc32 = volume.as_stored.ravel(order='K'), 0
-    for start in range(0, voxels.size, _VOXELS_AT_A_TIME):
-        some = voxels[start : start + _VOXELS_AT_A_TIME]
-        crc32 = isal_zlib.crc32(some.astype(np.float32, copy=False), crc32)
+    """CRC-32 of a volume's voxels, whatever its header, type, format and order of axes."""
+    crc32 = 0
+    for plane in volume.array:
+        crc32 = isal_zlib.crc32(np.ascontiguousarray(plane, np.float32), crc32)
     return crc32
 
 
@@ -157,7 +154,7 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
     values = f'values from {low:.4g} to {high:.4g}'
     if low == high:
         return f'every voxel is {low:.4g}'
-    if abs(low) <= _ROUNDED_LABEL and high <= 255:
+    if abs(low) <= ROUNDED_LABEL and high <= 255:
         found = np.unique(_round_labels(np.unique(array)))
         if len(found) <= _MOST_LABELS and (found == np.rint(found)).all():
             return (

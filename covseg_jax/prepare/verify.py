@@ -112,7 +112,7 @@ def _verify_study(
     found_by = (settings.lungs_source, settings.lung_network)
     lungs = attempt(lambda: study_files.find_study_lungs(study, image, *found_by))
     if lungs is not None:
-        report = describe_lungs(lungs, image.array, image.spacing_mm)
+        report = describe_lungs(lungs, image.array, image.spacing_mm, image.voxel_ml)
         notes += report.notes
         volumes = {
             'right_lung_ml': round(report.right_ml, 1), 'left_lung_ml': round(report.left_ml, 1)

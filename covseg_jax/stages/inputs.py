@@ -15,7 +15,7 @@ from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.studies import Study, find_studies
 from covseg_jax.manifest import fingerprint
 from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
@@ -111,7 +111,12 @@ def prepared_cases(
 
 
 def split_studies(config: Config, workdir: pathlib.Path, *, needs_covid: bool = True) -> Splits:
-    cases = prepared_cases(config, prepared_folder(config, workdir))
+    """Which prepared studies serve for what. Where the data set is there, only those that it has
+    today: what else was prepared, such as a study that was taken out since, serves for nothing."""
+    data, there = data_folder(config, workdir), None
+    if data.is_dir():
+        there = {study.study_id for study in find_studies(data, config.data.layout)}
+    cases = prepared_cases(config, prepared_folder(config, workdir), only=there)
     pattern = config.data.healthy_pattern
     if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
         raise InputError(

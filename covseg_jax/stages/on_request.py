@@ -202,7 +202,8 @@ def run_compare(config: Config, workdir: pathlib.Path, given: Request) -> None:
     if alone:
         print(f'compare: note: in one run alone, left out: {", ".join(alone)}')
     if given.output and hosts.is_first():
-        written.write_text(given.output / 'compare.json', json.dumps(rows, indent=2))
+        text = json.dumps([each.to_json() for each in differences], indent=2, allow_nan=False)
+        written.write_text(given.output / 'compare.json', text)
 
 
 def run_status(config: Config, workdir: pathlib.Path, given: Request) -> None:

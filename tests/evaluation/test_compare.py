@@ -1,5 +1,7 @@
 """Two runs on the same studies."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,13 @@ def test_runs_without_a_study_in_common_are_refused(tmp_path):
     runs = write_run(tmp_path / 'a', {'x': 0.5}), write_run(tmp_path / 'b', {'y': 0.5})
     with pytest.raises(InputError, match='no study in common'):
         compare_runs(*runs)
+
+
+def test_a_difference_of_one_study_is_json(tmp_path):
+    first = write_run(tmp_path / 'a', {'s': 0.5})
+    second = write_run(tmp_path / 'b', {'s': 0.6})
+    differences, _ = compare_runs(first, second)
+    text = json.dumps([each.to_json() for each in differences], allow_nan=False)
+    dice = next(each for each in json.loads(text) if each['metric'] == 'dice')
+    assert dice['ci95'] == [None, None]
+    assert dice['difference'] == pytest.approx(0.1)

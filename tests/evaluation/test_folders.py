@@ -77,3 +77,45 @@ def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):
     write(tmp_path / 'a' / 'x_mask.nii.gz')
     with pytest.raises(InputError, match='are both masks of x'):
         pair_masks(tmp_path / 'a', tmp_path / 'b')
+
+
+def write_values(path, values):
+    write_stored(path, np.asarray(values, np.float32).reshape(2, 2, 1), AFFINE)
+
+
+def test_a_scan_is_no_truth(tmp_path):
+    write_values(tmp_path / 'a' / 'x.nii.gz', [0, 1, 0, 0])
+    for values in ([-900, 40, 30, -1000], [0, 1024, 0, 3]):
+        write_values(tmp_path / 'b' / 'x.nii.gz', values)
+        pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
+        with pytest.raises(FileFault, match='a scan, not a mask of labels'):
+            score_folder(pairs, tmp_path / 'scores')
+
+
+def test_what_rounding_left_of_zero_is_no_lesion(tmp_path):
+    write_values(tmp_path / 'a' / 'x.nii.gz', [0, 1, 0, 0])
+    write_values(tmp_path / 'b' / 'x.nii.gz', [1e-6, 1, -1e-6, 0])
+    pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
+    summary = score_folder(pairs, tmp_path / 'scores')
+    assert summary['protocols']['volume']['dice']['mean'] == 1
+
+
+def test_a_study_of_its_own_name_in_0000_is_paired_with_itself(tmp_path):
+    for name in ('case_0000', 'case_0001'):
+        write(tmp_path / 'a' / f'{name}_mask.nii.gz', (0, 0, 0))
+        write(tmp_path / 'b' / f'{name}.nii.gz', (0, 0, 0))
+    pairs, alone = pair_masks(tmp_path / 'a', tmp_path / 'b')
+    assert [name for name, _, _ in pairs] == ['case_0000', 'case_0001']
+    assert alone == []
+
+
+def test_volumes_of_a_tilted_scan_are_those_of_its_voxels(tmp_path):
+    """At 60 degrees a voxel of 2 x 2 x 5 mm, measured along its axes, has half of 20 mm3."""
+    affine = AFFINE.copy()
+    affine[:3, 2] = 5 * np.array([0, np.sin(np.pi / 3), np.cos(np.pi / 3)])
+    for folder in ('a', 'b'):
+        write(tmp_path / folder / 'x.nii.gz', (0, 0, 0), (1, 0, 0), affine=affine)
+    pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
+    score_folder(pairs, tmp_path / 'scores')
+    (row,), _ = read_tables(tmp_path / 'scores')
+    assert row['volume_ml_true'] == pytest.approx(0.02)

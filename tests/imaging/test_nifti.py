@@ -53,6 +53,19 @@ def test_written_file_says_to_nibabel_what_mosmed_says(tmp_path):
     np.testing.assert_array_equal(np.asarray(image.dataobj), DATA)
 
 
+@pytest.mark.parametrize(('tilt_degrees', 'qform_code'), [(0.0, 1), (5.0, 0), (25.0, 0)])
+def test_a_tilted_grid_is_written_as_an_sform_alone(tmp_path, tilt_degrees, qform_code):
+    """A qform is a rotation: what would be left of the tilt lies 6 mm and more away."""
+    affine = np.diag([0.7, 0.7, 2.5, 1.0])
+    affine[1, 2] = 2.5 * np.tan(np.radians(tilt_degrees))
+    nifti.write_volume(tmp_path / 'a.nii', np.zeros((60, 8, 8), np.uint8), affine)
+    header = nibabel.load(tmp_path / 'a.nii').header
+    assert (int(header['sform_code']), int(header['qform_code'])) == (1, qform_code)
+    volume = nifti.read_volume(tmp_path / 'a.nii')
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
+    assert not any('qform' in note for note in volume.notes)
+
+
 def test_written_file_is_the_same_each_time(tmp_path):
     for name in ('a.nii.gz', 'b.nii.gz'):
         write_stored(tmp_path / name, DATA, AFFINE)

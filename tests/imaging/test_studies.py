@@ -330,3 +330,12 @@ def test_scans_in_folders_are_found_where_the_folder_itself_has_none(tmp_path):
     assert [stray.split(':')[0] for stray in strays] == ['b_mask.nii']
     _touch(tmp_path, 'a.nii.gz')  # as in a folder of scans beside one of other files
     assert [study.study_id for study in _find(tmp_path)[0]] == ['a']
+
+
+def test_nifti_files_below_others_are_told_to_be_left_out(tmp_path):
+    for name in ('a.nii.gz', 'sub/b.nii.gz', 'sub/c.nii.gz', 'sub/c_mask.nii.gz'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (study,), (stray,) = _find(tmp_path)
+    assert study.study_id == 'a'
+    assert stray.startswith('sub: its NIfTI files are left out')

@@ -152,6 +152,19 @@ def test_training_names_a_healthy_pattern_that_matches_nothing(prepared):
         split_studies(config, prepared)
 
 
+def test_studies_that_were_taken_out_of_the_data_set_serve_for_nothing(prepared, tmp_path):
+    config = transunet.get_config('tiny').unlock()
+    config.data.prepared, config.data.folder = str(prepared), str(tmp_path)
+    config.data.layout = 'plain'
+    everything = names(find_cases(prepared))
+    kept = sorted(everything)[:-1]
+    for name in kept:
+        (tmp_path / f'{name}.nii.gz').touch()
+    splits = split_studies(config, tmp_path)
+    used = (getattr(splits, each.name) for each in dataclasses.fields(splits))
+    assert {case.study_id for cases in used for case in cases} == set(kept)
+
+
 @pytest.mark.parametrize('setting', ['subject_pattern', 'healthy_pattern'])
 def test_find_cases_names_a_pattern_that_is_none(prepared, setting):
     with pytest.raises(InputError, match=rf'data\.{setting} .\(.: missing'):

@@ -146,3 +146,23 @@ def test_cases_have_both_lungs_and_their_notes(shared_data, case, notes):
     assert len(report.notes) == len(notes)
     for found, expected in zip(report.notes, notes, strict=True):
         assert found.startswith(expected)
+
+
+def test_few_voxels_or_slices_of_lung_are_described(chest):
+    image, lungs = chest
+    few = np.zeros_like(lungs)
+    few[14, 30, 60] = True  # between the points of the coarse grid, or on one
+    shifted = few.copy()
+    shifted[14, 31, 61] = True
+    for each in (few, shifted & ~few):
+        assert describe_lungs(each, image, (0.8, 0.7, 0.7)).notes
+    two = lungs[[10, 20]]
+    notes = describe_lungs(two, image[[10, 20]], (40.0, *SPACING_MM[1:])).notes
+    assert not any(note.startswith(UPSIDE_DOWN) for note in notes)
+
+
+def test_lungs_of_a_tilted_scan_have_the_volume_of_their_voxels(chest):
+    image, lungs = chest
+    straight = describe_lungs(lungs, image, SPACING_MM)
+    tilted = describe_lungs(lungs, image, SPACING_MM, 0.9 * np.prod(SPACING_MM) / 1000)
+    assert tilted.right_ml == pytest.approx(0.9 * straight.right_ml)

@@ -259,8 +259,12 @@ def test_killed_parent_leaves_no_worker(data_set, tmp_path):
 
 
 def test_of_two_studies_with_one_image_one_is_set_aside(data_set):
-    volume = nifti.read_volume(data_set / 'a.nii.gz')  # the copy is another file: of float32
-    write_stored(data_set / 'copy.nii.gz', volume.as_stored.astype(np.float32), volume.affine)
+    # The copy is another file: of float32, and with its first axis the other way round.
+    volume = nifti.read_volume(data_set / 'a.nii.gz')
+    flip = np.diag([-1.0, 1.0, 1.0, 1.0])
+    flip[0, 3] = len(volume.as_stored) - 1
+    flipped = volume.as_stored[::-1].astype(np.float32)
+    write_stored(data_set / 'copy.nii.gz', flipped, volume.affine @ flip)
     report = _prepare(data_set)
     assert report.made == ['a', 'b']
     assert report.bad == {'copy': 'copy.nii.gz: the same image as study a; remove one of the two'}
