@@ -70,7 +70,7 @@ def find_real(
 
     studies, tell = {}, inputs.tell_stray('measure')
     if real_slices:
-        masked = tuple(each for each in find_inputs(real_slices, tell) if each.lesion_mask)
+        masked = tuple(each for each in find_inputs(real_slices, on_stray=tell) if each.lesion_mask)
         if not masked:
             raise InputError(
                 f'{real_slices}: none of its studies has a lesion mask; give scans without lesions '
@@ -78,7 +78,7 @@ def find_real(
             )
         studies['real_slices'] = masked
     if healthy:
-        found = find_inputs(healthy, tell)
+        found = find_inputs(healthy, on_stray=tell)
         studies['healthy_scans'] = tuple(
             dataclasses.replace(each, lesion_mask=None) for each in found
         )

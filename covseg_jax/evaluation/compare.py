@@ -42,12 +42,12 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Its fields, with None for NaN, which JSON has not."""
-        fields = dataclasses.asdict(self) | {'ci95': list(map(_or_none, self.ci95))}
-        return fields | {'wilcoxon_p': _or_none(self.wilcoxon_p)}
+        fields = dataclasses.asdict(self) | {'ci95': [_or_none(value) for value in self.ci95]}
+        return {name: _or_none(value) for name, value in fields.items()}
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def compare_runs(first: pathlib.Path, second: pathlib.Path) -> tuple[list[Difference], list[str]]:

@@ -80,7 +80,7 @@ def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):
 
 
 def write_values(path, values):
-    write_stored(path, np.asarray(values, np.float32).reshape(2, 2, 1), AFFINE)
+    write_stored(path, np.asarray(values, np.float32).reshape(1, 2, 2), AFFINE)
 
 
 def test_a_scan_is_no_truth(tmp_path):
@@ -110,12 +110,12 @@ def test_a_study_of_its_own_name_in_0000_is_paired_with_itself(tmp_path):
 
 
 def test_volumes_of_a_tilted_scan_are_those_of_its_voxels(tmp_path):
-    """At 60 degrees a voxel of 2 x 2 x 5 mm, measured along its axes, has half of 20 mm3."""
+    """At 45 degrees a voxel of 2 x 2 x 5 mm, measured along its axes, has √½ of 20 mm³."""
     affine = AFFINE.copy()
-    affine[:3, 2] = 5 * np.array([0, np.sin(np.pi / 3), np.cos(np.pi / 3)])
+    affine[:3, 2] = 5 * np.array([0, np.sqrt(0.5), np.sqrt(0.5)])
     for folder in ('a', 'b'):
         write(tmp_path / folder / 'x.nii.gz', (0, 0, 0), (1, 0, 0), affine=affine)
     pairs, _ = pair_masks(tmp_path / 'a', tmp_path / 'b')
     score_folder(pairs, tmp_path / 'scores')
     (row,), _ = read_tables(tmp_path / 'scores')
-    assert row['volume_ml_true'] == pytest.approx(0.02)
+    assert row['volume_ml_true'] == pytest.approx(0.04 * np.sqrt(0.5))
