@@ -19,13 +19,13 @@ END
 
 take_flags "$@"
 [[ "$attempts" =~ ^[1-9][0-9]*$ ]] || fail "--attempts=$attempts: must be 1 or more"
+if [ "${#program_flags[@]}" -eq 0 ]; then
+  program_flags=(--config=configs/transunet.py)
+fi
 bucket_cache=''
 for flag in "${program_flags[@]}"; do
   [[ "$flag" != --bucket_cache=* ]] || bucket_cache="${flag#*=}"
 done
-if [ "${#program_flags[@]}" -eq 0 ]; then
-  program_flags=(--config=configs/transunet.py)
-fi
 
 # A VM that is shut down sends SIGTERM, after which the program saves, and at once SIGHUP, which
 # would end it. A run whose connection was lost may go on: the next one waits for it.
@@ -40,7 +40,7 @@ for attempt in \$(seq $attempts); do
 code=\$?;
 if [ \$code = 0 ]; then
 place=\$(.venv/bin/python -c 'import sys; from covseg_jax import bucket;
-sys.argv[2] and bucket.use_cache(sys.argv[2]); print(bucket.local_path(sys.argv[1]))'$(printf ' %q' "$workdir" "$bucket_cache")) && [ ! -e "\$place/stopped" ];
+sys.argv[2] and bucket.use_cache(sys.argv[2]); print(bucket.local_path(sys.argv[1]))'$(printf ' %q' "$workdir" "$bucket_cache")) && [ ! -e \"\$place/stopped\" ];
 exit;
 fi;
 echo attempt \$attempt of $attempts ended with \$code >&2;

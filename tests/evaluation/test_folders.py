@@ -80,7 +80,7 @@ def test_masks_of_another_grid_and_doubled_ones_are_named(tmp_path):
 
 
 def write_values(path, values):
-    write_stored(path, np.asarray(values, np.float32).reshape(1, 2, 2), AFFINE)
+    write_stored(path, np.reshape([values, values], (2, 2, 2)).astype(np.float32), AFFINE)
 
 
 def test_a_scan_is_no_truth(tmp_path):
