@@ -49,6 +49,12 @@ def is_done(workdir: pathlib.Path, stage: str, expected: str) -> bool:
     return all(path.exists() and path.stat().st_size == size for path, size in outputs.items())
 
 
+def read_outputs(workdir: pathlib.Path, stage: str) -> list[pathlib.Path]:
+    """The files that a stage made when it last ended well."""
+    done = _read(_path(workdir, stage)) or {'outputs': ()}
+    return [workdir / name for name in done['outputs']]
+
+
 def read_seconds(workdir: pathlib.Path, stage: str) -> float | None:
     """How long the stage took when it last ended well; None where nobody knows."""
     done = _read(_path(workdir, stage))

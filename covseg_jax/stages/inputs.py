@@ -10,13 +10,12 @@ import ml_collections
 import numpy as np
 from isal import isal_zlib
 
-from covseg_jax import bucket, cpu, hosts
+from covseg_jax import bucket, cpu, hosts, manifest
 from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.imaging.studies import Study, find_studies
-from covseg_jax.manifest import fingerprint
+from covseg_jax.imaging.studies import Study
 from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 
@@ -111,12 +110,12 @@ def prepared_cases(
 
 
 def split_studies(config: Config, workdir: pathlib.Path, *, needs_covid: bool = True) -> Splits:
-    """Which prepared studies serve for what. Where the data set is there, only those that it has
-    today: what else was prepared, such as a study that was taken out since, serves for nothing."""
-    data, there = data_folder(config, workdir), None
-    if data.is_dir():
-        there = {study.study_id for study in find_studies(data, config.data.layout)}
-    cases = prepared_cases(config, prepared_folder(config, workdir), only=there)
+    """Which prepared studies serve for what. Where this run prepared them, only those that it found
+    then: what else lies there, such as a study that was taken out since, serves for nothing."""
+    prepared = prepared_folder(config, workdir)
+    made = (path.parent.resolve() for path in manifest.read_outputs(workdir, 'prepare'))
+    found = {folder.name for folder in made if folder.parent == prepared.resolve()}
+    cases = prepared_cases(config, prepared, only=found or None)
     pattern = config.data.healthy_pattern
     if pattern and not any(re.fullmatch(pattern, case.study_id) for case in cases):
         raise InputError(
@@ -216,7 +215,7 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
         ),
         preparation=PrepareSettings(**config.prepare),
         masks=masks,
-        identity=fingerprint(
+        identity=manifest.fingerprint(
             [config.network.to_dict(), config.predict.to_dict(), config.prepare.to_dict(),
              dataclasses.asdict(masks), step, weights]
         ),

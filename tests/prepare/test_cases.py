@@ -7,6 +7,7 @@ import json
 import pytest
 
 from configs import transunet
+from covseg_jax import manifest
 from covseg_jax.errors import InputError
 from covseg_jax.prepare.cases import Case, evaluation_cases, find_cases, split_cases
 from covseg_jax.stages.inputs import split_studies
@@ -154,12 +155,10 @@ def test_training_names_a_healthy_pattern_that_matches_nothing(prepared):
 
 def test_studies_that_were_taken_out_of_the_data_set_serve_for_nothing(prepared, tmp_path):
     config = transunet.get_config('tiny').unlock()
-    config.data.prepared, config.data.folder = str(prepared), str(tmp_path)
-    config.data.layout = 'plain'
-    everything = names(find_cases(prepared))
-    kept = sorted(everything)[:-1]
-    for name in kept:
-        (tmp_path / f'{name}.nii.gz').touch()
+    config.data.prepared = str(prepared)
+    kept = sorted(names(find_cases(prepared)))[:-1]
+    found = [prepared / name / 'geometry.json' for name in kept]
+    manifest.finish(tmp_path, 'prepare', {}, found, 1.0)
     splits = split_studies(config, tmp_path)
     used = (getattr(splits, each.name) for each in dataclasses.fields(splits))
     assert {case.study_id for cases in used for case in cases} == set(kept)
