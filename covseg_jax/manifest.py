@@ -15,6 +15,7 @@ from typing import Any
 from covseg_jax import atomic
 from covseg_jax.errors import InputError
 
+_EVALUATE = 'evaluate'  # the stage that comes after all others
 # Version of the settings' names: 2 since fields are grouped as the dataclasses that they fill.
 _NAMES, _NAMES_VERSION = 'names', 2
 NOT_BEGUN = 'not begun'
@@ -110,8 +111,10 @@ def flatten(values: Mapping, prefix: str = '') -> dict[str, Any]:
 
 
 def begin(workdir: pathlib.Path, stage: str, settings: Mapping) -> None:
-    """The stage is about to run: it is not done until it says so."""
-    _path(workdir, stage).unlink(missing_ok=True)
+    """The stage is about to run: it is not done until it says so, and what was evaluated before is
+    not what it will have made."""
+    for each in {stage, _EVALUATE}:
+        _path(workdir, each).unlink(missing_ok=True)
     _record(workdir, stage, settings)
 
 

@@ -250,6 +250,7 @@ def look(url: str, is_wanted: Callable[[str], bool]) -> None:
         if LIST in stored and stored[LIST].generation != generation:
             chosen = {n: each for n, each in stored.items() if is_mirrored(n) and is_wanted(n)}
             local.fetch(bucket, {n: s for n, s in chosen.items() if not local.has(n, s.crc32c)})
+            local.remove(n for n in local.known_names() if is_wanted(n) and n not in stored)
             local.write_record(generation)
 
 

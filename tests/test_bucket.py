@@ -216,6 +216,22 @@ def test_a_run_that_another_host_took_over_changes_nothing_more(server, elsewher
     assert capsys.readouterr().err.startswith('note: gs://b/runs/one: another run works there;')
 
 
+def test_who_looks_sees_no_file_that_the_run_has_removed(server, elsewhere, monkeypatch):
+    with mirror.opened(URL):
+        write({'stopped': 'at 4', 'log': 'one'})
+    of_run = bucket._cache
+    elsewhere()
+    of_watcher = bucket._cache
+    mirror.look(URL, lambda name: name in ('stopped', 'log'))
+    assert read() == {'stopped': 'at 4', 'log': 'one'}
+    monkeypatch.setattr(bucket, '_cache', of_run)
+    with mirror.opened(URL):
+        write({'stopped': None, 'log': 'one two'})
+    monkeypatch.setattr(bucket, '_cache', of_watcher)
+    mirror.look(URL, lambda name: name in ('stopped', 'log'))
+    assert read() == {'log': 'one two'}
+
+
 def test_several_hosts_write_predictions_on_a_disk_that_they_share(monkeypatch):
     monkeypatch.setattr(hosts, '_num_hosts', 2)
     given = dict.fromkeys(('input', 'output', 'reference', 'model')) | {'output': URL}

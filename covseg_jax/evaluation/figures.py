@@ -250,5 +250,7 @@ def plot_overlay(role: str, case: CaseImages, folder: pathlib.Path) -> pathlib.P
                 axes.contour(mask[z][rows, cols], levels=[0.5], colors=colours, linewidths=1.1)
         line[0].set_ylabel(f'slice {z}', fontsize=9)
     score = 'undefined' if math.isnan(case.dice) else f'{case.dice:.3f}'
-    figure.suptitle(f'{role}: {case.study_id}, volume Dice {score}', fontsize=11)
+    # A study's name may hold what looks like a formula.
+    title = f'{role}: {case.study_id}, volume Dice {score}'
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return _save(figure, folder, f'case_{role}')

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from covseg_jax import hosts
+from covseg_jax import hosts, manifest
 from covseg_jax.checksums import read_sums
 from covseg_jax.errors import InputError
 from covseg_jax.predict.default import DEFAULT, MEMBERS
@@ -46,7 +46,10 @@ def read_initial_model(config: Config) -> InitialModel | None:
     if not name:
         return None
     # A training goes on from one network: of the model of several from its first.
-    folder = MEMBERS[0] if name == DEFAULT else pathlib.Path(name)
+    return _read_export(MEMBERS[0] if name == DEFAULT else pathlib.Path(name), name)
+
+
+def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
     try:
         description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
         sums = read_sums(folder / 'SHA256SUMS')
@@ -63,6 +66,21 @@ def identify(config: Config) -> str:
     """What records hold in place of `train.init`: the weights count, wherever they lie."""
     model = read_initial_model(config)
     return f'a model of weights {model.weights_sha256}' if model else NONE
+
+
+def identify_teachers(config: Config) -> str:
+    """What records hold of the model that pseudo-masks are of, where synthesize.source is 'model':
+    all of its networks teach, with their cuts."""
+    if config.train.init != DEFAULT:
+        models = [read_initial_model(config)]
+    else:
+        models = [_read_export(folder, DEFAULT) for folder in MEMBERS]
+    told = [
+        (each.weights_sha256, each.description['masks'], each.description['volumes'])
+        for each in models
+        if each is not None
+    ]
+    return f'{len(told)} networks of {manifest.fingerprint(told)}' if told else NONE
 
 
 def refuse_misfit(config: Config) -> None:

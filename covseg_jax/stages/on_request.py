@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from covseg_jax import atomic, hosts, manifest, mirror, written
 from covseg_jax.errors import FileFault, InputError, Stopped
 from covseg_jax.evaluation.folders import FILES, pair_masks, score_folder
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import find_inputs, find_studies
 from covseg_jax.prepare.lung_network import FILE as LUNG_NETWORK
 from covseg_jax.prepare.prepare_studies import PrepareSettings
@@ -20,7 +21,7 @@ from covseg_jax.stages.evaluate_export import run_evaluate_export
 from covseg_jax.stages.inputs import Config, Request
 from covseg_jax.stages.outcome import show_table, table_of_summary
 from covseg_jax.stages.pipeline import PIPELINE, TRAINED
-from covseg_jax.stages.settings import import_settings
+from covseg_jax.stages.settings import begin_lungs, import_settings
 
 STOPPED = 'stopped'  # a file in the work directory of a run that was stopped, until it goes on
 _MOST_SHOWN = 25  # studies in a table
@@ -132,6 +133,7 @@ def run_lungs(config: Config, workdir: pathlib.Path, given: Request) -> None:
     copy = given.output / LUNG_NETWORK if given.output else None
     if copy:
         written.refuse_foreign([copy])
+    hosts.first_alone(lambda: begin_lungs(config, workdir), 'the training is recorded')
     path = train_lungs(config, workdir / 'lungs', inputs.num_workers(config))
     if copy and hosts.is_first():
         with written.new_file(copy) as temporary:
@@ -153,7 +155,7 @@ def run_import_weights(config: Config, workdir: pathlib.Path, given: Request) ->
     folder = workdir / 'transunet'
     import_transunet(config, read_tensors(given.input), folder)
     cuts = inputs.given_cuts(config)
-    calibration = inputs.describe_cuts(cuts) if cuts else {'threshold': 0.5}
+    calibration = inputs.describe_cuts(cuts or MaskSettings(0.5, seed_threshold=0.5))
     calibration['checkpoint_step'] = 0
     atomic.write_text(folder / 'calibration.json', json.dumps(calibration, indent=2))
     settings = import_settings(config)

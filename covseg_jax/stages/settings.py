@@ -25,6 +25,7 @@ _HARMLESS = (
 )  # fmt: skip
 _DATA_SET, _CASES, _LUNG_NETWORK = 'data_set', 'case_version', 'lung_network'
 _PSEUDO_MASK_MODEL = 'pseudo_mask_model'
+LUNGS = 'lungs'  # the stage on request that trains, and its group of the config
 # In these evaluate may differ from the training: other data, or masks that were mended.
 _OF_DATA = (
     'phantom', _DATA_SET, _CASES, 'data.layout', 'data.prepared', 'data.pseudo_masks',
@@ -60,7 +61,7 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
             so_far[_CASES] = CASE_VERSION  # raised when the same files give other cases
             so_far[_LUNG_NETWORK] = lung_network_crc32(PrepareSettings(**config.prepare))
         if stage == 'synthesize' and config.synthesize.source == 'model':
-            so_far[_PSEUDO_MASK_MODEL] = initial_model.identify(config)
+            so_far[_PSEUDO_MASK_MODEL] = initial_model.identify_teachers(config)
         if stage == 'train':
             so_far['train'] = values['train'] | {'init': initial_model.identify(config)}
         settings[stage] = so_far
@@ -73,6 +74,19 @@ def import_settings(config: Config) -> dict:
     """What imported weights are held to later, as if `train` had begun with them."""
     settings = _only(_without(config.to_dict(), _HARMLESS), _OF_IMPORT)
     return settings | {'train': {'init': initial_model.identify(config)}}
+
+
+def begin_lungs(config: Config, workdir: pathlib.Path) -> None:
+    """Records what a network that finds lungs is trained with, in a work directory of its own or a
+    run's.
+
+    Raises:
+      InputError: its training was begun with other settings.
+    """
+    settings = _without(config.to_dict(), _HARMLESS)
+    settings = {name: settings[name] for name in ('seed', LUNGS)}
+    manifest.refuse_other_settings(workdir, LUNGS, settings, 'use those, or another --workdir')
+    manifest.begin(workdir, LUNGS, settings)
 
 
 def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> None:
@@ -102,7 +116,7 @@ def refuse_other_settings(config: Config, workdir: pathlib.Path, stage: str) -> 
 
 def is_work_directory(folder: pathlib.Path) -> bool:
     """Whether a run was begun in a folder: its manifests, checkpoints or config are there."""
-    if any(manifest.read_begun(folder, stage) is not None for stage in PIPELINE):
+    if any(manifest.read_begun(folder, stage) is not None for stage in (*PIPELINE, LUNGS)):
         return True
     if any(newest_step(folder, stage) is not None for stage in TRAINED):
         return True

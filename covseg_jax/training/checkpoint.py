@@ -175,7 +175,10 @@ def restore_for_inference(folder: pathlib.Path, abstract_state: Any) -> tuple[An
         ) as manager:
             found, _ = _restore_newest(manager, folder, abstract_state)
     if found is None:
-        raise InputError(f'{folder}: no checkpoint; train first')
+        raise InputError(
+            f'{folder}: no checkpoint; train first, or, if a training that is done lost its '
+            'checkpoints, delete its file in manifests/ and train again'
+        )
     return found.state, found.step
 
 

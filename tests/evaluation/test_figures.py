@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from matplotlib import colors, image
@@ -116,3 +118,8 @@ def test_calibration_is_drawn_from_the_filled_bins(tmp_path, monkeypatch):
     upper, lower = drawn[0].axes
     assert upper.lines[1].get_xydata().tolist() == pytest.approx(np.array([[0.1, 0.2], [0.75, 1]]))
     assert [bar.get_height() for bar in lower.patches] == [10, 0, 4]
+
+
+def test_a_study_may_be_named_like_a_formula(tmp_path):
+    case = dataclasses.replace(case_images(), study_id='a$_$b')
+    assert figures.plot_overlay('best', case, tmp_path).exists()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -142,3 +143,16 @@ def test_imported_weights_and_a_model_are_not_both_the_start(exported, tmp_path)
     settings.refuse_other_settings(tiny(), tmp_path, 'train')
     with pytest.raises(InputError, match=r'train\.init was none'):
         settings.refuse_other_settings(tiny(**{'train.init': str(exported)}), tmp_path, 'train')
+
+
+def test_teachers_are_all_networks_of_a_model_and_their_cuts(tmp_path):
+    default, first = tiny(**{'train.init': 'default'}), tiny(**{'train.init': str(MEMBERS[0])})
+    assert initial_model.identify(default) == initial_model.identify(first)
+    shutil.copytree(MEMBERS[0], tmp_path / 'a')
+    told = [initial_model.identify_teachers(each) for each in (default, first)]
+    copied = tiny(**{'train.init': str(tmp_path / 'a')})
+    assert initial_model.identify_teachers(copied) == told[1] != told[0]
+    model = json.loads((tmp_path / 'a' / 'model.json').read_text())
+    model['masks']['threshold'] += 0.1
+    (tmp_path / 'a' / 'model.json').write_text(json.dumps(model))
+    assert initial_model.identify_teachers(copied) != told[1]

@@ -52,3 +52,27 @@ def test_cases_of_an_earlier_way_to_prepare_them_are_not_done(tmp_path, monkeypa
     monkeypatch.setattr(settings, 'CASE_VERSION', settings.CASE_VERSION + 1)
     after = settings.stage_settings(config, tmp_path)
     assert all(before[stage] != after[stage] for stage in ('prepare', 'gan', 'train'))
+
+
+def test_what_was_evaluated_is_not_done_any_more_once_another_stage_begins(tmp_path):
+    for stage in ('train', 'evaluate'):
+        manifest.begin(tmp_path, stage, {})
+        manifest.finish(tmp_path, stage, {}, [], 1.0)
+    is_done = manifest.is_done(tmp_path, 'evaluate', manifest.fingerprint({}))
+    manifest.begin(tmp_path, 'synthesize', {})
+    assert is_done
+    assert not manifest.is_done(tmp_path, 'evaluate', manifest.fingerprint({}))
+    assert manifest.is_done(tmp_path, 'train', manifest.fingerprint({}))
+
+
+def test_a_training_of_lungs_is_a_run_that_goes_on_with_its_own_settings(tmp_path):
+    config = transunet.get_config('tiny').unlock()
+    (tmp_path / 'progress.png').touch()
+    assert not is_work_directory(tmp_path)
+    settings.begin_lungs(config, tmp_path)
+    config.lungs.log_every = 1
+    settings.begin_lungs(config, tmp_path)
+    refuse_foreign_workdir(tmp_path)
+    config.lungs.learning_rate = 0.5
+    with pytest.raises(InputError, match=r'lungs\.learning_rate was .*, is 0\.5.; use those'):
+        settings.begin_lungs(config, tmp_path)
