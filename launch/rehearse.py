@@ -135,7 +135,7 @@ def seconds_for_mosmed(folder: pathlib.Path, step: str, seconds: float) -> float
         return None
     name, settings, batch_size = trained[step]
     log = atomic.read_json_lines(folder / 'run' / name / 'metrics.jsonl')
-    # The first steps compile.
+    # The last ones: at first the feed has no batch ready. What compiling took is in none.
     speeds = [row['speed/steps_per_s'] for row in log if 'speed/steps_per_s' in row][-3:]
     each = len(speeds) / sum(speeds) * settings.batch_size / batch_size
     return settings.num_steps * each

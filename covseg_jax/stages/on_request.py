@@ -330,7 +330,22 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
     except KeyboardInterrupt as stop:
         message = 'predict: stopped; run it again with --resume to go on'
         raise Stopped(message, exit_code=130) from stop
-    ends = RANGE if model.num_networks > 1 else ()
+    _show_predicted(rows, faults, RANGE if model.num_networks > 1 else (), given)
+    if given.report:
+        print(f'predict: open {given.output / REPORT} in a browser to look at the results')
+    if given.report and len(faults) < len(rows):
+        print(f"predict: {given.output / METHODS} is a paragraph for a paper's methods section")
+    if len(faults) == 1 and len(rows) == 1:
+        raise InputError(faults[0])
+    if faults:
+        raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
+
+
+def _show_predicted(
+    rows: Sequence[dict], faults: Sequence[str], ends: Sequence[str], given: Request
+) -> None:
+    """Prints a table of the studies that are done, with the `ends` of their range, and what was
+    noted of them."""
     columns = (
         'study_id', 'lesion_ml', *ends, 'lung_ml', 'right_lung_ml', 'left_lung_ml',
         'infection_percent', 'severity', 'seconds',
@@ -344,14 +359,6 @@ def run_predict(config: Config | None, workdir: pathlib.Path, given: Request) ->
             print(f'predict: {row["study_id"]}: note: {row["notes"]}')
     noun = 'study' if len(done) == 1 else 'studies'
     print(f'predict: {len(done)} {noun} done, {len(faults)} set aside; {given.output}')
-    if given.report:
-        print(f'predict: open {given.output / REPORT} in a browser to look at the results')
-    if given.report and done:
-        print(f"predict: {given.output / METHODS} is a paragraph for a paper's methods section")
-    if len(faults) == 1 and len(rows) == 1:
-        raise InputError(faults[0])
-    if faults:
-        raise InputError(f'{len(faults)} of {len(rows)} studies set aside: ' + '; '.join(faults))
 
 
 def run_pseudo_masks(config: Config, workdir: pathlib.Path, given: Request) -> None:
