@@ -149,6 +149,9 @@ def _train() -> ml_collections.ConfigDict:
     train.projection_dim = 128  # of the contrastive loss
     train.clip_norm = 1.0  # as gan.clip_norm
     train.ema_decay = 0.999  # as gan.ema_decay
+    # Batch statistics of what predicts: the training's, averaged as the weights are; or 'scans',
+    # those of the slices without painted opacities and augmentation, see docs/own_scans.md.
+    train.statistics = 'training'
     train.compute_dtype = 'bfloat16'  # as gan.compute_dtype
     _add_run(train)
     return train

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import nibabel
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from configs import transunet
 from covseg_jax import main
+from covseg_jax.data import feeds
 from covseg_jax.errors import InputError
 from covseg_jax.evaluation import scores
 from covseg_jax.imaging.studies import find_studies
+from covseg_jax.predict import export
+from covseg_jax.segmentation import train as segmentation
 from covseg_jax.stages import guide, settings
 from covseg_jax.stages.inputs import Request
 from launch import measure
@@ -143,6 +148,45 @@ def test_main_exports_a_model_that_predicts_without_a_config(tiny_run, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     wrong = run(*flags, '--stages=predict,evaluate')
     assert_one_line_error(wrong, '--model', 'predict')
+
+
+def test_a_training_goes_on_with_the_statistics_of_its_scans(tiny_run, tmp_path, monkeypatch):
+    workdir, _ = tiny_run
+    monkeypatch.setattr(export, 'PLATFORMS', ())  # quick to write, and the weights are there
+    call(workdir, 'export', {}, output=tmp_path / 'export')
+    adapted = []
+
+    def make_adapt(parts, smoothing_pixels):
+        def adapt(state, feed):
+            adapted.append(feed.batches[0][feeds.IMAGE].shape)
+            if len(adapted) == 1:  # the teacher
+                return state
+            sevens = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7), state.ema['batch_stats'])
+            return state.replace(ema=state.ema | {'batch_stats': sevens})
+
+        return adapt
+
+    monkeypatch.setattr(segmentation, 'make_adapt', make_adapt)
+    config = transunet.get_config('tiny').unlock()
+    config.update_from_flattened_dict({
+        'train.init': str(tmp_path / 'export'), 'synthesize.source': 'model',
+        'train.statistics': 'scans', 'train.rounds': ('targets',), 'train.round_shares': (1.0,),
+        'train.num_steps': 1, 'train.learning_rate': 0.0, 'train.ema_decay': 0.0,
+        'data.prepared': str(workdir / 'prepared'), 'data.folder': str(workdir / 'studies'),
+        'phantom.make': False,
+    })  # fmt: skip
+    on = tmp_path / 'on'
+    main.run_stages(config.lock(), on, ['prepare', 'synthesize'], Request())
+    for path in (on / 'pseudo_masks').glob('*.npy'):  # so small a teacher finds nothing
+        np.save(path, np.ones_like(np.load(path)))
+    main.run_stages(config, on, ['train'], Request())
+    assert adapted == [(8, 32, 32, 1)] * 2
+    begun = json.loads((on / 'manifests' / 'synthesize.begun.json').read_text())
+    assert 'adapted to the scans' in begun['pseudo_mask_model']
+    _, found, _ = segmentation.load_variables(config, on / 'transunet')
+    before = export.read_variables(tmp_path / 'export')
+    jax.tree.map(np.testing.assert_array_equal, found['params'], before['params'])
+    assert {float(each) for leaf in jax.tree.leaves(found['batch_stats']) for each in leaf} == {7.0}
 
 
 def test_run_is_measured_beside_others_as_it_was_evaluated(tiny_run, tmp_path):

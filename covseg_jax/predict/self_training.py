@@ -10,12 +10,13 @@ import numpy as np
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import NewFile, write_pseudo_masks
 from covseg_jax.imaging.masks import MaskSettings, mask_on_model_grid
-from covseg_jax.predict.model import Model
 from covseg_jax.prepare.cases import Case
+from covseg_jax.segmentation.volumes import Probability
 
 
 def predict_pseudo_masks(
-    model: Model,
+    probability: Probability,
+    masks: MaskSettings,
     calibration: Sequence[Case],
     covid: Sequence[Case],
     folder: pathlib.Path,
@@ -27,7 +28,7 @@ def predict_pseudo_masks(
     returns what that holds.
 
     Args:
-      model: averages mirror images where its export does; its thresholds are used.
+      probability: the model's, of an image and its lungs; masks: its thresholds.
       calibration: held-out healthy cases; what is marked in them is counted.
       covid, folder, new_file: as in `gan.synthesize.synthesize`.
       min_component_ml: smaller lesions are dropped.
@@ -38,12 +39,12 @@ def predict_pseudo_masks(
     """
     if not calibration:
         raise InputError('no healthy scan is held out; raise data.calibration_fraction')
-    least = max(min_component_ml, model.masks.min_component_ml)
-    cuts = MaskSettings(model.masks.threshold, model.masks.seed_threshold, least)
+    least = max(min_component_ml, masks.min_component_ml)
+    cuts = MaskSettings(masks.threshold, masks.seed_threshold, least)
 
     def mark(case: Case) -> tuple[np.ndarray, int]:
         image, lungs = np.asarray(case.image()), np.asarray(case.lungs())
-        soft = soften(model.probabilities[0](image, lungs), case.geometry.voxel_ml, cuts)
+        soft = soften(probability(image, lungs), case.geometry.voxel_ml, cuts)
         return soft, int(np.count_nonzero(soft >= 0.5))
 
     in_healthy = {

@@ -22,6 +22,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead
 from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import steps
+from covseg_jax.segmentation.adaptation import evaluate_adapted, make_adapt
 from covseg_jax.segmentation.network import build_network, make_predict
 from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
@@ -202,6 +203,7 @@ def train_segmentation(
     step_at = choose_segmentation_step(config, parts)
     kinds = {each.kind for each in rounds}
     evaluations = _make_evaluations(config, parts, splits, read_target, kinds)
+    adapt = make_adapt(parts, config.predict.smoothing_pixels)
     state = parts.make_state() if initial is None else parts.start_from(initial)
     for number, each in enumerate(rounds):
         if each.kind == 'refined':
@@ -214,23 +216,40 @@ def train_segmentation(
                 keep_human=train.targets != 'pseudo',
                 is_done=int(state.step) > each.start,
             )
+        feed = feeds.balanced_feed(
+            _training_slices(config, splits, read_target, each.kind),
+            batch_size=train.batch_size,
+            seed=stream_seed(config.seed, 'train', number),
+            host=hosts.index(),
+            num_hosts=hosts.count(),
+        )
+        evaluate = evaluations[each.kind]
+        if train.statistics == 'scans':
+            evaluate = evaluate_adapted(adapt, feed, evaluate)
         state = loop.run(
             name=f'train, {each.kind}',
             folder=folder,
             state=state,
             abstract_state=parts.abstract_state,
-            feed=feeds.balanced_feed(
-                _training_slices(config, splits, read_target, each.kind),
-                batch_size=train.batch_size,
-                seed=stream_seed(config.seed, 'train', number),
-                host=hosts.index(),
-                num_hosts=hosts.count(),
-            ),
+            feed=feed,
             step_at=step_at,
-            evaluate=evaluations[each.kind],
+            evaluate=evaluate,
             schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
+
+
+def adapt_to_scans(config: ml_collections.ConfigDict, splits: Splits, initial: Any) -> Probability:
+    """The network of the variables `initial`, a nested dict, adapted to the scans that a training
+    goes on with."""
+    parts = build_segmentation(config, sharding.make_local_mesh())
+    cases = (*splits.train, *splits.healthy_train)
+    slices = feeds.spread_healthy(feeds.all_slices(cases, [None] * len(cases)))
+    size, seed = config.train.batch_size, stream_seed(config.seed, 'adaptation')
+    adapt = make_adapt(parts, config.predict.smoothing_pixels)
+    feed = feeds.balanced_feed(slices, batch_size=size, seed=seed)
+    state = adapt(parts.start_from(initial), feed)
+    return make_probability(config, parts.network, _variables_of(state))
 
 
 def _painted_volumes(config: ml_collections.ConfigDict, splits: Splits) -> list[feeds.Volume]:

@@ -62,9 +62,7 @@ def predict_volumes(
 
     def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
         image, inside = np.asarray(image, np.float32), np.asarray(lungs) > 0
-        if settings.smoothing_pixels:
-            in_plane = (0.0, settings.smoothing_pixels, settings.smoothing_pixels)
-            image = ndimage.gaussian_filter(image, in_plane) * inside
+        image = smooth_slices(image, inside, settings.smoothing_pixels)
         found = predict_slices(image)
         if settings.flip:
             found = (found + predict_slices(image[:, :, ::-1])[:, :, ::-1]) / 2
@@ -79,6 +77,12 @@ def predict_volumes(
         return found
 
     return probability
+
+
+def smooth_slices(image: np.ndarray, inside: np.ndarray, pixels: float) -> np.ndarray:
+    """(N, H, W) float32 slices as the network sees them in a prediction: smoothed in their plane by
+    so many pixels, and 0 outside the lungs; 0 pixels leave them."""
+    return ndimage.gaussian_filter(image, (0.0, pixels, pixels)) * inside if pixels else image
 
 
 def _weigh_borders(inside: np.ndarray, factor: float) -> np.ndarray:

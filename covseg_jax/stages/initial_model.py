@@ -70,7 +70,16 @@ def identify(config: Config) -> str:
 
 def identify_teachers(config: Config) -> str:
     """What records hold of the model that pseudo-masks are of, where synthesize.source is 'model':
-    all of its networks teach, with their cuts."""
+    all of its networks teach, with their cuts; with the batch statistics of scans its first."""
+    if config.train.statistics == 'scans':
+        predict = {name: each for name, each in config.predict.items() if name != 'batch_size'}
+        told = [
+            predict,
+            config.masks.to_dict(),
+            config.train.batch_size,
+            config.train.max_healthy_ml,
+        ]
+        return f'{identify(config)}, adapted to the scans by {manifest.fingerprint(told)}'
     if config.train.init != DEFAULT:
         models = [read_initial_model(config)]
     else:

@@ -12,6 +12,7 @@ import numpy as np
 from covseg_jax import atomic, hosts, mirror, written
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
+from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.imaging.studies import Study, find_studies
 from covseg_jax.prepare.cases import Case, Splits, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
@@ -20,6 +21,7 @@ from covseg_jax.segmentation.targets import (
     learned_cases,
     learns_from_covid,
 )
+from covseg_jax.segmentation.volumes import Probability
 from covseg_jax.stages import human_masks, initial_model, inputs
 from covseg_jax.stages.inputs import Config
 from covseg_jax.stages.outcome import Outcome, table_of_summary
@@ -132,6 +134,23 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
     return Outcome([log], _pick(read_newest(log), shown))
 
 
+def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSettings]:
+    """The model whose predictions a training goes on with, as a function of volumes, and its cuts:
+    all networks of a model of several. Where batch statistics are to be those of the scans, the one
+    network that the training goes on from, with theirs, and with cuts that are found for it."""
+    from covseg_jax.predict.export import load, read_variables
+
+    if config.train.statistics == 'training':
+        model = initial_model.load(config, lambda _: load(config.train.init))
+        return model.probabilities[0], model.masks
+    from covseg_jax.segmentation.train import adapt_to_scans
+
+    initial = initial_model.load(config, read_variables)
+    probability = adapt_to_scans(config, splits, initial)
+    masks, _ = _find_cuts(config, 'synthesize', probability, splits.healthy_calibration)
+    return probability, masks
+
+
 def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
     """GAN, or the model that training goes on from -> pseudo-masks of all COVID studies."""
     splits = inputs.split_studies(config, workdir)
@@ -143,14 +162,12 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
         new_file = written.new_file
     settings, calibration = PseudoMaskSettings(**config.synthesize), splits.healthy_calibration
     if settings.source == 'model':
-        from covseg_jax.predict.export import load
         from covseg_jax.predict.self_training import predict_pseudo_masks
 
-        # All networks of a model of several teach, where a training goes on from the first.
-        model = initial_model.load(config, lambda _: load(config.train.init))
+        model = _load_teacher(config, splits)
         least = settings.min_component_ml
         facts = {'initial_model': initial_model.read_initial_model(config).describe()}
-        summary = predict_pseudo_masks(model, calibration, covid, folder, least, facts, new_file)
+        summary = predict_pseudo_masks(*model, calibration, covid, folder, least, facts, new_file)
     else:
         from covseg_jax.gan.train import load_generator
 
@@ -172,8 +189,6 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
 def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     """Trains the segmentation network, and finds its thresholds on held-out healthy scans where the
     config gives no share of the maximum."""
-    from covseg_jax.data.opacities import opacity_model, paint_scans
-    from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
     from covseg_jax.predict.export import read_variables
     from covseg_jax.segmentation import train as segmentation
     from covseg_jax.training.logging import read_newest
@@ -188,18 +203,8 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     segmentation.train_segmentation(config, splits, read_pseudo_mask, folder, initial)
     network, variables, step = segmentation.load_variables(config, folder)
     probability = segmentation.make_probability(config, network, variables)
-    healthy, settings = splits.healthy_calibration, inputs.given_cuts(config)
-    if settings is None:
-        settings, false_positive_ml = calibrate_mask(
-            probability,
-            paint_scans(healthy, opacity_model(config), config.seed),
-            healthy,
-            max_healthy_ml=config.train.max_healthy_ml,
-            min_component_ml=config.masks.min_component_ml,
-        )
-        _tell_doubt(false_positive_ml, len(healthy), config.train.max_healthy_ml)
-    else:
-        false_positive_ml = marked_ml(probability, healthy, settings)
+    healthy = splits.healthy_calibration
+    settings, false_positive_ml = _find_cuts(config, 'train', probability, healthy)
     cuts = inputs.describe_cuts(settings)
     learned = _learned_covid(config, splits) + splits.healthy_train + healthy
     calibration = {
@@ -226,18 +231,40 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     )
 
 
-def _tell_doubt(healthy_ml: float | None, number: int, limit: float) -> None:
+def _find_cuts(
+    config: Config, stage: str, probability: Probability, healthy: Sequence[Case]
+) -> tuple[MaskSettings, float | None]:
+    """The cuts of a network's masks, those of the config where it gives a share of the maximum, and
+    the ml that they mark in a held-out healthy scan on average."""
+    from covseg_jax.data.opacities import opacity_model, paint_scans
+    from covseg_jax.predict.calibrate import calibrate_mask, marked_ml
+
+    given = inputs.given_cuts(config)
+    if given is not None:
+        return given, marked_ml(probability, healthy, given)
+    found, healthy_ml = calibrate_mask(
+        probability,
+        paint_scans(healthy, opacity_model(config), config.seed),
+        healthy,
+        max_healthy_ml=config.train.max_healthy_ml,
+        min_component_ml=config.masks.min_component_ml,
+    )
+    _tell_doubt(stage, healthy_ml, len(healthy), config.train.max_healthy_ml)
+    return found, healthy_ml
+
+
+def _tell_doubt(stage: str, healthy_ml: float | None, number: int, limit: float) -> None:
     """Says what cuts that were found do not warrant."""
     if healthy_ml is None:
         print(
-            'train: note: no healthy scan is held out, so the cuts are the lowest that are tried; '
-            'raise data.calibration_fraction'
+            f'{stage}: note: no healthy scan is held out, so the cuts are the lowest that are '
+            'tried; raise data.calibration_fraction'
         )
     elif healthy_ml > limit:
         print(
-            f'train: note: the cuts mark {healthy_ml:.0f} ml in held-out healthy scans on average, '
-            f'which is above train.max_healthy_ml={limit:g}, and there are {number} of them; hold '
-            'out more with data.calibration_fraction, and see whether these say so too'
+            f'{stage}: note: the cuts mark {healthy_ml:.0f} ml in held-out healthy scans on '
+            f'average, which is above train.max_healthy_ml={limit:g}, and there are {number} of '
+            'them; hold out more with data.calibration_fraction, and see whether these say so too'
         )
 
 

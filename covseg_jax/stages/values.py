@@ -133,6 +133,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     'synthesize.percentile': (lambda value: 0 <= value <= 100, 'from 0 to 100'),
     'train.targets': _is_one_of(*SOURCES),
+    'train.statistics': _is_one_of('training', 'scans'),
     'train.labels': _is_one_of('quartiles', 'infection'),
     # Not training/optim.py's SCHEDULES: what predicts needs no optax.
     'train.schedule': _is_one_of('cosine', 'plateau', 'constant'),

@@ -42,12 +42,10 @@ def test_predictions_are_stored_as_the_gans_pseudo_masks_are(tmp_path):
             study_id=study_id, image=lambda: image, lungs=lambda: lungs, geometry=geometry
         )
 
-    model = types.SimpleNamespace(
-        masks=CUTS, probabilities=(lambda image, lungs: image.astype(np.float32),)
-    )
+    model = (lambda image, lungs: image.astype(np.float32)), CUTS
     cases = [make_case('h', 0.6)], [make_case('c', 0.7)], tmp_path / 'masks'
     facts = {'initial_model': {'weights_sha256': 'ab'}}
-    summary = predict_pseudo_masks(model, *cases, 0.1, facts, atomic.new_file)
+    summary = predict_pseudo_masks(*model, *cases, 0.1, facts, atomic.new_file)
     found = read_pseudo_mask(tmp_path / 'masks', 'c')
     assert found.dtype == np.float16
     np.testing.assert_allclose(found[0, :2], 0.75, atol=1e-3)
@@ -55,4 +53,4 @@ def test_predictions_are_stored_as_the_gans_pseudo_masks_are(tmp_path):
     assert summary['infection_percent'] == {'c': 50.0}
     assert summary | facts == summary == json.loads((tmp_path / 'masks/summary.json').read_text())
     with pytest.raises(InputError, match='calibration_fraction'):
-        predict_pseudo_masks(model, [], *cases[1:], 0.1, facts, atomic.new_file)
+        predict_pseudo_masks(*model, [], *cases[1:], 0.1, facts, atomic.new_file)

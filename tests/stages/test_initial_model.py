@@ -156,3 +156,17 @@ def test_teachers_are_all_networks_of_a_model_and_their_cuts(tmp_path):
     model['masks']['threshold'] += 0.1
     (tmp_path / 'a' / 'model.json').write_text(json.dumps(model))
     assert initial_model.identify_teachers(copied) != told[1]
+
+
+def test_an_adapted_teacher_is_the_first_network_and_what_it_is_adapted_by():
+    def told(**fields):
+        named = {'train.init': 'default', 'train.statistics': 'scans'} | fields
+        return initial_model.identify_teachers(tiny(**named))
+
+    assert told() == told(**{'train.init': str(MEMBERS[0]), 'predict.batch_size': 3})
+    changes = {
+        'train.statistics': 'training', 'train.init': str(MEMBERS[1]),
+        'train.max_healthy_ml': 9.0, 'train.batch_size': 4, 'predict.smoothing_pixels': 0.0,
+        'masks.min_component_ml': 0.3,
+    }  # fmt: skip
+    assert len({told(), *(told(**{name: value}) for name, value in changes.items())}) == 7

@@ -73,11 +73,11 @@ def test_covid_scans_are_asked_for_and_counted_where_a_round_learns_from_them(
 
 
 def test_found_cuts_that_mark_much_or_are_found_on_no_scan_are_told(capsys):
-    pipeline._tell_doubt(14.9, 1, limit=15.0)
+    pipeline._tell_doubt('train', 14.9, 1, limit=15.0)
     assert capsys.readouterr().out == ''
-    pipeline._tell_doubt(32.7, 5, limit=15.0)
+    pipeline._tell_doubt('train', 32.7, 5, limit=15.0)
     said = capsys.readouterr().out
     assert 'mark 33 ml in held-out healthy scans on average' in said
     assert 'there are 5 of them' in said
-    pipeline._tell_doubt(None, 0, limit=15.0)
+    pipeline._tell_doubt('train', None, 0, limit=15.0)
     assert 'no healthy scan is held out' in capsys.readouterr().out

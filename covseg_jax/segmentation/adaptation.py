@@ -1,0 +1,74 @@
+"""A network adapts to scans of another kind than it learned from, without a step: its batch
+statistics become theirs (Li et al., Revisiting batch normalization for practical domain adaptation,
+2016)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from covseg_jax.data import feeds
+from covseg_jax.data.streams import stream_key
+from covseg_jax.models.layers import BatchNorm
+from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
+from covseg_jax.segmentation.volumes import smooth_slices
+from covseg_jax.training.flat import flatten_as, unflatten
+from covseg_jax.training.loop import Evaluate
+from covseg_jax.training.sharding import shard_batch
+
+_NUM_BATCHES = 64
+Adapt = Callable[[SegmentationState, feeds.Feed], SegmentationState]
+
+
+def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
+    """(state, feed) -> the state whose averaged weights, in `ema`, have the batch statistics of the
+    slices in the feed's first batches, the means of each batch's own.
+
+    The network sees the slices as in a prediction, smoothed by `smoothing_pixels`, without painted
+    opacities and augmentation.
+    """
+
+    @jax.jit
+    def add(total, ema, image: jax.Array, number: jax.Array):
+        key = jax.random.fold_in(stream_key(parts.seed, 'adaptation'), number)
+        _, seen = parts.network.apply(
+            unflatten(ema), image, train=True, rngs={'dropout': key}, mutable=['batch_stats']
+        )
+        return jax.tree.map(jnp.add, total, seen['batch_stats'])
+
+    @jax.jit
+    def mean_of_batches(total, before):
+        # Each batch has moved the same running statistics towards its own by the same share.
+        keep, tree = BatchNorm.momentum, unflatten(before)
+        means = jax.tree.map(
+            lambda added, old: (added / _NUM_BATCHES - keep * old) / (1 - keep), total, tree
+        )
+        return flatten_as(jax.tree.map_with_path(_not_below_zero, means), before)
+
+    def adapt(state: SegmentationState, feed: feeds.Feed) -> SegmentationState:
+        before = state.ema['batch_stats']
+        total = jax.tree.map(jnp.zeros_like, unflatten(before))
+        for number in range(_NUM_BATCHES):
+            image = as_predicted(feed.batches[number], smoothing_pixels)
+            image = shard_batch({feeds.IMAGE: image}, parts.mesh)[feeds.IMAGE]
+            total = add(total, state.ema, image, jnp.int32(number))
+        return state.replace(ema=state.ema | {'batch_stats': mean_of_batches(total, before)})
+
+    return adapt
+
+
+def as_predicted(batch: dict[str, np.ndarray], smoothing_pixels: float) -> np.ndarray:
+    """(B, H, W, 1) float32: the images of a batch as the network sees them in a prediction."""
+    image, inside = (batch[name][..., 0] for name in (feeds.IMAGE, feeds.LUNGS))
+    return smooth_slices(image.astype(np.float32), inside, smoothing_pixels)[..., None]
+
+
+def evaluate_adapted(adapt: Adapt, feed: feeds.Feed, evaluate: Evaluate) -> Evaluate:
+    """Adapts before each evaluation; what is saved at that step, too, is adapted."""
+    return lambda state: evaluate(adapt(state, feed))
+
+
+def _not_below_zero(path: tuple, value: jax.Array) -> jax.Array:
+    """A variance that is 0 may have been rounded to less."""
+    return jnp.maximum(value, 0) if path[-1].key == 'var' else value

@@ -1,0 +1,126 @@
+"""Batch statistics of scans as they are: worked out by hand, and what the network then sees."""
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from configs import transunet
+from covseg_jax.data import feeds
+from covseg_jax.data.feeds import Feed
+from covseg_jax.models.layers import BatchNorm
+from covseg_jax.segmentation import adaptation, train
+from covseg_jax.segmentation.adaptation import as_predicted, evaluate_adapted, make_adapt
+from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
+from covseg_jax.training.flat import Flat, flatten, unflatten
+from covseg_jax.training.parts import Parts
+from covseg_jax.training.sharding import make_local_mesh
+
+
+def make_batch(seed, brightness=1.0, num=8, size=32):
+    lungs = np.zeros((num, size, size, 1), np.uint8)
+    lungs[:, 6:-6, 4:-4] = 1
+    noise = np.random.default_rng(seed).random(lungs.shape)
+    return {feeds.IMAGE: (brightness * noise * lungs).astype(np.float16), feeds.LUNGS: lungs}
+
+
+@pytest.fixture(scope='module')
+def config():
+    config = transunet.get_config('tiny').unlock()
+    config.network.name = 'unet'  # compiles in a third of the TransUNet's time
+    config.predict.smoothing_pixels = 0.5
+    return config.lock()
+
+
+@pytest.fixture
+def adapt_to(config, monkeypatch):
+    """(batches, what a state holds of a tree) -> states before and after, and the parts."""
+
+    def adapt(batches, hold=flatten, change=lambda stats: stats):
+        monkeypatch.setattr(adaptation, '_NUM_BATCHES', len(batches))
+        monkeypatch.setattr(Parts, 'to_hold', lambda self, tree: hold(tree))
+        parts = train.build_segmentation(config, make_local_mesh())
+        before = parts.make_state()
+        stats = hold(jax.tree.map(change, unflatten(before.ema['batch_stats'])))
+        before = before.replace(ema=before.ema | {'batch_stats': stats})
+        feed = Feed(grain.MapDataset.source(batches), {})
+        return before, make_adapt(parts, 0.5)(before, feed), parts
+
+    return adapt
+
+
+def first_features(parts, state, image):
+    """What the first normalisation gives of images, (B, H, W, C)."""
+    _, seen = parts.network.apply(
+        unflatten(state.ema),
+        image,
+        capture_intermediates=lambda module, _: isinstance(module, BatchNorm),
+    )
+    return np.asarray(seen['intermediates']['encoder_1_first_norm']['__call__'][0])
+
+
+def test_features_of_the_scans_have_zero_mean_and_unit_variance(adapt_to):
+    batch = make_batch(0)
+    before, after, parts = adapt_to([batch])
+    image = as_predicted(batch, 0.5)
+    assert abs(first_features(parts, before, image).std() - 1) > 0.1
+    features = first_features(parts, after, image)
+    np.testing.assert_allclose(features.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(features.std((0, 1, 2)), 1, atol=2e-2)
+
+
+@pytest.mark.parametrize('hold', [flatten, lambda tree: tree])
+def test_statistics_are_the_means_of_the_batches_own_and_nothing_else_changes(adapt_to, hold):
+    batches = [make_batch(0), make_batch(1, brightness=0.3)]
+    before, after, _ = adapt_to(batches, hold)
+    assert isinstance(after.ema['batch_stats'], Flat) == (hold is flatten)
+    found = unflatten(after.ema['batch_stats'])['encoder_1_first_norm']
+    kernel = unflatten(before.ema['params'])['encoder_1_first_conv']['kernel']
+    features = [
+        np.asarray(jax.lax.conv_general_dilated(
+            as_predicted(batch, 0.5), kernel, (1, 1), 'SAME',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )).reshape(-1, kernel.shape[-1])
+        for batch in batches
+    ]  # fmt: skip
+    np.testing.assert_allclose(
+        found['mean'], np.mean([each.mean(0) for each in features], 0), rtol=1e-3, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found['var'], np.mean([each.var(0, ddof=1) for each in features], 0), rtol=1e-3, atol=1e-6
+    )
+    same = after.replace(ema=before.ema)
+    jax.tree.map(np.testing.assert_array_equal, same, before)
+    assert after.ema['params'] is before.ema['params']
+
+
+def test_what_the_statistics_were_before_makes_no_difference(adapt_to):
+    batches = [make_batch(0), make_batch(1)]
+    states = [adapt_to(batches, change=change)[1] for change in (lambda x: x, lambda x: 3 * x + 1)]
+    one, other = (unflatten(state.ema['batch_stats']) for state in states)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one, other)
+
+
+def test_a_variance_of_0_is_not_rounded_to_less(adapt_to):
+    _, after, _ = adapt_to([make_batch(0, brightness=0.0)], change=lambda x: 0.1 + x / 3)
+    for norm in unflatten(after.ema['batch_stats']).values():
+        assert np.asarray(norm['var']).min() >= 0
+
+
+def test_images_are_what_the_network_sees_in_a_prediction(config):
+    batch, seen = make_batch(0), []
+
+    def predict(image):
+        seen.append(image)
+        return np.zeros_like(image)
+
+    settings = VolumeSettings(**{**config.predict, 'flip': False, 'batch_size': 8})
+    predict_volumes(predict, settings)(batch[feeds.IMAGE][..., 0], batch[feeds.LUNGS][..., 0])
+    np.testing.assert_array_equal(as_predicted(batch, 0.5), seen[0])
+
+
+def test_an_evaluation_is_of_the_adapted_state_and_hands_it_on():
+    evaluate = evaluate_adapted(
+        lambda state, feed: state + feed, 10, lambda state: (state, {'dice': state}, {})
+    )
+    assert evaluate(1) == (11, {'dice': 11}, {})
