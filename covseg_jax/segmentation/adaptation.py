@@ -30,6 +30,10 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
     """
 
     @jax.jit
+    def nothing(before):  # compiled: of a state on several hosts, too
+        return jax.tree.map(jnp.zeros_like, unflatten(before))
+
+    @jax.jit
     def add(total, ema, image: jax.Array, number: jax.Array):
         key = jax.random.fold_in(stream_key(parts.seed, 'adaptation'), number)
         _, seen = parts.network.apply(
@@ -48,11 +52,11 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
 
     def adapt(state: SegmentationState, feed: feeds.Feed) -> SegmentationState:
         before = state.ema['batch_stats']
-        total = jax.tree.map(jnp.zeros_like, unflatten(before))
+        total = nothing(before)
         for number in range(_NUM_BATCHES):
             image = as_predicted(feed.batches[number], smoothing_pixels)
             image = shard_batch({feeds.IMAGE: image}, parts.mesh)[feeds.IMAGE]
-            total = add(total, state.ema, image, jnp.int32(number))
+            total = add(total, state.ema, image, np.int32(number))
         return state.replace(ema=state.ema | {'batch_stats': mean_of_batches(total, before)})
 
     return adapt
