@@ -29,35 +29,34 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
     opacities and augmentation.
     """
 
+    # Compiled as a whole, so that a state on several hosts can adapt, too.
     @jax.jit
-    def nothing(before):  # compiled: of a state on several hosts, too
-        return jax.tree.map(jnp.zeros_like, unflatten(before))
+    def begin(ema):
+        return jax.tree.map(jnp.zeros_like, unflatten(ema['batch_stats']))
 
     @jax.jit
     def add(total, ema, image: jax.Array, number: jax.Array):
         key = jax.random.fold_in(stream_key(parts.seed, 'adaptation'), number)
+        variables = unflatten(ema)
+        # Running statistics of 0 become a share of the batch's own.
+        variables['batch_stats'] = jax.tree.map(jnp.zeros_like, variables['batch_stats'])
         _, seen = parts.network.apply(
-            unflatten(ema), image, train=True, rngs={'dropout': key}, mutable=['batch_stats']
+            variables, image, train=True, rngs={'dropout': key}, mutable=['batch_stats']
         )
         return jax.tree.map(jnp.add, total, seen['batch_stats'])
 
     @jax.jit
-    def mean_of_batches(total, before):
-        # Each batch has moved the same running statistics towards its own by the same share.
-        keep, tree = BatchNorm.momentum, unflatten(before)
-        means = jax.tree.map(
-            lambda added, old: (added / _NUM_BATCHES - keep * old) / (1 - keep), total, tree
-        )
-        return flatten_as(jax.tree.map_with_path(_not_below_zero, means), before)
+    def end(total, ema):
+        share = _NUM_BATCHES * (1 - BatchNorm.momentum)
+        return flatten_as(jax.tree.map(lambda each: each / share, total), ema['batch_stats'])
 
     def adapt(state: SegmentationState, feed: feeds.Feed) -> SegmentationState:
-        before = state.ema['batch_stats']
-        total = nothing(before)
+        total = begin(state.ema)
         for number in range(_NUM_BATCHES):
             image = as_predicted(feed.batches[number], smoothing_pixels)
             image = shard_batch({feeds.IMAGE: image}, parts.mesh)[feeds.IMAGE]
             total = add(total, state.ema, image, np.int32(number))
-        return state.replace(ema=state.ema | {'batch_stats': mean_of_batches(total, before)})
+        return state.replace(ema=state.ema | {'batch_stats': end(total, state.ema)})
 
     return adapt
 
@@ -71,8 +70,3 @@ def as_predicted(batch: dict[str, np.ndarray], smoothing_pixels: float) -> np.nd
 def evaluate_adapted(adapt: Adapt, feed: feeds.Feed, evaluate: Evaluate) -> Evaluate:
     """Adapts before each evaluation; what is saved at that step, too, is adapted."""
     return lambda state: evaluate(adapt(state, feed))
-
-
-def _not_below_zero(path: tuple, value: jax.Array) -> jax.Array:
-    """A variance that is 0 may have been rounded to less."""
-    return jnp.maximum(value, 0) if path[-1].key == 'var' else value
