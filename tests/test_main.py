@@ -154,13 +154,13 @@ def test_a_training_goes_on_with_the_statistics_of_its_scans(tiny_run, tmp_path,
     workdir, _ = tiny_run
     monkeypatch.setattr(export, 'PLATFORMS', ())  # quick to write, and the weights are there
     call(workdir, 'export', {}, output=tmp_path / 'export')
-    adapted = []
+    adapted, make_real = [], segmentation.make_adapt
 
     def make_adapt(parts, smoothing_pixels):
         def adapt(state, feed):
             adapted.append(feed.batches[0][feeds.IMAGE].shape)
             if len(adapted) == 1:  # the teacher
-                return state
+                return make_real(parts, smoothing_pixels)(state, feed)
             sevens = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7), state.ema['batch_stats'])
             return state.replace(ema=state.ema | {'batch_stats': sevens})
 
@@ -182,7 +182,11 @@ def test_a_training_goes_on_with_the_statistics_of_its_scans(tiny_run, tmp_path,
     main.run_stages(config, on, ['train'], Request())
     assert adapted == [(8, 32, 32, 1)] * 2
     begun = json.loads((on / 'manifests' / 'synthesize.begun.json').read_text())
-    assert 'adapted to the scans' in begun['pseudo_mask_model']
+    assert begun['pseudo_mask_model'].endswith('with the statistics of scans')
+    assert begun['pseudo_mask_model_adapted_by']['train']['batch_size'] == 8
+    summary = json.loads((on / 'pseudo_masks' / 'summary.json').read_text())
+    calibration = json.loads((on / 'transunet' / 'calibration.json').read_text())
+    assert summary['statistics'] == calibration['training_data']['statistics'] == 'scans'
     _, found, _ = segmentation.load_variables(config, on / 'transunet')
     before = export.read_variables(tmp_path / 'export')
     jax.tree.map(np.testing.assert_array_equal, found['params'], before['params'])

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from covseg_jax.data import feeds
-from covseg_jax.data.streams import stream_key
 from covseg_jax.models.layers import BatchNorm
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
 from covseg_jax.segmentation.volumes import smooth_slices
@@ -29,20 +28,21 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
     opacities and augmentation.
     """
 
+    network = parts.network
+    if hasattr(network, 'dropout_rate'):  # a prediction drops nothing
+        network = network.clone(dropout_rate=0.0)
+
     # Compiled as a whole, so that a state on several hosts can adapt, too.
     @jax.jit
     def begin(ema):
         return jax.tree.map(jnp.zeros_like, unflatten(ema['batch_stats']))
 
     @jax.jit
-    def add(total, ema, image: jax.Array, number: jax.Array):
-        key = jax.random.fold_in(stream_key(parts.seed, 'adaptation'), number)
+    def add(total, ema, image: jax.Array):
         variables = unflatten(ema)
         # Running statistics of 0 become a share of the batch's own.
         variables['batch_stats'] = jax.tree.map(jnp.zeros_like, variables['batch_stats'])
-        _, seen = parts.network.apply(
-            variables, image, train=True, rngs={'dropout': key}, mutable=['batch_stats']
-        )
+        _, seen = network.apply(variables, image, train=True, mutable=['batch_stats'])
         return jax.tree.map(jnp.add, total, seen['batch_stats'])
 
     @jax.jit
@@ -55,7 +55,7 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
         for number in range(_NUM_BATCHES):
             image = as_predicted(feed.batches[number], smoothing_pixels)
             image = shard_batch({feeds.IMAGE: image}, parts.mesh)[feeds.IMAGE]
-            total = add(total, state.ema, image, np.int32(number))
+            total = add(total, state.ema, image)
         return state.replace(ema=state.ema | {'batch_stats': end(total, state.ema)})
 
     return adapt
@@ -68,5 +68,6 @@ def as_predicted(batch: dict[str, np.ndarray], smoothing_pixels: float) -> np.nd
 
 
 def evaluate_adapted(adapt: Adapt, feed: feeds.Feed, evaluate: Evaluate) -> Evaluate:
-    """Adapts before each evaluation; what is saved at that step, too, is adapted."""
+    """Adapts before each evaluation, that at the end of a round among them, and what is saved then
+    is adapted. In between statistics go on from there, averaged with the training's."""
     return lambda state: evaluate(adapt(state, feed))

@@ -243,6 +243,7 @@ def adapt_to_scans(config: ml_collections.ConfigDict, splits: Splits, initial: A
     """The network of the variables `initial`, a nested dict, adapted to the scans that a training
     goes on with."""
     parts = build_segmentation(config, sharding.make_local_mesh())
+    check_train_batch(config, config.train.batch_size, parts.mesh)
     cases = (*splits.train, *splits.healthy_train)
     slices = feeds.spread_healthy(feeds.all_slices(cases, [None] * len(cases)))
     size, seed = config.train.batch_size, stream_seed(config.seed, 'adaptation')

@@ -68,18 +68,29 @@ def identify(config: Config) -> str:
     return f'a model of weights {model.weights_sha256}' if model else NONE
 
 
+def identify_start(config: Config) -> str:
+    """`identify`, and whether its batch statistics become the scans'. The field that says so has no
+    part in a comparison with the record of an earlier version, which does not name it."""
+    adapts = config.train.statistics == 'scans'
+    return f'{identify(config)}{", with the statistics of scans" if adapts else ""}'
+
+
+def adapted_by(config: Config) -> dict[str, Any]:
+    """What records hold of how a teacher adapts to scans, is run and is cut, beside its weights."""
+    values = config.to_dict()
+    del values['predict']['batch_size']
+    train = ('batch_size', 'max_healthy_ml', 'compute_dtype')
+    return {
+        'train': {name: values['train'][name] for name in train},
+        **{group: values[group] for group in ('network', 'unet', 'predict', 'masks')},
+    }
+
+
 def identify_teachers(config: Config) -> str:
     """What records hold of the model that pseudo-masks are of, where synthesize.source is 'model':
-    all of its networks teach, with their cuts; with the batch statistics of scans its first."""
+    all of its networks teach, with their cuts; where one adapts to scans, its first."""
     if config.train.statistics == 'scans':
-        predict = {name: each for name, each in config.predict.items() if name != 'batch_size'}
-        told = [
-            predict,
-            config.masks.to_dict(),
-            config.train.batch_size,
-            config.train.max_healthy_ml,
-        ]
-        return f'{identify(config)}, adapted to the scans by {manifest.fingerprint(told)}'
+        return identify_start(config)
     if config.train.init != DEFAULT:
         models = [read_initial_model(config)]
     else:
@@ -108,12 +119,13 @@ def refuse_misfit(config: Config) -> None:
             )
         return
     _refuse_other_fields(config, model)
-    if from_model and (
-        config.synthesize.share_of_max or model.description['masks'].get('share_of_max')
-    ):
+    adapts = config.train.statistics == 'scans'
+    cut = config.masks.to_dict() if adapts else model.description['masks']
+    if from_model and (config.synthesize.share_of_max or cut.get('share_of_max')):
         raise InputError(
             "synthesize.source='model' needs masks that are cut at a threshold, and "
-            'synthesize.share_of_max of the config or masks.share_of_max of the model is not 0; '
+            'synthesize.share_of_max of the config or masks.share_of_max of the model, with '
+            "train.statistics='scans' of the config, is not 0; "
             "take a variant other than the published ones, or synthesize.source='gan'"
         )
 

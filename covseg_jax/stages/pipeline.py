@@ -166,7 +166,10 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
 
         model = _load_teacher(config, splits)
         least = settings.min_component_ml
-        facts = {'initial_model': initial_model.read_initial_model(config).describe()}
+        facts = {
+            'initial_model': initial_model.read_initial_model(config).describe(),
+            'statistics': config.train.statistics,
+        }
         summary = predict_pseudo_masks(*model, calibration, covid, folder, least, facts, new_file)
     else:
         from covseg_jax.gan.train import load_generator
@@ -287,6 +290,7 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
         'healthy_studies': len(healthy),
         **human_masks.describe_human_masks(masked, before),
         **({} if initial is None else {'initial_model': initial.describe()}),
+        **({'statistics': 'scans'} if config.train.statistics == 'scans' else {}),
     }
 
 

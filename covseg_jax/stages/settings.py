@@ -24,7 +24,7 @@ _HARMLESS = (
     'data.folder', 'prepare.lung_network',  # the files count, wherever they lie
 )  # fmt: skip
 _DATA_SET, _CASES, _LUNG_NETWORK = 'data_set', 'case_version', 'lung_network'
-_PSEUDO_MASK_MODEL = 'pseudo_mask_model'
+_PSEUDO_MASK_MODEL, _ADAPTED_BY = 'pseudo_mask_model', 'pseudo_mask_model_adapted_by'
 LUNGS = 'lungs'  # the stage on request that trains, and its group of the config
 # In these evaluate may differ from the training: other data, or masks that were mended.
 _OF_DATA = (
@@ -62,8 +62,10 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
             so_far[_LUNG_NETWORK] = lung_network_crc32(PrepareSettings(**config.prepare))
         if stage == 'synthesize' and config.synthesize.source == 'model':
             so_far[_PSEUDO_MASK_MODEL] = initial_model.identify_teachers(config)
+            if config.train.statistics == 'scans':
+                so_far[_ADAPTED_BY] = initial_model.adapted_by(config)
         if stage == 'train':
-            so_far['train'] = values['train'] | {'init': initial_model.identify(config)}
+            so_far['train'] = values['train'] | {'init': initial_model.identify_start(config)}
         settings[stage] = so_far
         if stage == 'evaluate':  # tables of earlier code may lack a column that this one reads
             settings[stage] = so_far | {'tables': [CASE_COLUMNS, SLICE_COLUMNS]}

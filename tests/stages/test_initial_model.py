@@ -99,6 +99,14 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
         ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom']),
         ({'train.init': '', 'synthesize.source': 'model'}, ['--config.train.init=default']),
         ({'synthesize.source': 'model', 'synthesize.share_of_max': 0.2}, ['share_of_max']),
+        (
+            {
+                'synthesize.source': 'model',
+                'train.statistics': 'scans',
+                'masks.share_of_max': 0.2,
+            },
+            ['share_of_max', 'scans'],
+        ),
     ],
 )
 def test_model_that_does_not_fit_is_refused_in_one_line(exported, fields, parts):
@@ -161,12 +169,15 @@ def test_teachers_are_all_networks_of_a_model_and_their_cuts(tmp_path):
 def test_an_adapted_teacher_is_the_first_network_and_what_it_is_adapted_by():
     def told(**fields):
         named = {'train.init': 'default', 'train.statistics': 'scans'} | fields
-        return initial_model.identify_teachers(tiny(**named))
+        config = tiny(**named)
+        teacher = initial_model.identify_teachers(config)
+        return json.dumps([teacher, initial_model.adapted_by(config)])
 
     assert told() == told(**{'train.init': str(MEMBERS[0]), 'predict.batch_size': 3})
     changes = {
         'train.statistics': 'training', 'train.init': str(MEMBERS[1]),
         'train.max_healthy_ml': 9.0, 'train.batch_size': 4, 'predict.smoothing_pixels': 0.0,
-        'masks.min_component_ml': 0.3,
+        'masks.min_component_ml': 0.3, 'train.compute_dtype': 'bfloat16',
+        'network.num_heads': 4,
     }  # fmt: skip
-    assert len({told(), *(told(**{name: value}) for name, value in changes.items())}) == 7
+    assert len({told(), *(told(**{name: value}) for name, value in changes.items())}) == 9

@@ -76,3 +76,15 @@ def test_a_training_of_lungs_is_a_run_that_goes_on_with_its_own_settings(tmp_pat
     config.lungs.learning_rate = 0.5
     with pytest.raises(InputError, match=r'lungs\.learning_rate was .*, is 0\.5.; use those'):
         settings.begin_lungs(config, tmp_path)
+
+
+def test_a_run_of_an_earlier_version_is_not_taken_for_one_that_adapted(tmp_path):
+    config = transunet.get_config('tiny').unlock()
+    begun = settings.stage_settings(config, tmp_path)['train']
+    del begun['train']['statistics']  # which that version did not know
+    manifest.begin(tmp_path, 'train', begun)
+    (tmp_path / 'transunet' / 'checkpoints' / '8').mkdir(parents=True)
+    settings.refuse_other_settings(config, tmp_path, 'train')
+    config.train.statistics = 'scans'
+    with pytest.raises(InputError, match=r'train\.init was none, is none, with'):
+        settings.refuse_other_settings(config, tmp_path, 'train')
