@@ -75,17 +75,6 @@ def identify_start(config: Config) -> str:
     return f'{identify(config)}{", with the statistics of scans" if adapts else ""}'
 
 
-def adapted_by(config: Config) -> dict[str, Any]:
-    """What records hold of how a teacher adapts to scans, is run and is cut, beside its weights."""
-    values = config.to_dict()
-    del values['predict']['batch_size']
-    train = ('batch_size', 'max_healthy_ml', 'compute_dtype')
-    return {
-        'train': {name: values['train'][name] for name in train},
-        **{group: values[group] for group in ('network', 'unet', 'predict', 'masks')},
-    }
-
-
 def identify_teachers(config: Config) -> str:
     """What records hold of the model that pseudo-masks are of, where synthesize.source is 'model':
     all of its networks teach, with their cuts; where one adapts to scans, its first."""

@@ -36,6 +36,11 @@ _OF_PREDICTION = (
     'network', 'unet', 'predict', 'masks', 'train.compute_dtype', 'prepare.grid',
     'prepare.window_hu', 'prepare.margin_mm', 'prepare.lungs_source',
 )  # fmt: skip
+# How a teacher adapts to scans, is run and is cut, beside its weights.
+_OF_ADAPTING = (
+    'network', 'unet', 'predict', 'masks', 'train.compute_dtype', 'train.batch_size',
+    'train.max_healthy_ml',
+)  # fmt: skip
 _OF_IMPORT = ('network', 'unet', 'prepare.grid', 'prepare.window_hu')
 # The stages whose records a stage must agree with; its own is among them where it goes on.
 _HELD_TO = {
@@ -63,7 +68,7 @@ def stage_settings(config: Config, workdir: pathlib.Path) -> dict[str, dict]:
         if stage == 'synthesize' and config.synthesize.source == 'model':
             so_far[_PSEUDO_MASK_MODEL] = initial_model.identify_teachers(config)
             if config.train.statistics == 'scans':
-                so_far[_ADAPTED_BY] = initial_model.adapted_by(config)
+                so_far[_ADAPTED_BY] = _only(values, _OF_ADAPTING)
         if stage == 'train':
             so_far['train'] = values['train'] | {'init': initial_model.identify_start(config)}
         settings[stage] = so_far
