@@ -4,7 +4,7 @@ trained."""
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead
 from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import steps
-from covseg_jax.segmentation.adaptation import evaluate_adapted, make_adapt
+from covseg_jax.segmentation.adaptation import evaluate_adapted, make_adapt, scans_feed
 from covseg_jax.segmentation.network import build_network, make_predict
 from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
@@ -198,17 +198,22 @@ def train_segmentation(
     train = config.train
     parts = build_segmentation(config)
     check_train_batch(config, train.batch_size, parts.mesh)
-    splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
+    learned, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     rounds = _plan_rounds(config)
     step_at = choose_segmentation_step(config, parts)
     kinds = {each.kind for each in rounds}
-    evaluations = _make_evaluations(config, parts, splits, read_target, kinds)
-    adapt = make_adapt(parts, config.predict.smoothing_pixels)
+    evaluations = _make_evaluations(config, parts, learned, read_target, kinds)
+    if train.statistics == 'scans':
+        adapt = make_adapt(parts, config.predict.smoothing_pixels)
+        scans = _scans_to_adapt_to(config, splits, hosts.index(), hosts.count())
+        evaluations = {
+            kind: evaluate_adapted(adapt, scans, each) for kind, each in evaluations.items()
+        }
     state = parts.make_state() if initial is None else parts.start_from(initial)
     for number, each in enumerate(rounds):
         if each.kind == 'refined':
             read_target = refine_targets(
-                splits.train,
+                learned.train,
                 read_target,
                 # What a network learned to lessen would be lessened once more in its prediction.
                 make_probability(config, parts.network, _variables_of(state), border_factor=1.0),
@@ -217,15 +222,12 @@ def train_segmentation(
                 is_done=int(state.step) > each.start,
             )
         feed = feeds.balanced_feed(
-            _training_slices(config, splits, read_target, each.kind),
+            _training_slices(config, learned, read_target, each.kind),
             batch_size=train.batch_size,
             seed=stream_seed(config.seed, 'train', number),
             host=hosts.index(),
             num_hosts=hosts.count(),
         )
-        evaluate = evaluations[each.kind]
-        if train.statistics == 'scans':
-            evaluate = evaluate_adapted(adapt, feed, evaluate)
         state = loop.run(
             name=f'train, {each.kind}',
             folder=folder,
@@ -233,24 +235,45 @@ def train_segmentation(
             abstract_state=parts.abstract_state,
             feed=feed,
             step_at=step_at,
-            evaluate=evaluate,
+            evaluate=evaluations[each.kind],
             schedule=loop.Schedule.of(train, num_steps=each.end),
             first_step=each.start,
         )
 
 
-def adapt_to_scans(config: ml_collections.ConfigDict, splits: Splits, initial: Any) -> Probability:
-    """The network of the variables `initial`, a nested dict, adapted to the scans that a training
-    goes on with."""
+def adapt_to_scans(
+    config: ml_collections.ConfigDict, splits: Splits, initials: Sequence[Any]
+) -> Probability:
+    """The mean of the networks of the variables `initials`, nested dicts, each adapted to the scans
+    that a training goes on with."""
     parts = build_segmentation(config, sharding.make_local_mesh())
     check_train_batch(config, config.train.batch_size, parts.mesh)
-    cases = (*splits.train, *splits.healthy_train)
-    slices = feeds.spread_healthy(feeds.all_slices(cases, [None] * len(cases)))
-    size, seed = config.train.batch_size, stream_seed(config.seed, 'adaptation')
     adapt = make_adapt(parts, config.predict.smoothing_pixels)
-    feed = feeds.balanced_feed(slices, batch_size=size, seed=seed)
-    state = adapt(parts.start_from(initial), feed)
-    return make_probability(config, parts.network, _variables_of(state))
+    feed = _scans_to_adapt_to(config, splits)
+    networks = [
+        make_probability(
+            config, parts.network, _variables_of(adapt(parts.start_from(initial), feed))
+        )
+        for initial in initials
+    ]
+
+    def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+        return np.mean([network(image, lungs) for network in networks], axis=0)
+
+    return probability
+
+
+def _scans_to_adapt_to(
+    config: ml_collections.ConfigDict, splits: Splits, host: int = 0, num_hosts: int = 1
+) -> feeds.Feed:
+    """All that are trained on, those whose masks are left aside among them."""
+    return scans_feed(
+        (*splits.train, *splits.healthy_train),
+        batch_size=config.train.batch_size,
+        seed=stream_seed(config.seed, 'adaptation'),
+        host=host,
+        num_hosts=num_hosts,
+    )
 
 
 def _painted_volumes(config: ml_collections.ConfigDict, splits: Splits) -> list[feeds.Volume]:

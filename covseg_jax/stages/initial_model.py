@@ -75,21 +75,29 @@ def identify_start(config: Config) -> str:
     return f'{identify(config)}{", with the statistics of scans" if adapts else ""}'
 
 
+def teacher_folders(config: Config) -> tuple[pathlib.Path, ...]:
+    """The exports that pseudo-masks are of where synthesize.source is 'model', averaged: all that
+    `train.init` names, though a training goes on from the first alone."""
+    if config.train.init == DEFAULT:
+        return MEMBERS
+    return (pathlib.Path(config.train.init),) if config.train.init else ()
+
+
 def identify_teachers(config: Config) -> str:
-    """What records hold of the model that pseudo-masks are of, where synthesize.source is 'model':
-    all of its networks teach, with their cuts; where one adapts to scans, its first."""
-    if config.train.statistics == 'scans':
-        return identify_start(config)
-    if config.train.init != DEFAULT:
-        models = [read_initial_model(config)]
-    else:
-        models = [_read_export(folder, DEFAULT) for folder in MEMBERS]
+    """What records hold of `teacher_folders`: weights, and the cuts, unless the networks adapt to
+    scans: others are found then."""
+    models = [_read_export(folder, config.train.init) for folder in teacher_folders(config)]
+    if not models:
+        return NONE
+    adapt = config.train.statistics == 'scans'
     told = [
-        (each.weights_sha256, each.description['masks'], each.description['volumes'])
+        each.weights_sha256
+        if adapt
+        else (each.weights_sha256, each.description['masks'], each.description['volumes'])
         for each in models
-        if each is not None
     ]
-    return f'{len(told)} networks of {manifest.fingerprint(told)}' if told else NONE
+    statistics = ', with the statistics of scans' if adapt else ''
+    return f'{len(told)} networks of {manifest.fingerprint(told)}{statistics}'
 
 
 def refuse_misfit(config: Config) -> None:

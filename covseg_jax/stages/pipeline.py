@@ -136,8 +136,8 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
 
 def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSettings]:
     """The model whose predictions a training goes on with, as a function of volumes, and its cuts:
-    all networks of a model of several. Where batch statistics are to be those of the scans, the one
-    network that the training goes on from, with theirs, and with cuts that are found for it."""
+    all networks of a model of several. Where batch statistics are to be those of the scans, each of
+    them has theirs, and cuts are found for their mean."""
     from covseg_jax.predict.export import load, read_variables
 
     if config.train.statistics == 'training':
@@ -145,8 +145,9 @@ def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSett
         return model.probabilities[0], model.masks
     from covseg_jax.segmentation.train import adapt_to_scans
 
-    initial = initial_model.load(config, read_variables)
-    probability = adapt_to_scans(config, splits, initial)
+    folders = initial_model.teacher_folders(config)
+    initials = initial_model.load(config, lambda _: [read_variables(each) for each in folders])
+    probability = adapt_to_scans(config, splits, initials)
     masks, _ = _find_cuts(config, 'synthesize', probability, splits.healthy_calibration)
     return probability, masks
 

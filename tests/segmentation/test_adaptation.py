@@ -118,3 +118,21 @@ def test_an_evaluation_is_of_the_adapted_state_and_hands_it_on():
         lambda state, feed: state + feed, 10, lambda state: (state, {'dice': state}, {})
     )
     assert evaluate(1) == (11, {'dice': 11}, {})
+
+
+def test_teachers_are_averaged_each_adapted(config, monkeypatch):
+    batch = make_batch(0)
+    scans = Feed(grain.MapDataset.source([batch]), {})
+    monkeypatch.setattr(adaptation, '_NUM_BATCHES', 1)
+    monkeypatch.setattr(train, '_scans_to_adapt_to', lambda *_: scans)
+    parts = train.build_segmentation(config, make_local_mesh())
+    first = jax.tree.map(np.asarray, unflatten(parts.make_state().ema))
+    second = first | {'params': jax.tree.map(lambda leaf: 1.5 * leaf, first['params'])}
+    volume = batch[feeds.IMAGE][..., 0].astype(np.float32), batch[feeds.LUNGS][..., 0]
+
+    def predict(*initials):
+        return train.adapt_to_scans(config, None, initials)(*volume)
+
+    alone = [predict(each) for each in (first, second)]
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+    np.testing.assert_allclose(predict(first, second), np.mean(alone, 0), atol=1e-6)

@@ -166,14 +166,19 @@ def test_teachers_are_all_networks_of_a_model_and_their_cuts(tmp_path):
     assert initial_model.identify_teachers(copied) != told[1]
 
 
-def test_an_adapted_teacher_is_the_first_network_and_what_it_is_adapted_by(tmp_path):
+def test_adapted_teachers_are_their_weights_and_what_they_are_adapted_by(tmp_path):
     def told(**fields):
         named = {'train.init': 'default', 'train.statistics': 'scans'} | fields
         config = tiny(**{'synthesize.source': 'model'} | named)
         recorded = settings.stage_settings(config, tmp_path)['synthesize']
         return json.dumps({key: recorded[key] for key in recorded if 'pseudo_mask_model' in key})
 
-    assert told() == told(**{'train.init': str(MEMBERS[0]), 'predict.batch_size': 3})
+    shutil.copytree(MEMBERS[0], tmp_path / 'a')
+    model = json.loads((tmp_path / 'a' / 'model.json').read_text())
+    model['masks']['threshold'] += 0.1  # its cuts are not used
+    (tmp_path / 'a' / 'model.json').write_text(json.dumps(model))
+    first, other_cuts = ({'train.init': str(each)} for each in (MEMBERS[0], tmp_path / 'a'))
+    assert told(**first) == told(**other_cuts, **{'predict.batch_size': 3}) != told()
     changes = {
         'train.statistics': 'training', 'train.init': str(MEMBERS[1]),
         'train.max_healthy_ml': 9.0, 'train.batch_size': 4, 'predict.smoothing_pixels': 0.0,
