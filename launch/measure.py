@@ -26,7 +26,7 @@ from covseg_jax.evaluation.model_table import Recipe
 from covseg_jax.imaging.studies import Study, find_inputs, find_studies
 from covseg_jax.phantom.studies import write_phantom_data_set
 from covseg_jax.predict import default
-from covseg_jax.predict.model import Model
+from covseg_jax.predict.model import Model, average_models
 
 # No training saw phantoms of this seed. Choices were made on them: the rule of cuts, the factor of
 # the lungs' outermost pixels, and what the variant `phantom` learns from (docs/results.md).
@@ -115,39 +115,48 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _find_model(name: str) -> str:
-    return str(default.FOLDER) if name == default.DEFAULT else os.path.abspath(name)
+Run = tuple[pathlib.Path, ...]  # the folder of a model, or of several that are averaged
 
 
-def name_models(arguments: Sequence[str]) -> dict[str, dict[str, pathlib.Path]]:
-    """Row of the table → run → its folder. Names are paths without what all have in common.
+def _find_run(text: str) -> Run:
+    """Networks that are averaged are joined by '+', unless that is in the name of a folder."""
+    names = [text] if os.path.exists(text) else text.split('+')
+    return tuple(
+        default.FOLDER if name == default.DEFAULT else pathlib.Path(os.path.abspath(name))
+        for name in names
+    )
+
+
+def name_models(arguments: Sequence[str]) -> dict[str, dict[str, Run]]:
+    """Row of the table → run → its folders. Names are paths without what all have in common.
 
     Raises:
       InputError: a model is named twice, or is neither a run nor an export.
     """
-    recipes = [[_find_model(each) for each in text.split(',')] for text in arguments]
-    paths = [path for recipe in recipes for path in recipe]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise InputError(f'{path}: is named twice; name each model once')
-        folder = pathlib.Path(path)
+    recipes = [[_find_run(each) for each in text.split(',')] for text in arguments]
+    named = [run for recipe in recipes for run in recipe]
+    for run in named:
+        if named.count(run) > 1 or len(set(run)) < len(run):
+            raise InputError(f'{"+".join(map(str, run))}: is named twice; name each model once')
+    folders = [folder for run in named for folder in run]
+    for folder in folders:
         is_default = folder == default.FOLDER
         if not (is_default or any((folder / name).is_file() for name in (_RUN_CONFIG, _SUMS))):
             raise InputError(
-                f'{path}: neither a work directory with a trained network (no {_RUN_CONFIG} in it) '
-                'nor an export; --stages=export makes one'
+                f'{folder}: neither a work directory with a trained network (no {_RUN_CONFIG} in '
+                'it) nor an export; --stages=export makes one'
             )
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    common = os.path.commonpath([folder.parent for folder in folders])
     rows = {}
     for recipe in recipes:
-        runs = {os.path.relpath(path, common): pathlib.Path(path) for path in recipe}
+        runs = {'+'.join(os.path.relpath(each, common) for each in run): run for run in recipe}
         rows[','.join(runs)] = runs
     return rows
 
 
 def measure(
     folder: pathlib.Path,
-    models: Mapping[str, Mapping[str, pathlib.Path]],
+    models: Mapping[str, Mapping[str, Run]],
     sets: Mapping[str, Sequence[Study]],
     num_workers: int | None = None,
 ) -> list[Recipe]:
@@ -163,8 +172,8 @@ def measure(
     recipes = []
     for name, runs in models.items():
         rows_of = {}
-        for run, path in runs.items():
-            model, rows_of[run] = load_model(path), {}
+        for run, folders in runs.items():
+            model, rows_of[run] = average_models([load_model(each) for each in folders]), {}
             for set_name, studies in sets.items():
                 workers = num_workers
                 if workers is None:
@@ -197,7 +206,9 @@ def _count(text: str) -> int:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser('launch/measure.sh', description=__doc__)
     parser.add_argument('folder', type=pathlib.Path, help='for phantoms, scores and the table')
-    parser.add_argument('models', nargs='+', metavar='MODEL', help='or RUN,RUN of one recipe')
+    parser.add_argument(
+        'models', nargs='+', metavar='MODEL', help='RUN,RUN: of one recipe; RUN+RUN: averaged'
+    )
     for name, text in (
         ('real_slices', 'a data set with lesion masks'),
         ('healthy', 'healthy scans'),

@@ -200,7 +200,7 @@ def test_run_is_measured_beside_others_as_it_was_evaluated(tiny_run, tmp_path):
     studies = {study.study_id: study for study in find_studies(workdir / 'studies')}
     case_rows, _ = scores.read_tables(workdir / 'evaluation')
     sets = {'phantoms': [studies[row['study_id']] for row in case_rows]}
-    (recipe,) = measure.measure(tmp_path, {'run': {'run': workdir}}, sets, num_workers=0)
+    (recipe,) = measure.measure(tmp_path, {'run': {'run': (workdir,)}}, sets, num_workers=0)
     expected = [row['dice'] for row in case_rows]
     np.testing.assert_allclose(recipe.column('phantoms', 'dice'), [expected])
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -98,6 +99,23 @@ def test_runs_of_one_recipe_are_a_row(tmp_path):
         (tmp_path / name).touch()
     named = measure.name_models([f'{tmp_path}/a/export/', f'{tmp_path}/b_0,{tmp_path}/b_1'])
     assert named == {
-        'a/export': {'a/export': tmp_path / 'a' / 'export'},
-        'b_0,b_1': {'b_0': tmp_path / 'b_0', 'b_1': tmp_path / 'b_1'},
+        'a/export': {'a/export': (tmp_path / 'a' / 'export',)},
+        'b_0,b_1': {'b_0': (tmp_path / 'b_0',), 'b_1': (tmp_path / 'b_1',)},
     }
+
+
+def test_averaged_models_are_one_run(models, asked, tmp_path, capsys):
+    (tmp_path / 'c+d').mkdir()
+    (tmp_path / 'c+d' / 'SHA256SUMS').touch()
+    a, b = map(pathlib.Path, models)
+    named = measure.name_models([f'{a}+{b},{b}', f'{a}', f'{tmp_path}/c+d'])
+    assert named == {
+        'a+b,b': {'a+b': (a, b), 'b': (b,)}, 'a': {'a': (a,)}, 'c+d': {'c+d': (tmp_path / 'c+d',)}
+    }  # fmt: skip
+    write_study(tmp_path / 'slices', 'p1')
+    flags = [f'--real_slices={tmp_path / "slices"}', '--phantoms=0', '--num_workers=0']
+    assert measure.main([str(tmp_path / 'out'), f'{a}+{b}', *flags]) == 0
+    assert sorted(asked) == ['a', 'b']
+    assert '| a+b ' in capsys.readouterr().out
+    assert measure.main([str(tmp_path / 'out'), f'{a}+{a}', *flags]) == 1
+    assert 'named twice' in capsys.readouterr().err
