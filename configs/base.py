@@ -94,7 +94,8 @@ def _gan() -> ml_collections.ConfigDict:
 
 def _train() -> ml_collections.ConfigDict:
     train = ml_collections.ConfigDict()
-    # A model to go on from: 'default', or the folder of an export; '': from new weights.
+    # A model to go on from: 'default', or the folder of an export, or several with commas: from the
+    # first, and pseudo-masks of synthesize.source='model' are of all; '': from new weights.
     train.init = ''
     train.num_steps = 20_000  # updates of the network, in all rounds
     train.batch_size = 32  # half high-, half low-infection slices
@@ -285,7 +286,7 @@ def _lungs() -> ml_collections.ConfigDict:
 
 def _synthesize() -> ml_collections.ConfigDict:
     synthesize = ml_collections.ConfigDict()  # gan/synthesize.py: PseudoMaskSettings
-    synthesize.source = 'gan'  # or 'model', the one that train.init names; the rest is the GAN's
+    synthesize.source = 'gan'  # or 'model', what train.init names; the rest is the GAN's
     synthesize.difference = 'opacity'  # or 'published'
     # Published 0.2: the pseudo-mask is the difference as it is, and its mask what exceeds this
     # share of the study's maximum; 0: a threshold is found in healthy lungs, see the percentile.

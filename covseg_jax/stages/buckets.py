@@ -65,7 +65,7 @@ def _refuse(config: Config | None, given: Mapping[str, str | None]) -> None:
         return
     for name in _ON_A_DISK:
         group, field = name.split('.')
-        if bucket.is_url(config[group][field]):
+        if any(map(bucket.is_url, config[group][field].split(','))):
             raise InputError(
                 f'{name}={config[group][field]!r}: is in a bucket, and this must be on a disk; '
                 'copy it to one'

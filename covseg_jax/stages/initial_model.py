@@ -7,7 +7,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from covseg_jax import hosts, manifest
@@ -26,6 +26,7 @@ _Loaded = TypeVar('_Loaded')
 class InitialModel:
     """An export that a training goes on from."""
 
+    name: str  # as the person gave it
     folder: pathlib.Path
     description: Mapping[str, Any]  # its model.json
     weights_sha256: str
@@ -36,17 +37,21 @@ class InitialModel:
         return {'weights_sha256': self.weights_sha256, **told}
 
 
-def read_initial_model(config: Config) -> InitialModel | None:
-    """What `train.init` names; None where it names nothing. Checksums are compared by `load`.
+def read_initial_models(config: Config) -> tuple[InitialModel, ...]:
+    """What `train.init` names, of the default model each network. A training goes on from the
+    first; where synthesize.source is 'model', pseudo-masks are of them all, averaged. Checksums are
+    compared by `load`.
 
     Raises:
-      InputError: it is not an export.
+      InputError: one of them is not an export.
     """
-    name = config.train.init
-    if not name:
-        return None
-    # A training goes on from one network: of the model of several from its first.
-    return _read_export(MEMBERS[0] if name == DEFAULT else pathlib.Path(name), name)
+    if not config.train.init:
+        return ()
+    return tuple(
+        _read_export(folder, name)
+        for name in config.train.init.split(',')
+        for folder in (MEMBERS if name == DEFAULT else (pathlib.Path(name),))
+    )
 
 
 def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
@@ -54,7 +59,7 @@ def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
         description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
         sums = read_sums(folder / 'SHA256SUMS')
         _network_fields(description['network'])
-        return InitialModel(folder, description, sums['weights.safetensors'])
+        return InitialModel(name, folder, description, sums['weights.safetensors'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f'train.init={name}: no export of this program, or of another version; name '
@@ -63,9 +68,10 @@ def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
 
 
 def identify(config: Config) -> str:
-    """What records hold in place of `train.init`: the weights count, wherever they lie."""
-    model = read_initial_model(config)
-    return f'a model of weights {model.weights_sha256}' if model else NONE
+    """What records hold of the model that a training goes on from: the weights count, wherever they
+    lie."""
+    models = read_initial_models(config)
+    return f'a model of weights {models[0].weights_sha256}' if models else NONE
 
 
 def identify_start(config: Config) -> str:
@@ -75,18 +81,10 @@ def identify_start(config: Config) -> str:
     return f'{identify(config)}{", with the statistics of scans" if adapts else ""}'
 
 
-def teacher_folders(config: Config) -> tuple[pathlib.Path, ...]:
-    """The exports that pseudo-masks are of where synthesize.source is 'model', averaged: all that
-    `train.init` names, though a training goes on from the first alone."""
-    if config.train.init == DEFAULT:
-        return MEMBERS
-    return (pathlib.Path(config.train.init),) if config.train.init else ()
-
-
 def identify_teachers(config: Config) -> str:
-    """What records hold of `teacher_folders`: weights, and the cuts, unless the networks adapt to
-    scans: others are found then."""
-    models = [_read_export(folder, config.train.init) for folder in teacher_folders(config)]
+    """What records hold of the models that pseudo-masks are of: weights and cuts; without these
+    where the networks adapt to scans: others are found then."""
+    models = read_initial_models(config)
     if not models:
         return NONE
     adapt = config.train.statistics == 'scans'
@@ -107,18 +105,17 @@ def refuse_misfit(config: Config) -> None:
       InputError: `train.init` is not an export, or its network or what it sees differs from the
         config's; or pseudo-masks are to come from a model, and there is none that gives them.
     """
-    model, from_model = read_initial_model(config), config.synthesize.source == 'model'
-    if model is None:
-        if from_model:
-            raise InputError(
-                "synthesize.source='model' and train.init names no model; give "
-                f"--config.train.init={DEFAULT}, or an export's folder"
-            )
-        return
-    _refuse_other_fields(config, model)
+    models, from_model = read_initial_models(config), config.synthesize.source == 'model'
+    if not models and from_model:
+        raise InputError(
+            "synthesize.source='model' and train.init names no model; give "
+            f"--config.train.init={DEFAULT}, or an export's folder"
+        )
+    for model in models:
+        _refuse_other_fields(config, model)
     adapts = config.train.statistics == 'scans'
-    cut = config.masks.to_dict() if adapts else model.description['masks']
-    if from_model and (config.synthesize.share_of_max or cut.get('share_of_max')):
+    cuts = [config.masks] if adapts else [model.description['masks'] for model in models]
+    if from_model and any(each.get('share_of_max') for each in (config.synthesize, *cuts)):
         raise InputError(
             "synthesize.source='model' needs masks that are cut at a threshold, and "
             'synthesize.share_of_max of the config or masks.share_of_max of the model, with '
@@ -148,10 +145,10 @@ def _refuse_other_fields(config: Config, model: InitialModel) -> None:
         listed = ', '.join(f'{name} is {value} and {own}' for name, value, own in other)
         flags = ' '.join(shlex.quote(f'--config.{name}={value}') for name, value, _ in other)
         or_variant = ''
-        if config.train.init == DEFAULT:
+        if model.name == DEFAULT:
             or_variant = ', or take --config=configs/transunet.py:phantom, which has its sizes'
         raise InputError(
-            f'train.init={config.train.init}: in this model and in the config {listed}; give '
+            f'train.init={model.name}: in this model and in the config {listed}; give '
             f'{flags}{or_variant}'
         )
 
@@ -168,24 +165,28 @@ def _plain(*values: Any) -> list[Any]:
     return [tuple(value) if isinstance(value, list) else value for value in values]
 
 
-def load(config: Config, read: Callable[[pathlib.Path], _Loaded]) -> _Loaded | None:
-    """What `read` makes of the folder of `train.init`, on each host; None where it names nothing.
+def load(config: Config, read: Callable[[Sequence[pathlib.Path]], _Loaded]) -> _Loaded | None:
+    """What `read` makes of the folders of `train.init`, on each host; None where it names nothing.
 
     Raises:
-      InputError: on all hosts, where one of them cannot read it or has other weights than the
+      InputError: on all hosts, where one of them cannot read them or has other weights than the
         first.
     """
     if not config.train.init:
         return None
-    expected = hosts.first_decides(lambda: identify(config), 'the initial model is known')
+
+    def identify_all() -> str:
+        return ', '.join(each.weights_sha256 for each in read_initial_models(config))
+
+    expected = hosts.first_decides(identify_all, 'the initial model is known')
 
     def load_here() -> _Loaded:
-        own = identify(config)
+        own = identify_all()
         if own != expected:
             raise InputError(
-                f'train.init={config.train.init}: {expected} on the first host and {own} on host '
-                f'{hosts.index()}; copy the same model to all of them'
+                f'train.init={config.train.init}: weights {expected} on the first host and {own} '
+                f'on host {hosts.index()}; copy the same model to all of them'
             )
-        return read(read_initial_model(config).folder)
+        return read([each.folder for each in read_initial_models(config)])
 
     return hosts.on_each(load_here)

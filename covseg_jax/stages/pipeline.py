@@ -141,12 +141,11 @@ def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSett
     from covseg_jax.predict.export import load, read_variables
 
     if config.train.statistics == 'training':
-        model = initial_model.load(config, lambda _: load(config.train.init))
+        model = initial_model.load(config, lambda folders: load(*folders))
         return model.probabilities[0], model.masks
     from covseg_jax.segmentation.train import adapt_to_scans
 
-    folders = initial_model.teacher_folders(config)
-    initials = initial_model.load(config, lambda _: [read_variables(each) for each in folders])
+    initials = initial_model.load(config, lambda folders: [*map(read_variables, folders)])
     probability = adapt_to_scans(config, splits, initials)
     masks, _ = _find_cuts(config, 'synthesize', probability, splits.healthy_calibration)
     return probability, masks
@@ -168,7 +167,7 @@ def run_synthesize(config: Config, workdir: pathlib.Path) -> Outcome:
         model = _load_teacher(config, splits)
         least = settings.min_component_ml
         facts = {
-            'initial_model': initial_model.read_initial_model(config).describe(),
+            'models': [each.describe() for each in initial_model.read_initial_models(config)],
             'statistics': config.train.statistics,
         }
         summary = predict_pseudo_masks(*model, calibration, covid, folder, least, facts, new_file)
@@ -201,7 +200,7 @@ def run_train(config: Config, workdir: pathlib.Path) -> Outcome:
     splits = inputs.split_studies(config, workdir, needs_covid=needs_covid)
     folder = workdir / 'transunet'
     training_data = _describe_training_data(config, splits)
-    initial = initial_model.load(config, read_variables)
+    initial = initial_model.load(config, lambda folders: read_variables(folders[0]))
     log, calibration_path = folder / 'metrics.jsonl', folder / 'calibration.json'
     read_pseudo_mask = inputs.pseudo_mask_reader(config, workdir)
     segmentation.train_segmentation(config, splits, read_pseudo_mask, folder, initial)
@@ -276,11 +275,11 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
     """What a network says that it was trained on, as calibration.json and exports have it.
 
     Raises:
-      InputError: the model that it goes on from has learned from the mask of a study that is kept
-        for evaluation.
+      InputError: a model of `train.init` has learned from the mask of a study that is kept for
+        evaluation.
     """
-    initial = initial_model.read_initial_model(config)
-    before = [] if initial is None else [initial.description.get('training_data')]
+    models = initial_model.read_initial_models(config)
+    before = [each.description.get('training_data') for each in models]
     human_masks.refuse_learned([c for c in splits.evaluation if c.has_lesion_mask], before)
     masked = human_mask_cases(config.train.targets, splits)
     covid = _learned_covid(config, splits)
@@ -290,7 +289,7 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
         'covid_studies': len(covid),
         'healthy_studies': len(healthy),
         **human_masks.describe_human_masks(masked, before),
-        **({} if initial is None else {'initial_model': initial.describe()}),
+        **({'initial_model': models[0].describe()} if models else {}),
         **({'statistics': 'scans'} if config.train.statistics == 'scans' else {}),
     }
 

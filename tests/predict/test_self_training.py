@@ -44,7 +44,7 @@ def test_predictions_are_stored_as_the_gans_pseudo_masks_are(tmp_path):
 
     model = (lambda image, lungs: image.astype(np.float32)), CUTS
     cases = [make_case('h', 0.6)], [make_case('c', 0.7)], tmp_path / 'masks'
-    facts = {'initial_model': {'weights_sha256': 'ab'}}
+    facts = {'models': [{'weights_sha256': 'ab'}]}
     summary = predict_pseudo_masks(*model, *cases, 0.1, facts, atomic.new_file)
     found = read_pseudo_mask(tmp_path / 'masks', 'c')
     assert found.dtype == np.float16

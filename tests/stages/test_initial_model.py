@@ -57,7 +57,7 @@ def exported(tmp_path_factory):
 def test_training_begins_with_the_models_predictions_bit_for_bit(exported):
     config = tiny(**{'train.init': str(exported)})
     parts = segmentation.build_segmentation(config, sharding.make_local_mesh())
-    state = parts.start_from(initial_model.load(config, export.read_variables))
+    state = parts.start_from(initial_model.load(config, lambda of: export.read_variables(of[0])))
     predict = segmentation.make_predict(parts.network)
     volumes = segmentation.volume_settings(config)
     rng = np.random.default_rng(0)
@@ -97,6 +97,8 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
         ({'network.name': 'unet'}, ['network.name is transunet and unet']),
         ({'train.init': 'nowhere/'}, ['train.init=nowhere/', "'default'", '--stages=export']),
         ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom']),
+        ({'train.init': f'EXPORTED,{MEMBERS[0]}'}, [f'={MEMBERS[0]}: in', 'width is 16']),
+        ({'train.init': 'EXPORTED,nowhere/'}, ['train.init=nowhere/']),
         ({'train.init': '', 'synthesize.source': 'model'}, ['--config.train.init=default']),
         ({'synthesize.source': 'model', 'synthesize.share_of_max': 0.2}, ['share_of_max']),
         (
@@ -111,8 +113,9 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
 )
 def test_model_that_does_not_fit_is_refused_in_one_line(exported, fields, parts):
     initial_model.refuse_misfit(tiny(**{'train.init': str(exported), 'network.dropout_rate': 0.3}))
+    init = fields.get('train.init', 'EXPORTED').replace('EXPORTED', str(exported))
     with pytest.raises(InputError) as error:
-        initial_model.refuse_misfit(tiny(**{'train.init': str(exported), **fields}))
+        initial_model.refuse_misfit(tiny(**{**fields, 'train.init': init}))
     assert len(str(error.value).splitlines()) == 1
     for part in parts:
         assert part in str(error.value)
@@ -123,7 +126,7 @@ def test_phantom_variant_has_the_default_models_sizes():
     config.train.init = 'default'
     initial_model.refuse_misfit(config)
     sums = (MEMBERS[0] / 'SHA256SUMS').read_text()
-    assert initial_model.read_initial_model(config).weights_sha256 in sums
+    assert initial_model.read_initial_models(config)[0].weights_sha256 in sums
 
 
 def test_resumed_run_keeps_the_model_that_it_began_with(exported, tmp_path):
@@ -160,6 +163,10 @@ def test_teachers_are_all_networks_of_a_model_and_their_cuts(tmp_path):
     told = [initial_model.identify_teachers(each) for each in (default, first)]
     copied = tiny(**{'train.init': str(tmp_path / 'a')})
     assert initial_model.identify_teachers(copied) == told[1] != told[0]
+    listed = tiny(**{'train.init': f'{tmp_path / "a"},{MEMBERS[1]}'})
+    assert initial_model.identify_teachers(listed) == told[0]
+    assert initial_model.identify(listed) == initial_model.identify(default)
+    assert initial_model.load(listed, list) == [tmp_path / 'a', MEMBERS[1]]
     model = json.loads((tmp_path / 'a' / 'model.json').read_text())
     model['masks']['threshold'] += 0.1
     (tmp_path / 'a' / 'model.json').write_text(json.dumps(model))
