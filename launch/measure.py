@@ -119,11 +119,16 @@ Run = tuple[pathlib.Path, ...]  # the folder of a model, or of several that are 
 
 
 def _find_run(text: str) -> Run:
-    """Networks that are averaged are joined by '+', unless that is in the name of a folder."""
+    """Models that are averaged are joined by '+', unless that is in the name of a folder."""
     names = [text] if os.path.exists(text) else text.split('+')
+    # Beside others the default model is its networks, which weigh as much as they.
+    of_default = (default.FOLDER,) if len(names) == 1 else default.MEMBERS
     return tuple(
-        default.FOLDER if name == default.DEFAULT else pathlib.Path(os.path.abspath(name))
+        folder
         for name in names
+        for folder in (
+            of_default if name == default.DEFAULT else (pathlib.Path(os.path.abspath(name)),)
+        )
     )
 
 
@@ -135,9 +140,11 @@ def name_models(arguments: Sequence[str]) -> dict[str, dict[str, Run]]:
     """
     recipes = [[_find_run(each) for each in text.split(',')] for text in arguments]
     named = [run for recipe in recipes for run in recipe]
-    for run in named:
-        if named.count(run) > 1 or len(set(run)) < len(run):
-            raise InputError(f'{"+".join(map(str, run))}: is named twice; name each model once')
+    in_runs = [[str(folder) for folder in run] for run in named]
+    for names in (['+'.join(each) for each in in_runs], *in_runs):
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f'{name}: is named twice; name each model once')
     folders = [folder for run in named for folder in run]
     for folder in folders:
         is_default = folder == default.FOLDER

@@ -239,12 +239,16 @@ def test_several_hosts_write_predictions_on_a_disk_that_they_share(monkeypatch):
         contextlib.ExitStack().enter_context(buckets.opened(None, URL, ['predict'], given))
 
 
-@pytest.mark.parametrize('field', ['data.prepared', 'prepare.lung_network', 'train.init'])
-def test_a_setting_that_must_be_on_a_disk_is_refused_in_a_bucket(field):
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [('data.prepared', URL), ('prepare.lung_network', URL), ('train.init', URL),
+     ('train.init', f'default,{URL}')],
+)  # fmt: skip
+def test_a_setting_that_must_be_on_a_disk_is_refused_in_a_bucket(field, value):
     config = transunet.get_config()
-    config.update_from_flattened_dict({field: URL})
+    config.update_from_flattened_dict({field: value})
     given = dict.fromkeys(('input', 'output', 'reference', 'model'))
-    with pytest.raises(InputError, match=f"{field}='{URL}': is in a bucket"):
+    with pytest.raises(InputError, match=f"{field}='{value}': is in a bucket"):
         contextlib.ExitStack().enter_context(buckets.opened(config, '', ['train'], given))
 
 

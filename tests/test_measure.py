@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from covseg_jax.predict import default
 from launch import measure
 from tests.evaluation.test_model_scores import MODEL, mark_opacity
 from tests.imaging.chest import write_study
@@ -118,4 +119,7 @@ def test_averaged_models_are_one_run(models, asked, tmp_path, capsys):
     assert sorted(asked) == ['a', 'b']
     assert '| a+b ' in capsys.readouterr().out
     assert measure.main([str(tmp_path / 'out'), f'{a}+{a}', *flags]) == 1
-    assert 'named twice' in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f'error: {a}: is named twice')
+    # Each network weighs as much as another, as in `predict --model=default,a`.
+    (of_default,) = measure.name_models([f'default+{a}']).values()
+    assert list(of_default.values()) == [(*default.MEMBERS, a)]

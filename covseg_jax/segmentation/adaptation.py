@@ -2,7 +2,7 @@
 statistics become theirs (Li et al., Revisiting batch normalization for practical domain adaptation,
 2016)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 
 from covseg_jax.data import feeds
 from covseg_jax.models.layers import BatchNorm
-from covseg_jax.prepare.cases import Case
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
 from covseg_jax.segmentation.volumes import smooth_slices
 from covseg_jax.training.flat import flatten_as, unflatten
@@ -60,21 +59,6 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
         return state.replace(ema=state.ema | {'batch_stats': end(total, state.ema)})
 
     return adapt
-
-
-def scans_feed(
-    cases: Sequence[Case], *, batch_size: int, seed: int, host: int = 0, num_hosts: int = 1
-) -> feeds.Feed:
-    """What networks adapt to: every slice of the cases that shows lung, one as often as another.
-    The teacher and the network that learns from it see the same batches.
-
-    Raises:
-      InputError: the batch size is odd or not shareable, or there are fewer than two slices.
-    """
-    slices = feeds.spread_healthy(feeds.all_slices(cases, [None] * len(cases)))
-    return feeds.balanced_feed(
-        slices, batch_size=batch_size, seed=seed, host=host, num_hosts=num_hosts
-    )
 
 
 def as_predicted(batch: dict[str, np.ndarray], smoothing_pixels: float) -> np.ndarray:

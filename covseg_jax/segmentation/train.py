@@ -22,7 +22,7 @@ from covseg_jax.errors import InputError
 from covseg_jax.models.transunet import ProjectionHead
 from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import steps
-from covseg_jax.segmentation.adaptation import evaluate_adapted, make_adapt, scans_feed
+from covseg_jax.segmentation.adaptation import evaluate_adapted, make_adapt
 from covseg_jax.segmentation.network import build_network, make_predict
 from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
@@ -30,6 +30,7 @@ from covseg_jax.segmentation.targets import (
     ReadTarget,
     Round,
     choose_targets,
+    learned_cases,
     plan_rounds,
     refine_targets,
 )
@@ -243,33 +244,28 @@ def train_segmentation(
 
 def adapt_to_scans(
     config: ml_collections.ConfigDict, splits: Splits, initials: Sequence[Any]
-) -> Probability:
-    """The mean of the networks of the variables `initials`, nested dicts, each adapted to the scans
-    that a training goes on with."""
+) -> tuple[Probability, ...]:
+    """The networks of the variables `initials`, nested dicts, each adapted to the scans that a
+    training goes on with, to the same batches as the network that is trained."""
     parts = build_segmentation(config, sharding.make_local_mesh())
     check_train_batch(config, config.train.batch_size, parts.mesh)
     adapt = make_adapt(parts, config.predict.smoothing_pixels)
     feed = _scans_to_adapt_to(config, splits)
-    networks = [
-        make_probability(
-            config, parts.network, _variables_of(adapt(parts.start_from(initial), feed))
-        )
-        for initial in initials
-    ]
-
-    def probability(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-        return np.mean([network(image, lungs) for network in networks], axis=0)
-
-    return probability
+    adapted = (adapt(parts.start_from(initial), feed) for initial in initials)
+    return tuple(make_probability(config, parts.network, _variables_of(state)) for state in adapted)
 
 
 def _scans_to_adapt_to(
     config: ml_collections.ConfigDict, splits: Splits, host: int = 0, num_hosts: int = 1
 ) -> feeds.Feed:
-    """All that are trained on, those whose masks are left aside among them."""
-    return scans_feed(
-        (*splits.train, *splits.healthy_train),
-        batch_size=config.train.batch_size,
+    """Every slice that shows lung, one as often as another, of the scans that are learned from in
+    some round: records name these."""
+    train = config.train
+    covid = learned_cases(train.rounds, train.targets, dataclasses.replace(splits, validation=()))
+    cases = (*covid, *splits.healthy_train)
+    return feeds.balanced_feed(
+        feeds.spread_healthy(feeds.all_slices(cases, [None] * len(cases))),
+        batch_size=train.batch_size,
         seed=stream_seed(config.seed, 'adaptation'),
         host=host,
         num_hosts=num_hosts,

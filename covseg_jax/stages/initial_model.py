@@ -1,4 +1,5 @@
-"""The model that a training goes on from, `train.init`: which it is, and whether it fits a config.
+"""The models of `train.init`, of which a training goes on from the first, and of which pseudo-masks
+may be: which they are, and whether they fit a config.
 
 Only `load` imports JAX: a model that does not fit is refused before the first stage begins.
 """
@@ -20,11 +21,13 @@ NONE = 'none'
 # Fields of a network that change neither its weights' shapes nor what they mean.
 _FREE = ('name', 'dropout_rate', 'initial_logit', 'dtype', 'num_classes')
 _Loaded = TypeVar('_Loaded')
+# Records of another way of adapting say it in other words.
+_ADAPTED = ', with the statistics of all slices of the scans'
 
 
 @dataclasses.dataclass(frozen=True)
 class InitialModel:
-    """An export that a training goes on from."""
+    """An export that `train.init` names."""
 
     name: str  # as the person gave it
     folder: pathlib.Path
@@ -49,13 +52,15 @@ def read_initial_models(config: Config) -> tuple[InitialModel, ...]:
         return ()
     return tuple(
         _read_export(folder, name)
-        for name in config.train.init.split(',')
+        for name in map(str.strip, config.train.init.split(','))
         for folder in (MEMBERS if name == DEFAULT else (pathlib.Path(name),))
     )
 
 
 def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
     try:
+        if not name:  # a comma too many
+            raise ValueError
         description = json.loads((folder / 'model.json').read_text(encoding='utf-8'))
         sums = read_sums(folder / 'SHA256SUMS')
         _network_fields(description['network'])
@@ -63,7 +68,7 @@ def _read_export(folder: pathlib.Path, name: str) -> InitialModel:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f'train.init={name}: no export of this program, or of another version; name '
-            f'{DEFAULT!r}, or a folder that --stages=export wrote'
+            f'{DEFAULT!r}, or a folder that --stages=export wrote, or several with commas'
         ) from error
 
 
@@ -78,7 +83,7 @@ def identify_start(config: Config) -> str:
     """`identify`, and whether its batch statistics become the scans'. The field that says so has no
     part in a comparison with the record of an earlier version, which does not name it."""
     adapts = config.train.statistics == 'scans'
-    return f'{identify(config)}{", with the statistics of scans" if adapts else ""}'
+    return f'{identify(config)}{_ADAPTED if adapts else ""}'
 
 
 def identify_teachers(config: Config) -> str:
@@ -94,8 +99,7 @@ def identify_teachers(config: Config) -> str:
         else (each.weights_sha256, each.description['masks'], each.description['volumes'])
         for each in models
     ]
-    statistics = ', with the statistics of scans' if adapt else ''
-    return f'{len(told)} networks of {manifest.fingerprint(told)}{statistics}'
+    return f'{len(told)} networks of {manifest.fingerprint(told)}{_ADAPTED if adapt else ""}'
 
 
 def refuse_misfit(config: Config) -> None:
@@ -113,6 +117,7 @@ def refuse_misfit(config: Config) -> None:
         )
     for model in models:
         _refuse_other_fields(config, model)
+    _refuse_list(config, models)
     adapts = config.train.statistics == 'scans'
     cuts = [config.masks] if adapts else [model.description['masks'] for model in models]
     if from_model and any(each.get('share_of_max') for each in (config.synthesize, *cuts)):
@@ -122,6 +127,28 @@ def refuse_misfit(config: Config) -> None:
             "train.statistics='scans' of the config, is not 0; "
             "take a variant other than the published ones, or synthesize.source='gan'"
         )
+
+
+def _refuse_list(config: Config, models: Sequence[InitialModel]) -> None:
+    """Several that nothing averages, or that cannot be averaged."""
+    if ',' in config.train.init and config.synthesize.source != 'model':
+        raise InputError(
+            f'train.init={config.train.init}: a training goes on from one model; name one, or give '
+            '--config.synthesize.source=model, which averages several for the pseudo-masks'
+        )
+    for number, model in enumerate(models):
+        if model.weights_sha256 in [each.weights_sha256 for each in models[:number]]:
+            raise InputError(f'train.init: names the weights of {model.folder} twice')
+        if _preparation(model) != _preparation(models[0]):
+            raise InputError(
+                f'train.init={config.train.init}: {model.folder} sees scans in another way than '
+                f'{models[0].folder} (preparation in model.json); name models of one kind'
+            )
+
+
+def _preparation(model: InitialModel) -> dict[str, Any]:
+    """Without the lung network's path, which says nothing of its content."""
+    return dict(model.description['preparation']) | {'lung_network': ''}
 
 
 def _refuse_other_fields(config: Config, model: InitialModel) -> None:

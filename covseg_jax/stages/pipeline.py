@@ -135,10 +135,11 @@ def run_gan(config: Config, workdir: pathlib.Path) -> Outcome:
 
 
 def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSettings]:
-    """The model whose predictions a training goes on with, as a function of volumes, and its cuts:
-    all networks of a model of several. Where batch statistics are to be those of the scans, each of
-    them has theirs, and cuts are found for their mean."""
+    """The mean of the models of `train.init`, as a function of volumes, and its cuts. Where batch
+    statistics are to be those of the scans, each network is adapted to them, and cuts are found for
+    the mean."""
     from covseg_jax.predict.export import load, read_variables
+    from covseg_jax.predict.model import MeanProbability
 
     if config.train.statistics == 'training':
         model = initial_model.load(config, lambda folders: load(*folders))
@@ -146,7 +147,7 @@ def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSett
     from covseg_jax.segmentation.train import adapt_to_scans
 
     initials = initial_model.load(config, lambda folders: [*map(read_variables, folders)])
-    probability = adapt_to_scans(config, splits, initials)
+    probability = MeanProbability(adapt_to_scans(config, splits, initials))
     masks, _ = _find_cuts(config, 'synthesize', probability, splits.healthy_calibration)
     return probability, masks
 
@@ -279,7 +280,8 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
         evaluation.
     """
     models = initial_model.read_initial_models(config)
-    before = [each.description.get('training_data') for each in models]
+    taught = config.synthesize.source == 'model'  # else a training goes on from the first alone
+    before = [each.description.get('training_data') for each in (models if taught else models[:1])]
     human_masks.refuse_learned([c for c in splits.evaluation if c.has_lesion_mask], before)
     masked = human_mask_cases(config.train.targets, splits)
     covid = _learned_covid(config, splits)
@@ -290,6 +292,7 @@ def _describe_training_data(config: Config, splits: Splits) -> dict[str, Any]:
         'healthy_studies': len(healthy),
         **human_masks.describe_human_masks(masked, before),
         **({'initial_model': models[0].describe()} if models else {}),
+        **({'teachers': [each.weights_sha256 for each in models]} if taught else {}),
         **({'statistics': 'scans'} if config.train.statistics == 'scans' else {}),
     }
 

@@ -9,12 +9,14 @@ from configs import transunet
 from covseg_jax.data import feeds
 from covseg_jax.data.feeds import Feed
 from covseg_jax.models.layers import BatchNorm
+from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import adaptation, train
 from covseg_jax.segmentation.adaptation import as_predicted, evaluate_adapted, make_adapt
 from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
 from covseg_jax.training.flat import Flat, flatten, unflatten
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.sharding import make_local_mesh
+from tests.conftest import write_case
 
 
 def make_batch(seed, brightness=1.0, num=8, size=32):
@@ -120,7 +122,7 @@ def test_an_evaluation_is_of_the_adapted_state_and_hands_it_on():
     assert evaluate(1) == (11, {'dice': 11}, {})
 
 
-def test_teachers_are_averaged_each_adapted(config, monkeypatch):
+def test_each_teacher_has_statistics_of_its_own(config, monkeypatch):
     batch = make_batch(0)
     scans = Feed(grain.MapDataset.source([batch]), {})
     monkeypatch.setattr(adaptation, '_NUM_BATCHES', 1)
@@ -131,8 +133,33 @@ def test_teachers_are_averaged_each_adapted(config, monkeypatch):
     volume = batch[feeds.IMAGE][..., 0].astype(np.float32), batch[feeds.LUNGS][..., 0]
 
     def predict(*initials):
-        return train.adapt_to_scans(config, None, initials)(*volume)
+        return [each(*volume) for each in train.adapt_to_scans(config, None, initials)]
 
-    alone = [predict(each) for each in (first, second)]
-    assert np.abs(alone[0] - alone[1]).max() > 0.01
-    np.testing.assert_allclose(predict(first, second), np.mean(alone, 0), atol=1e-6)
+    together = predict(first, second)
+    assert np.abs(together[0] - together[1]).max() > 0.01
+    np.testing.assert_array_equal(together, [*predict(first), *predict(second)])
+
+
+@pytest.mark.parametrize(
+    ('fields', 'seen'),
+    [
+        ({}, {'c1', 'c2', 'h1'}),
+        ({'targets': 'human'}, {'c2', 'h1'}),
+        ({'rounds': ('synthetic',)}, {'h1'}),
+    ],
+)
+def test_what_is_adapted_to_is_what_records_say_was_learned_from(config, tmp_path, fields, seen):
+    def prepare(name, masked=False):
+        write_case(tmp_path, name, 'CT-1', masked=masked)
+        return Case(name, name, tmp_path / name, 'CT-1', masked, {})
+
+    splits = Splits(
+        train=(prepare('c1'), prepare('c2', masked=True)), validation=(prepare('c3'),),
+        healthy_train=(prepare('h1'),), healthy_calibration=(prepare('h2'),), evaluation=(),
+    )  # fmt: skip
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.train.update({'rounds': ('targets',)} | fields)
+    feed = train._scans_to_adapt_to(config, splits)
+    studies = {each for number in range(8) for each in feed.studies(feed.batches[number])}
+    assert studies == seen

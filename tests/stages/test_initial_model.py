@@ -98,7 +98,11 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
         ({'train.init': 'nowhere/'}, ['train.init=nowhere/', "'default'", '--stages=export']),
         ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom']),
         ({'train.init': f'EXPORTED,{MEMBERS[0]}'}, [f'={MEMBERS[0]}: in', 'width is 16']),
-        ({'train.init': 'EXPORTED,nowhere/'}, ['train.init=nowhere/']),
+        ({'train.init': 'EXPORTED, nowhere/'}, ['train.init=nowhere/']),
+        ({'train.init': 'EXPORTED,'}, ['train.init=: no export', 'several with commas']),
+        ({'train.init': 'EXPORTED,OTHER'}, ['goes on from one', 'synthesize.source=model']),
+        ({'train.init': 'EXPORTED,OTHER', 'synthesize.source': 'model'}, ['/other sees scans']),
+        ({'train.init': 'EXPORTED,EXPORTED', 'synthesize.source': 'model'}, ['twice']),
         ({'train.init': '', 'synthesize.source': 'model'}, ['--config.train.init=default']),
         ({'synthesize.source': 'model', 'synthesize.share_of_max': 0.2}, ['share_of_max']),
         (
@@ -111,9 +115,17 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
         ),
     ],
 )
-def test_model_that_does_not_fit_is_refused_in_one_line(exported, fields, parts):
+def test_model_that_does_not_fit_is_refused_in_one_line(exported, tmp_path, fields, parts):
     initial_model.refuse_misfit(tiny(**{'train.init': str(exported), 'network.dropout_rate': 0.3}))
-    init = fields.get('train.init', 'EXPORTED').replace('EXPORTED', str(exported))
+    other = shutil.copytree(exported, tmp_path / 'other')  # other weights, wider margins
+    sums = (other / 'SHA256SUMS').read_text()
+    at = sums.index('weights.safetensors') - 66
+    (other / 'SHA256SUMS').write_text(f'{sums[:at]}{"0" * 64}{sums[at + 64 :]}')
+    model = json.loads((other / 'model.json').read_text())
+    model['preparation']['margin_mm'] += 9
+    (other / 'model.json').write_text(json.dumps(model))
+    init = fields.get('train.init', 'EXPORTED')
+    init = init.replace('EXPORTED', str(exported)).replace('OTHER', str(other))
     with pytest.raises(InputError) as error:
         initial_model.refuse_misfit(tiny(**{**fields, 'train.init': init}))
     assert len(str(error.value).splitlines()) == 1

@@ -11,7 +11,8 @@ from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import calibrate
 from covseg_jax.prepare.cases import Splits
 from covseg_jax.segmentation import train as segmentation
-from covseg_jax.stages import inputs, pipeline
+from covseg_jax.stages import initial_model, inputs, pipeline
+from covseg_jax.stages.human_masks import SCANS
 
 
 def make_case(outputs):
@@ -81,3 +82,23 @@ def test_found_cuts_that_mark_much_or_are_found_on_no_scan_are_told(capsys):
     assert 'there are 5 of them' in said
     pipeline._tell_doubt('train', None, 0, limit=15.0)
     assert 'no healthy scan is held out' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('source', 'scans'), [('model', [5, 7]), ('gan', [5])])
+def test_teachers_and_their_human_masks_are_noted(without_training, monkeypatch, source, scans):
+    models = tuple(
+        initial_model.InitialModel(
+            name, without_training, {'training_data': {'human_masks': True, SCANS: [crc32]}}, name
+        )
+        for name, crc32 in (('first', 5), ('second', 7))
+    )
+    monkeypatch.setattr(initial_model, 'read_initial_models', lambda _: models)
+    monkeypatch.setattr(initial_model, 'load', lambda *_: None)
+    config = transunet.get_config('published').unlock()
+    config.synthesize.source = source
+    pipeline.run_train(config, without_training)
+    told = json.loads((without_training / 'transunet' / 'calibration.json').read_text())
+    told = told['training_data']
+    assert told[SCANS] == scans
+    assert told['initial_model']['weights_sha256'] == 'first'
+    assert told.get('teachers') == (['first', 'second'] if source == 'model' else None)
