@@ -94,8 +94,8 @@ def _gan() -> ml_collections.ConfigDict:
 
 def _train() -> ml_collections.ConfigDict:
     train = ml_collections.ConfigDict()
-    # A model to go on from: 'default', or the folder of an export, or several with commas: from the
-    # first, and pseudo-masks of synthesize.source='model' are of all; '': from new weights.
+    # A model to go on from: 'default', or the folder of an export; '': from new weights. Several
+    # with commas: a training goes on from the first, and synthesize.source='model' averages all.
     train.init = ''
     train.num_steps = 20_000  # updates of the network, in all rounds
     train.batch_size = 32  # half high-, half low-infection slices
@@ -151,7 +151,7 @@ def _train() -> ml_collections.ConfigDict:
     train.clip_norm = 1.0  # as gan.clip_norm
     train.ema_decay = 0.999  # as gan.ema_decay
     # Batch statistics of what predicts: the training's, averaged as the weights are; or 'scans',
-    # those of the slices without painted opacities and augmentation, see docs/own_scans.md.
+    # those of its scans without painted opacities and augmentation, see docs/own_scans.md.
     train.statistics = 'training'
     train.compute_dtype = 'bfloat16'  # as gan.compute_dtype
     _add_run(train)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Scores trained models side by side on scans that no training saw, and prints one table.
 #   launch/measure.sh FOLDER MODEL [MODEL ...] [flags]
-# A MODEL is the work directory of a run, an export, `default`, several that are averaged, runs/a+runs/b,
-# or several of one recipe that are one row of the table: runs/a_0,runs/a_1,runs/a_2. FOLDER gets phantoms (made once), table.md and scores.csv. A
-# study that a model has done is not done again: run the same command again to go on, and another
-# one to add models. After a change of the code delete FOLDER/done.
+# A MODEL is the work directory of a run, an export, or `default`. With commas, runs/a_0,runs/a_1,
+# several of one recipe are one row of the table; with plus signs, runs/a+runs/b, several are
+# averaged. FOLDER gets phantoms (made once), table.md and scores.csv. A study that a model has done
+# is not done again: run the same command again to go on, and another one to add models. After a
+# change of the code delete FOLDER/done.
 #   --real_slices=DIR   a data set with lesion masks, such as labelled slices, scored too
 #   --healthy=DIR       healthy scans, of which is said how much each model marks in them
 #   --phantoms=N        how many phantoms there are, with lesions and as many without (60; 0 makes none)

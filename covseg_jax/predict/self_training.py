@@ -1,5 +1,5 @@
-"""Pseudo-masks that a trained network predicts, in place of the GAN's: a training that goes on from
-it learns from its own predictions on scans without masks (self-training)."""
+"""Pseudo-masks that trained networks predict, in place of the GAN's: a training that goes on from
+one of them learns from their predictions on scans without masks (self-training)."""
 
 import pathlib
 from collections.abc import Mapping, Sequence

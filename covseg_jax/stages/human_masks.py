@@ -1,7 +1,8 @@
 """The human masks that a network has learned from: they are counted, and it is not scored on them.
 
 A network learns from human masks where `train.targets` says so, or where the model that it went on
-from did. Each scan is noted by the CRC-32 of its voxels, which stays the same under any name.
+from, or one that made its pseudo-masks, did. Each scan is noted by the CRC-32 of its voxels, which
+stays the same under any name.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ def describe_human_masks(cases: Sequence[Case], before: Sequence[TrainingData]) 
 
     Args:
       cases: those whose human mask was a target.
-      before: training_data of the models that the training went on from.
+      before: training_data of the models that the training went on from, or was taught by.
 
     Returns:
       `human_masks`, whether there were any (None: not known), and SCANS where all are known.
@@ -48,8 +49,9 @@ def refuse_learned(cases: Sequence[Case], of_models: Sequence[TrainingData]) -> 
     both = sorted(c.study_id for c in cases if c.description.get('voxel_crc32') in learned)
     if both:
         raise InputError(
-            f'{both[0]}: the network, or the model that it goes on from, learned from the human '
-            f'mask of this scan ({len(both)} such studies), and is not scored on it; leave it out '
+            f'{both[0]}: the network, or a model that it goes on from or learns from, learned from '
+            f'the human mask of this scan ({len(both)} such studies), and is not scored on it; '
+            'leave it out '
             'with --config.data.evaluation_pattern, or take another model'
         )
 
