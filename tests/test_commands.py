@@ -67,6 +67,8 @@ def place(own_tiny_run, tmp_path_factory):
     (place / 'data').mkdir()
     for name in ('data/MosMedData', 'mydata'):
         (place / name).symlink_to(workdir / 'studies')
+    (place / 'covseg_jax').mkdir()  # no package: it has no __init__.py
+    (place / 'covseg_jax' / 'default_model').symlink_to(default.FOLDER)
     (place / 'scans').mkdir()
     (place / 'scan.nii.gz').symlink_to(next((workdir / 'studies' / 'studies' / 'CT-1').iterdir()))
     shutil.copytree(workdir / 'studies' / 'masks', place / 'true_masks')
@@ -107,11 +109,13 @@ def test_console_command_of_the_documents_runs(place, text):
 @pytest.mark.parametrize('text', SLOW['docs/own_scans.md'])
 def test_command_for_own_scans_runs(place, text):
     # Its own variant, since the model fits no other, and as many steps as show that it goes on.
-    text = text.replace('num_steps=1500', 'num_steps=6')
+    text = re.sub(r'num_steps=\d+', 'num_steps=6', text)
     done = run(*shlex.split(text), cwd=place)
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = re.search(r'--workdir=(\S+)', text)[1]
-    assert (place / folder / 'export' / 'model.json').exists()
+    if folder := re.search(r'--workdir=(\S+)', text):
+        assert (place / folder[1] / 'export' / 'model.json').exists()
+    else:
+        assert list((place / 'masks').glob('*_mask.nii.gz'))
 
 
 @pytest.mark.slow
