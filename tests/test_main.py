@@ -184,7 +184,7 @@ def test_a_training_goes_on_with_the_statistics_of_its_scans(tiny_run, tmp_path,
     assert by_teacher.shape == (8, 32, 32, 1)
     np.testing.assert_array_equal(by_teacher, by_student)
     begun = json.loads((on / 'manifests' / 'synthesize.begun.json').read_text())
-    assert begun['pseudo_mask_model'].endswith('with the statistics of scans')
+    assert begun['pseudo_mask_model'].endswith('with the statistics of all slices of the scans')
     assert begun['pseudo_mask_model_adapted_by']['train']['batch_size'] == 8
     summary = json.loads((on / 'pseudo_masks' / 'summary.json').read_text())
     calibration = json.loads((on / 'transunet' / 'calibration.json').read_text())
