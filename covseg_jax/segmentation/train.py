@@ -199,11 +199,11 @@ def train_segmentation(
     train = config.train
     parts = build_segmentation(config)
     check_train_batch(config, train.batch_size, parts.mesh)
-    learned, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
+    splits, read_target = choose_targets(train.targets, splits, read_pseudo_mask)
     rounds = _plan_rounds(config)
     step_at = choose_segmentation_step(config, parts)
     kinds = {each.kind for each in rounds}
-    evaluations = _make_evaluations(config, parts, learned, read_target, kinds)
+    evaluations = _make_evaluations(config, parts, splits, read_target, kinds)
     if train.statistics == 'scans':
         adapt = make_adapt(parts, config.predict.smoothing_pixels)
         scans = _scans_to_adapt_to(config, splits, hosts.index(), hosts.count())
@@ -214,7 +214,7 @@ def train_segmentation(
     for number, each in enumerate(rounds):
         if each.kind == 'refined':
             read_target = refine_targets(
-                learned.train,
+                splits.train,
                 read_target,
                 # What a network learned to lessen would be lessened once more in its prediction.
                 make_probability(config, parts.network, _variables_of(state), border_factor=1.0),
@@ -223,7 +223,7 @@ def train_segmentation(
                 is_done=int(state.step) > each.start,
             )
         feed = feeds.balanced_feed(
-            _training_slices(config, learned, read_target, each.kind),
+            _training_slices(config, splits, read_target, each.kind),
             batch_size=train.batch_size,
             seed=stream_seed(config.seed, 'train', number),
             host=hosts.index(),

@@ -107,7 +107,8 @@ def refuse_misfit(config: Config) -> None:
 
     Raises:
       InputError: `train.init` is not an export, or its network or what it sees differs from the
-        config's; or pseudo-masks are to come from a model, and there is none that gives them.
+        config's; several are named that cannot be averaged, or that nothing averages; or
+        pseudo-masks are to come from a model, and there is none that gives them.
     """
     models, from_model = read_initial_models(config), config.synthesize.source == 'model'
     if not models and from_model:
