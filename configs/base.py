@@ -147,6 +147,7 @@ def _train() -> ml_collections.ConfigDict:
     augment.gain = 0.1  # of image values, relative
     augment.bias = 0.02  # image value
     augment.noise = 0.01  # standard deviation, image value
+    augment.smoothing_pixels = 0.0  # standard deviation, before noise is added
     train.projection_dim = 128  # of the contrastive loss
     train.clip_norm = 1.0  # as gan.clip_norm
     train.ema_decay = 0.999  # as gan.ema_decay
@@ -170,6 +171,9 @@ def _network() -> ml_collections.ConfigDict:
     network = ml_collections.ConfigDict()  # models/transunet.py: TransUNet
     network.name = 'transunet'  # or 'unet', see `unet`; or 'none', to evaluate pseudo-masks alone
     network.width = 128  # channels of the first level
+    # In-plane pixels, patch × patch, that enter as channels of one and leave the same way: a finer
+    # grid at the cost of a coarser one.
+    network.patch = 1
     network.final_width = 0  # channels at full resolution; 0 means width / 8, as published
     network.num_heads = 4  # of the transformer's attention
     network.mlp_dim = 512  # of the transformer's blocks
@@ -234,6 +238,9 @@ def _opacities() -> ml_collections.ConfigDict:
     opacities.dependence = (-0.5, 2.0)  # the same at the back
     opacities.core_share = 0.4  # of samples with consolidated cores
     opacities.core_hu = (-250.0, 50.0)  # their density
+    # Of an opacity, at most: density that is added, so that noise and vessels stay; the rest is
+    # blended, and smoother than the lung around it.
+    opacities.added_share = 0.0
     opacities.clean_fraction = 0.1  # of samples that stay as they are
     opacities.dependent_density = 0.5  # at most, of the way to -370 HU at the back: healthy lungs
     return opacities

@@ -21,6 +21,11 @@ from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 from covseg_jax.data.streams import stream_key
 from covseg_jax.prepare.cases import Case
 
+# What density is added to: the mean of the lungs around a voxel, in which nothing counts as denser
+# than _TISSUE; and the standard deviation of "around", in parts of the image's side.
+_TISSUE_HU = -510.0
+_AROUND = 1 / 64
+_VESSEL_HU = 50.0  # holds no air that an opacity could take the place of
 # How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
 _CORE_EDGE = 0.15
@@ -46,6 +51,9 @@ class OpacityModel:
     dependence: tuple[float, float]  # and from the middle of the image to its last row, the back
     core_share: float  # of samples whose blobs have a consolidated core
     core_hu: tuple[float, float]
+    # How much of an opacity is density that is added to the tissue, whose noise and vessels stay as
+    # they were, and not a blend of both, which is smoother than they are: at most, in a sample.
+    added_share: float
     clean_fraction: float  # of samples that stay as they are
     dependent_density: float  # how far healthy lungs are varied, `augment.add_dependent_density`
 
@@ -89,15 +97,23 @@ def _field_of_mixed_grain(key: jax.Array, shape: tuple[int, ...], model: Opacity
 
 def _periphery(lungs: jax.Array) -> jax.Array:
     """(B, D, H, W) map of 1 at the edge of the lungs, falling to 0 deep inside, slice by slice."""
-    rows, columns = map(_blur_matrix, lungs.shape[2:])
+    rows, columns = (_blur_matrix(size, size / 12) for size in lungs.shape[2:])
     blurred = jnp.einsum('ih,bdhw,jw->bdij', rows, lungs, columns)
     return jnp.clip(2.0 * (1.0 - blurred), 0.0, 1.0)  # a straight edge blurs to one half
 
 
-def _blur_matrix(size: int) -> jax.Array:
+def _blur_matrix(size: int, deviation: float) -> jax.Array:
     at = jnp.arange(size)
-    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / (size / 12)))
+    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / deviation))
     return weights / weights.sum(1, keepdims=True)
+
+
+def _mean_around(image: jax.Array, lungs: jax.Array, most: float) -> jax.Array:
+    """(B, D, H, W, 1) mean of the lungs around each voxel in its slice, each at most `most`."""
+    rows, columns = (_blur_matrix(size, size * _AROUND) for size in image.shape[2:4])
+    both = jnp.concatenate([jnp.minimum(image, most) * lungs, lungs], axis=-1)
+    total, weight = jnp.split(jnp.einsum('ih,bdhwc,jw->bdijc', rows, both, columns), 2, axis=-1)
+    return total / jnp.maximum(weight, 1e-3)
 
 
 def _standardise_inside(field: jax.Array, lungs: jax.Array) -> jax.Array:
@@ -120,6 +136,7 @@ def add_opacities(
     """
     shape, inside = image.shape[:-1], lungs[..., 0]
     numbers_key, *keys = jax.random.split(key, 4)
+    added_key = jax.random.fold_in(key, 0)
     keys = iter(keys)
     # All numbers at once: each draw of its own costs XLA for CPUs as long to compile as this one.
     numbers = iter(jax.random.uniform(numbers_key, (shape[0] * _NUMBERS,)).reshape(_NUMBERS, -1))
@@ -152,8 +169,24 @@ def add_opacities(
     fine = (model.grain_slices[0], model.grain_voxels[0] / 2, model.grain_voxels[0] / 2)
     texture = 1.0 + model.texture * _smooth_field(next(keys), shape, fine)
     weight = jnp.clip(mask * uniform(model.opacity) * texture, 0.0, 1.0)[..., None]
-    corrupted = image + weight * jnp.maximum(target[..., None] - image, 0.0)
-    return corrupted, mask[..., None]
+    more = jnp.maximum(target[..., None] - image, 0.0)
+    if model.added_share:
+        share = model.added_share * jax.random.uniform(added_key, (shape[0], 1, 1, 1, 1))
+        added = _added_density(image, lungs, target[..., None], model)
+        more = (1 - share) * more + share * added
+    return jnp.minimum(image + weight * more, 1.0), mask[..., None]
+
+
+def _added_density(
+    image: jax.Array, lungs: jax.Array, target: jax.Array, model: OpacityModel
+) -> jax.Array:
+    """What brings the tissue around each voxel to the target, less where a voxel holds less air."""
+    low, high = model.window_hu
+    most, vessel = ((hu - low) / (high - low) for hu in (_TISSUE_HU, _VESSEL_HU))
+    tissue = _mean_around(image, lungs, most)
+    # Noise is on both sides of the mean: what is darker has no more air than the mean has.
+    solid = jnp.clip((image - tissue) / (vessel - tissue), 0.0, 1.0)
+    return (1 - solid) * jnp.maximum(target - tissue, 0.0)
 
 
 def paint_slices(

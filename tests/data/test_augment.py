@@ -49,6 +49,19 @@ def test_augment_slices_stays_in_range_and_inside_the_lungs(batch):
     np.testing.assert_array_equal(out[LABEL], batch[LABEL])
 
 
+def test_augment_slices_smooths_the_lungs_and_keeps_their_level(batch):
+    soft = augmentation(zoom=0, shift=0, gain=0, bias=0, noise=0, smoothing_pixels=3.0)
+    noisy, smooth = (np.asarray(batch[IMAGE]), augment_slices(jax.random.key(3), batch, soft))
+    inside = batch[LUNGS][0] == 1  # as it is mirrored
+    for before, after in zip(noisy, np.asarray(smooth[IMAGE]), strict=True):
+        assert after[inside].std() < before[inside].std()
+        assert after[inside].mean() == pytest.approx(before[inside].mean(), abs=0.01)
+    # A level stays what it is, at the lungs' border too.
+    level = augment_slices(jax.random.key(3), batch | {IMAGE: 0.2 * batch[LUNGS]}, soft)
+    np.testing.assert_allclose(level[IMAGE], 0.2 * batch[LUNGS], atol=1e-6)
+    assert set(np.unique(smooth[TARGET])) == {0, 1}
+
+
 def test_augment_slices_keeps_signed_targets(batch):
     signed = batch | {TARGET: batch[TARGET] - 0.4 * batch[LUNGS]}
     out = augment_slices(jax.random.key(1), signed, augmentation(zoom=0, shift=0))
@@ -109,6 +122,39 @@ def test_add_opacities_leaves_some_samples_clean_and_covers_a_part_of_others(opa
     assert 1 <= (coverage == 0).sum() <= 9  # 4 of 16 expected
     assert coverage.max() < 0.5
     assert coverage.max() > 0.02
+
+
+def test_added_density_keeps_noise_and_vessels():
+    # Tissue of 0.1 with noise of 0.02, and a vessel of 0.75, +50 HU: blended, noise is lost where
+    # the opacity is; added, it stays, and a vessel holds no air to be replaced.
+    shape = (4, 4, 64, 64, 1)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    image = (0.1 + noise).clip(0.0, 1.0)
+    image[:, :, 30:32] = 0.75
+    lungs = np.ones(shape, np.float32)
+    fields = {'coverage_threshold': (-9.0, -9.0), 'opacity': (1.0, 1.0), 'core_share': 0.0,
+              'texture': 0.0, 'clean_fraction': 0.0}  # fmt: skip
+    tissue = np.r_[4:26, 36:60]  # rows off the vessel
+
+    def painted(share: float) -> np.ndarray:
+        model = opacity_model(added_share=share, **fields)
+        return np.asarray(add_opacities(jax.random.key(1), image, lungs, model)[0])
+
+    def noise_left(image: np.ndarray) -> np.ndarray:
+        # From column to column, in which the target's own field is nearly the same.
+        columns = np.diff(image[:, :, tissue], axis=3)
+        return columns.std((1, 2, 3, 4)) / np.sqrt(2)
+
+    blended, added = painted(0.0), painted(1.0)
+    assert noise_left(blended).max() < 0.002  # that of the target's own field
+    # Each sample adds a share of its own, up to all of it.
+    assert np.all(noise_left(added) > noise_left(blended))
+    assert 0.01 < noise_left(added).max() < 0.02
+    np.testing.assert_allclose(added[:, :, 30:32], 0.75, atol=1e-6)
+    means = [each[:, :, tissue].mean((1, 2, 3, 4)) for each in (blended, added)]
+    np.testing.assert_allclose(*means, atol=0.02)
+    assert added.min() >= 0
+    assert np.all(added >= image)
 
 
 def test_paint_slices_adds_to_image_and_target(batch):
