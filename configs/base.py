@@ -171,9 +171,6 @@ def _network() -> ml_collections.ConfigDict:
     network = ml_collections.ConfigDict()  # models/transunet.py: TransUNet
     network.name = 'transunet'  # or 'unet', see `unet`; or 'none', to evaluate pseudo-masks alone
     network.width = 128  # channels of the first level
-    # In-plane pixels, patch × patch, that enter as channels of one and leave the same way: a finer
-    # grid at the cost of a coarser one.
-    network.patch = 1
     network.final_width = 0  # channels at full resolution; 0 means width / 8, as published
     network.num_heads = 4  # of the transformer's attention
     network.mlp_dim = 512  # of the transformer's blocks

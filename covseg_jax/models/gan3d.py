@@ -22,7 +22,6 @@ from covseg_jax.models.layers import (
     keras_uniform,
     max_pool,
 )
-from covseg_jax.models.patches import channels_to_patches, patches_to_channels
 
 
 @jax.custom_vjp
@@ -112,7 +111,7 @@ class Generator(nn.Module):
         if self.input_clip is not None:
             scaled = jnp.minimum(scaled, self.input_clip)
         scaled = scaled.astype(self.dtype)
-        pooled = patches_to_channels(scaled, self.patch)
+        pooled = _patches_to_channels(scaled, self.patch)
         if platform() == 'tpu':
             pooled = split_depth(pooled, pooled.shape[1] // 2 ** (len(self.filters) - 1))
         skips = []
@@ -149,7 +148,7 @@ class Generator(nn.Module):
         )(x)
         if isinstance(output, Blocks):
             output = merge_depth(output)
-        output = channels_to_patches(output, self.patch).astype(jnp.float32)
+        output = _channels_to_patches(output, self.patch).astype(jnp.float32)
         if published:
             return nn.relu(output)
         opacity, lung = jnp.split(output, 2, axis=-1)
@@ -247,3 +246,23 @@ class PatchDiscriminator(nn.Module):
 
 def _dense(features: int, name: str) -> nn.Dense:
     return nn.Dense(features, kernel_init=keras_uniform, name=name)
+
+
+def _patches_to_channels(x: jax.Array, patch: int) -> jax.Array:
+    """(B, D, H, W, C) → (B, D, H/p, W/p, p²·C)."""
+    if patch == 1:
+        return x
+    batch, depth, height, width, channels = x.shape
+    x = x.reshape(batch, depth, height // patch, patch, width // patch, patch, channels)
+    x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(batch, depth, height // patch, width // patch, patch**2 * channels)
+
+
+def _channels_to_patches(x: jax.Array, patch: int) -> jax.Array:
+    """The way back of `_patches_to_channels`."""
+    if patch == 1:
+        return x
+    batch, depth, height, width, channels = x.shape
+    x = x.reshape(batch, depth, height, width, patch, patch, channels // patch**2)
+    x = x.transpose(0, 1, 2, 4, 3, 5, 6)
+    return x.reshape(batch, depth, height * patch, width * patch, channels // patch**2)

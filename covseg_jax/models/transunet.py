@@ -14,9 +14,8 @@ from jax import export, lax
 
 from covseg_jax.models.convolution import product
 from covseg_jax.models.layers import BatchNorm, Conv2D, Dropout, torch_uniform
-from covseg_jax.models.patches import channels_to_patches, patches_to_channels
 
-GRID_STEP = 16  # pixels a patch token stands for, in H and in W; with `patch` p, 16 p
+GRID_STEP = 16  # pixels a patch token stands for, in H and in W
 
 
 class Segmentation(NamedTuple):
@@ -31,8 +30,6 @@ class TransUNet(nn.Module):
 
     Fields:
       width: channels C of the stem; the transformer has 8 C.
-      patch: pixels, patch × patch, that enter as channels of one and leave the same way: images
-        of H × W at the cost of H/p × W/p; 1 as published.
       final_width: channels of the decoder's last level, at full resolution; 0 means width / 8, the
         published number. Two or four of them are too few for a narrow network: behind the last
         ReLU they can all die in the first steps, and the network answers "nothing" ever after.
@@ -50,7 +47,6 @@ class TransUNet(nn.Module):
     """
 
     width: int = 128
-    patch: int = 1
     final_width: int = 0
     num_heads: int = 4
     mlp_dim: int = 512
@@ -67,16 +63,13 @@ class TransUNet(nn.Module):
         mean of the transformer's patch tokens. `train`: statistics of the batch, and dropout.
 
         Raises:
-          ValueError: H or W is no multiple of 16 · patch, or the position embedding is for another
-            size.
+          ValueError: H or W is no multiple of 16, or the position embedding is for another size.
         """
-        step = GRID_STEP * self.patch
-        if image.ndim != 4 or any(size % step for size in image.shape[1:3]):
+        if image.ndim != 4 or any(size % GRID_STEP for size in image.shape[1:3]):
             raise ValueError(
-                f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of '
-                f'{step}'
+                f'TransUNet: image of {image.shape}; make it (B, H, W, 1), H and W multiples of 16'
             )
-        x = patches_to_channels(image, self.patch).astype(self.dtype)
+        x = image.astype(self.dtype)
         x = Conv2D(self.width, 7, 2, use_bias=False, name='stem_conv', dtype=self.dtype)(x)
         x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train=train))
         skips = [x]
@@ -102,8 +95,7 @@ class TransUNet(nn.Module):
             block = DecoderBottleneck(features, self.dtype, name=f'decoder_{level}')
             x = block(x, skip, train=train)
         bias_init = nn.initializers.constant(self.initial_logit)
-        logits = Conv2D(self.num_classes * self.patch**2, 1, bias_init=bias_init, name='head')(x)
-        logits = channels_to_patches(logits, self.patch)
+        logits = Conv2D(self.num_classes, 1, bias_init=bias_init, name='head')(x)
         return Segmentation(logits, features=jnp.mean(tokens, axis=1, dtype=jnp.float32))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from covseg_jax.errors import InputError
-from covseg_jax.models.transunet import GRID_STEP
 from covseg_jax.prepare.study_files import LUNGS_SOURCES
 from covseg_jax.segmentation.schedule import terms_by_step
 from covseg_jax.segmentation.targets import SOURCES, learns_from_covid, plan_rounds
@@ -229,12 +228,6 @@ def _refuse_network_sizes(config: Config) -> None:
     """What `models/transunet.py` and `models/unet.py` cannot compute."""
     network, size = config.network, config.prepare.grid[1:]
     if network.name == 'transunet':
-        pixels = GRID_STEP * network.patch
-        if any(each % pixels for each in size):
-            raise InputError(
-                f'--config.network.patch={network.patch}: with it slices must be multiples of '
-                f'{pixels}, and by --config.prepare.grid they are {tuple(size)}'
-            )
         if network.width < 8 and not network.final_width:
             raise InputError(
                 f'--config.network.width={network.width}: must be 8 or more where '

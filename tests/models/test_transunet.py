@@ -181,28 +181,6 @@ def test_small_transunet_segments_another_size_after_interpolation(tiny_variable
         model.apply(variables, jnp.ones((1, 40, 32, 1)))
 
 
-def test_patches_cost_what_a_coarser_image_costs():
-    """The same layers on the same sizes, but for the stem's and the head's channels."""
-    fields = {'width': 8, 'final_width': 4, 'num_heads': 2, 'mlp_dim': 16, 'num_blocks': 1}
-    fine, coarse = TransUNet(**fields, patch=2), TransUNet(**fields)
-    image = jnp.asarray(np.random.default_rng(0).random((1, 64, 64, 1), np.float32))
-    variables = fine.init(jax.random.key(0), image)
-    assert fine.apply(variables, image).logits.shape == (1, 64, 64, 1)
-    params = variables['params']
-    of_coarse = jax.eval_shape(coarse.init, jax.random.key(0), image[:, :32, :32])['params']
-    changed = {name for name in params if jax.tree.map(jnp.shape, params[name]) != jax.tree.map(
-        jnp.shape, of_coarse[name])}  # fmt: skip
-    assert changed == {'stem_conv', 'head'}
-    assert params['stem_conv']['kernel'].shape == (7, 7, 4, 8)
-    assert params['head']['kernel'].shape == (1, 1, 4, 4)
-    # Each pixel of a patch has a channel of the head: a bias alone makes a chequered image.
-    head = {'kernel': jnp.zeros((1, 1, 4, 4)), 'bias': jnp.arange(4.0)}
-    logits = fine.apply({**variables, 'params': {**params, 'head': head}}, image).logits
-    np.testing.assert_array_equal(logits[0, :, :, 0], np.tile([[0.0, 1.0], [2.0, 3.0]], (32, 32)))
-    with pytest.raises(ValueError, match='multiples of 32'):
-        fine.init(jax.random.key(0), image[:, :48])
-
-
 def test_interpolated_positions_are_linear_and_keep_the_class_token():
     # class token 9; a grid of one row 0, 4 becomes 0, 1, 3, 4 with half-pixel centres
     params = {'vit': {'position_embedding': jnp.array([[9.0], [0.0], [4.0]])}, 'head': 1}

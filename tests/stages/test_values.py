@@ -133,7 +133,6 @@ def test_each_round_has_a_share():
         ('gan', {'gan.generator.patch': 32}, r'must be multiples of \(16, 512, 512\)'),
         ('gan', {'gan.generator.bottleneck_filters': 129}, 'must divide by 3'),
         ('gan', {'gan.recipe': 'published', 'gan.depth': 16}, 'volumes of 22 and more'),
-        ('train', {'network.patch': 3}, r'multiples of 48, .* \(128, 128\)'),
         ('train', {'network.width': 4}, 'must be 8 or more'),
         ('train', {'network.num_heads': 3}, 'must divide 8 times .*, 1024$'),
         ('train', {'network.name': 'unet', 'unet.widths': (8,) * 9}, 'multiples of 256'),
