@@ -1,5 +1,5 @@
 """The GAN alone: studies -> prepared cases -> GAN -> pseudo-masks; variants and fields as in
-configs/transunet.py, but for `phantom`, which learns from no scan with lesions.
+configs/transunet.py, but for `phantom` and `phantom_fine`, which learn from no scan with lesions.
 
     python -m covseg_jax.main --config=configs/gan3d.py[:VARIANT]
 """
@@ -8,7 +8,7 @@ import ml_collections
 
 from configs import transunet
 
-VARIANTS = tuple(each for each in transunet.VARIANTS if each != 'phantom')
+VARIANTS = tuple(each for each in transunet.VARIANTS if each not in ('phantom', 'phantom_fine'))
 
 
 def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:

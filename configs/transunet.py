@@ -9,6 +9,7 @@ and what to expect of it:
     phantom             on studies that it makes itself, sized for two CPU cores; without
                         the GAN and the contrastive loss
     phantom_gan         the same with both: the whole method
+    phantom_fine        phantom on a finer grid, with more phantoms and steps: some hours
     tiny                as small as it goes: for tests
     published           the recipe of the public code, on mosmed's studies
     phantom_published   that recipe on phantoms
@@ -20,7 +21,15 @@ import ml_collections
 
 from configs.base import get_base
 
-VARIANTS = ('mosmed', 'phantom', 'phantom_gan', 'tiny', 'published', 'phantom_published')
+VARIANTS = (
+    'mosmed',
+    'phantom',
+    'phantom_gan',
+    'phantom_fine',
+    'tiny',
+    'published',
+    'phantom_published',
+)
 
 
 def get_config(variant: str = 'mosmed') -> ml_collections.ConfigDict:
