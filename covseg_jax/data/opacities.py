@@ -1,10 +1,10 @@
 """Synthetic opacities on the device: what the GAN's denoiser learns to take out of healthy lungs.
 
-Blobs of smooth random shape are blended towards the density of ground glass, some with a
-consolidated core, in three dimensions, inside the lungs only, and never darken a voxel: a denoiser
-that has seen these removes *opacities*, where zero-mean noise, as published, teaches it to smooth
-everything. In most samples they prefer the lungs' periphery and back, as COVID-19 pneumonia does
-(Bernheim et al., Radiology 295:685, 2020), in some they lie anywhere.
+Blobs of smooth random shape are blended towards the density of ground glass, or add what is missing
+to it, some with a consolidated core, in three dimensions, inside the lungs only, and never darken a
+voxel: a denoiser that has seen these removes *opacities*, where zero-mean noise, as published,
+teaches it to smooth everything. In most samples they prefer the lungs' periphery and back, as
+COVID-19 pneumonia does (Bernheim et al., Radiology 295:685, 2020), in some they lie anywhere.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
 from covseg_jax.data.streams import stream_key
 from covseg_jax.prepare.cases import Case
 
-# What density is added to: the mean of the lungs around a voxel, in which nothing counts as denser
-# than _TISSUE; and the standard deviation of "around", in parts of the image's side.
-_TISSUE_HU = -510.0
+# Density is added to the tissue around a voxel: a Gaussian mean of the lungs, in parts of the
+# image's side, in which vessels count as no denser than the first. What is as dense as the second
+# holds no air that an opacity could take the place of. By judgement, not measured.
 _AROUND = 1 / 64
-_VESSEL_HU = 50.0  # holds no air that an opacity could take the place of
+_TISSUE_HU = -510.0
+_VESSEL_HU = 50.0
 # How far above a blob's border its core begins, and how softly: standard deviations of the field.
 _CORE_LEVEL = (0.3, 1.0)
 _CORE_EDGE = 0.15
