@@ -5,9 +5,9 @@
 A finer grid shows a scan's noise and its vessels, so painted opacities keep both, and slices are
 smoothed by random widths: what is smooth would else be taken for lesion.
 
-2 CPU cores: about two hours, not measured as a whole. With the 2,400 steps and 48 healthy phantoms
-of `phantom`, 16 minutes, it is better than that on real slices and on phantoms, and marks more in
-healthy scans (docs/results.md).
+2 CPU cores: hours; it was not measured as a whole yet. With the 2,400 steps and 48 healthy phantoms
+of `phantom`, 16 minutes on one core, it is better than that on slices of real scans, level on
+phantoms, and marks twice as much in healthy scans (docs/results.md).
 """
 
 import ml_collections

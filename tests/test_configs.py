@@ -90,6 +90,19 @@ def test_phantom_is_phantom_gan_without_what_its_rounds_do_not_need():
     assert {name: whole[name] for name in of_rounds} == {name: mosmed[name] for name in of_rounds}
 
 
+def test_phantom_fine_has_the_chests_and_grains_of_phantom_in_smaller_pixels():
+    coarse, fine = (transunet.get_config(name) for name in ('phantom', 'phantom_fine'))
+    finer = fine.prepare.grid[1] / coarse.prepare.grid[1]
+    assert fine.prepare.grid == (
+        coarse.prepare.grid[0],
+        *(finer * n for n in coarse.prepare.grid[1:]),
+    )
+    sides = [each.phantom.shape[0] * each.phantom.spacing_mm[0] for each in (coarse, fine)]
+    assert sides[1] == pytest.approx(sides[0], rel=0.01)
+    assert fine.phantom.shape[0] == finer * coarse.phantom.shape[0]
+    assert fine.opacities.grain_voxels == tuple(finer * n for n in coarse.opacities.grain_voxels)
+
+
 @pytest.mark.parametrize('variant', transunet.VARIANTS)
 def test_gan_of_every_variant_is_built_and_stepped(variant):
     config = transunet.get_config(variant)
