@@ -235,7 +235,7 @@ def _opacities() -> ml_collections.ConfigDict:
     opacities.dependence = (-0.5, 2.0)  # the same at the back
     opacities.core_share = 0.4  # of samples with consolidated cores
     opacities.core_hu = (-250.0, 50.0)  # their density
-    # Of an opacity, at most: density that is added, so that noise and vessels stay; the rest is
+    # Of an opacity, at most: density that is added, so that most of the noise stays; the rest is
     # blended, and smoother than the lung around it.
     opacities.added_share = 0.0
     opacities.clean_fraction = 0.1  # of samples that stay as they are
@@ -270,6 +270,7 @@ def _lungs() -> ml_collections.ConfigDict:
     opacities.dependence = (0.0, 3.5)
     opacities.core_share = 0.75
     opacities.core_hu = (-80.0, 80.0)
+    opacities.added_share = 0.0  # consolidation hides vessels
     opacities.clean_fraction = 0.25
     lungs.lobe_share = 0.25  # of the samples, into which `lobes` are painted instead
     # as opacities, but lobes without air except in their airways, mostly the lower ones.
@@ -284,6 +285,7 @@ def _lungs() -> ml_collections.ConfigDict:
     lobes.periphery = (0.0, 1.5)
     lobes.dependence = (0.5, 4.0)
     lobes.core_share = 0.0
+    lobes.added_share = 0.0
     lobes.clean_fraction = 0.1
     return lungs
 

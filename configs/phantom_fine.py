@@ -2,12 +2,12 @@
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom_fine
 
-A finer grid shows a scan's noise and its vessels, so painted opacities keep both, and slices are
-smoothed by random widths: what is smooth would else be taken for lesion.
+A finer grid shows a scan's noise, so painted opacities keep most of it, and slices are smoothed by
+random widths: what is smooth would else be taken for lesion.
 
 2 CPU cores: hours; it was not measured as a whole yet. With the 2,400 steps and 48 healthy phantoms
-of `phantom`, 16 minutes on one core, it is better than that on slices of real scans, level on
-phantoms, and marks twice as much in healthy scans (docs/results.md).
+of `phantom`, 16 minutes on one core, it is better than that on slices of real scans, level in
+the Dice of phantoms, and marks twice as much in healthy scans of both (docs/results.md).
 """
 
 import ml_collections

@@ -88,11 +88,10 @@ def augment_slices(
     IMAGE, TARGET, LUNGS (B, H, W, 1); other keys pass through. IMAGE stays in [0, 1] and TARGET in
     its range, and both are 0 outside the lungs."""
     num, height, width, _ = batch[IMAGE].shape
+    numbers_key, noise_key, smooth_key = jax.random.split(key, 3)
     if settings.smoothing_pixels:
-        smooth_key = jax.random.fold_in(key, 0)
         smooth = _smooth(smooth_key, batch[IMAGE], batch[LUNGS], settings.smoothing_pixels)
         batch = batch | {IMAGE: smooth}
-    numbers_key, noise_key = jax.random.split(key)
     # Drawn flat and at once: XLA for CPUs compiles draws of many axes, and many draws, slowly.
     numbers = jax.random.uniform(numbers_key, (8 * num,), minval=-1.0).reshape(8, num)
     rows, columns = (

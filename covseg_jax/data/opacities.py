@@ -52,8 +52,8 @@ class OpacityModel:
     dependence: tuple[float, float]  # and from the middle of the image to its last row, the back
     core_share: float  # of samples whose blobs have a consolidated core
     core_hu: tuple[float, float]
-    # How much of an opacity is density that is added to the tissue, whose noise and vessels stay as
-    # they were, and not a blend of both, which is smoother than they are: at most, in a sample.
+    # How much of an opacity is density that is added to the tissue, most of whose noise stays, and
+    # not a blend of both, which is smoother than the lung around it: at most, in a sample.
     added_share: float
     clean_fraction: float  # of samples that stay as they are
     dependent_density: float  # how far healthy lungs are varied, `augment.add_dependent_density`
@@ -136,8 +136,7 @@ def add_opacities(
       opacities' soft mask in [0, 1], both shaped as image.
     """
     shape, inside = image.shape[:-1], lungs[..., 0]
-    numbers_key, *keys = jax.random.split(key, 4)
-    added_key = jax.random.fold_in(key, 0)
+    numbers_key, *keys, added_key = jax.random.split(key, 5)
     keys = iter(keys)
     # All numbers at once: each draw of its own costs XLA for CPUs as long to compile as this one.
     numbers = iter(jax.random.uniform(numbers_key, (shape[0] * _NUMBERS,)).reshape(_NUMBERS, -1))
@@ -174,8 +173,9 @@ def add_opacities(
     if model.added_share:
         share = model.added_share * jax.random.uniform(added_key, (shape[0], 1, 1, 1, 1))
         added = _added_density(image, lungs, target[..., None], model)
-        more = (1 - share) * more + share * added
-    return jnp.minimum(image + weight * more, 1.0), mask[..., None]
+        # Noise on top of a dense target may leave the window.
+        more = jnp.minimum((1 - share) * more + share * added, 1.0 - image)
+    return image + weight * more, mask[..., None]
 
 
 def _added_density(
@@ -185,7 +185,7 @@ def _added_density(
     low, high = model.window_hu
     most, vessel = ((hu - low) / (high - low) for hu in (_TISSUE_HU, _VESSEL_HU))
     tissue = _mean_around(image, lungs, most)
-    # Noise is on both sides of the mean: what is darker has no more air than the mean has.
+    # What is darker than the mean is taken for noise, and gets as much as the mean.
     solid = jnp.clip((image - tissue) / (vessel - tissue), 0.0, 1.0)
     return (1 - solid) * jnp.maximum(target - tissue, 0.0)
 
