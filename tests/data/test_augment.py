@@ -39,7 +39,12 @@ def test_augment_slices_with_nothing_allowed_only_flips(batch):
 
 
 def test_augment_slices_stays_in_range_and_inside_the_lungs(batch):
-    strong = augmentation(zoom=0.3, shift=0.2, gain=0.9, bias=0.5, noise=0.3)
+    strong = augmentation(zoom=0.3, shift=0.2, gain=0.9, bias=0.5, noise=0.3, smoothing_pixels=2.0)
+    # One slice without lungs.
+    batch |= {
+        name: batch[name] * (np.arange(6) > 0)[:, None, None, None]
+        for name in (IMAGE, TARGET, LUNGS)
+    }
     out = augment_slices(jax.random.key(1), batch, strong)
     assert out[IMAGE].min() >= 0
     assert out[IMAGE].max() <= 1
@@ -97,13 +102,15 @@ def test_add_dependent_density_is_at_the_back_of_the_lungs_and_never_darkens():
     )
 
 
-@pytest.fixture(scope='module')
-def opacities():
+@pytest.fixture(scope='module', params=[0.0, 1.0])
+def opacities(request):
     image = jnp.full((16, 16, 32, 32, 1), 0.12)
     lungs = jnp.zeros_like(image).at[:, 2:-2, 4:-4, 4:-4].set(1.0)
     image = image * lungs
     corrupted, mask = jax.jit(
-        lambda key: add_opacities(key, image, lungs, opacity_model(clean_fraction=0.25))
+        lambda key: add_opacities(
+            key, image, lungs, opacity_model(clean_fraction=0.25, added_share=request.param)
+        )
     )(jax.random.key(0))
     return np.asarray(image), np.asarray(lungs), np.asarray(corrupted), np.asarray(mask)
 
