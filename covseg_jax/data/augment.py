@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from covseg_jax.data.feeds import IMAGE, LUNGS, TARGET
+from covseg_jax.data.smoothing import mean_of_lungs
 
 _DEPENDENT_DENSITY = 0.45  # image value; −370 HU in the default window
 
@@ -69,16 +70,8 @@ def _smooth(key: jax.Array, image: jax.Array, lungs: jax.Array, most: float) -> 
     """Each image (B, H, W, 1) with a Gaussian of a width of its own, of the lungs' pixels alone."""
     # Narrower ones leave their pixel alone: 0.2 gives its neighbours 4e-6.
     deviation = jnp.maximum(most * jax.random.uniform(key, image.shape[:1]), 0.2)
-
-    def weights(size: int) -> jax.Array:
-        at = jnp.arange(size)
-        gaps = jnp.square(at[:, None] - at[None, :])
-        return jnp.exp(-0.5 * gaps / jnp.square(deviation)[:, None, None])  # (B, size, size)
-
-    rows, columns = map(weights, image.shape[1:3])
-    both = jnp.stack([(image * lungs)[..., 0], lungs[..., 0]], axis=1)
-    total, weight = jnp.moveaxis(rows[:, None] @ both @ columns[:, None], 1, 0)[..., None]
-    return total / jnp.maximum(weight, 1e-3) * lungs
+    smooth = mean_of_lungs(image[..., 0], lungs[..., 0], (deviation, deviation))
+    return smooth[..., None] * lungs
 
 
 def augment_slices(

@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from covseg_jax.data.feeds import HEALTHY, IMAGE, LABEL, LUNGS, TARGET
+from covseg_jax.data.smoothing import gaussian_weights, mean_of_lungs
 from covseg_jax.data.streams import stream_key
 from covseg_jax.prepare.cases import Case
 
@@ -98,23 +99,14 @@ def _field_of_mixed_grain(key: jax.Array, shape: tuple[int, ...], model: Opacity
 
 def _periphery(lungs: jax.Array) -> jax.Array:
     """(B, D, H, W) map of 1 at the edge of the lungs, falling to 0 deep inside, slice by slice."""
-    rows, columns = (_blur_matrix(size, size / 12) for size in lungs.shape[2:])
+    rows, columns = map(_blur_matrix, lungs.shape[2:])
     blurred = jnp.einsum('ih,bdhw,jw->bdij', rows, lungs, columns)
     return jnp.clip(2.0 * (1.0 - blurred), 0.0, 1.0)  # a straight edge blurs to one half
 
 
-def _blur_matrix(size: int, deviation: float) -> jax.Array:
-    at = jnp.arange(size)
-    weights = jnp.exp(-0.5 * jnp.square((at[:, None] - at[None, :]) / deviation))
+def _blur_matrix(size: int) -> jax.Array:
+    weights = gaussian_weights(size, size / 12)
     return weights / weights.sum(1, keepdims=True)
-
-
-def _mean_around(image: jax.Array, lungs: jax.Array, most: float) -> jax.Array:
-    """(B, D, H, W, 1) mean of the lungs around each voxel in its slice, each at most `most`."""
-    rows, columns = (_blur_matrix(size, size * _AROUND) for size in image.shape[2:4])
-    both = jnp.concatenate([jnp.minimum(image, most) * lungs, lungs], axis=-1)
-    total, weight = jnp.split(jnp.einsum('ih,bdhwc,jw->bdijc', rows, both, columns), 2, axis=-1)
-    return total / jnp.maximum(weight, 1e-3)
 
 
 def _standardise_inside(field: jax.Array, lungs: jax.Array) -> jax.Array:
@@ -184,7 +176,8 @@ def _added_density(
     """What brings the tissue around each voxel to the target, less where a voxel holds less air."""
     low, high = model.window_hu
     most, vessel = ((hu - low) / (high - low) for hu in (_TISSUE_HU, _VESSEL_HU))
-    tissue = _mean_around(image, lungs, most)
+    around = tuple(size * _AROUND for size in image.shape[2:4])
+    tissue = mean_of_lungs(jnp.minimum(image, most)[..., 0], lungs[..., 0], around)[..., None]
     # What is darker than the mean is taken for noise, and gets as much as the mean.
     solid = jnp.clip((image - tissue) / (vessel - tissue), 0.0, 1.0)
     return (1 - solid) * jnp.maximum(target - tissue, 0.0)
