@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def gaussian_weights(size: int, deviation: float | jax.Array) -> jax.Array:
-    """(..., size, size) weights that each place gives each other one, 1 at itself, of a Gaussian whose
+    """(..., size, size) weights that a place gives each other one, 1 at itself, of a Gaussian whose
     deviation (...) is in places."""
     at = jnp.arange(size)
     gaps = at[:, None] - at[None, :]
