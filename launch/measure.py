@@ -23,7 +23,8 @@ from covseg_jax.errors import GO_ON, InputError, one_line
 from covseg_jax.evaluation import model_table
 from covseg_jax.evaluation.model_scores import Row, score_studies
 from covseg_jax.evaluation.model_table import Recipe
-from covseg_jax.imaging.studies import Study, find_inputs, find_studies
+from covseg_jax.imaging.studies import find_inputs, find_studies
+from covseg_jax.imaging.study import Study
 from covseg_jax.phantom.studies import write_phantom_data_set
 from covseg_jax.predict import default
 from covseg_jax.predict.model import Model, average_models

@@ -12,7 +12,7 @@ from covseg_jax import hosts
 from covseg_jax.evaluation import figures, probabilities, report, scores, tensorboard
 from covseg_jax.evaluation.metric_table import CaseArrays
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.predict import viewer
 from covseg_jax.prepare import study_files
 from covseg_jax.prepare.cases import Case

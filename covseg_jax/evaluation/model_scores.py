@@ -16,7 +16,7 @@ from tqdm import tqdm
 from covseg_jax import written
 from covseg_jax.evaluation import lesions, metrics, probabilities
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.manifest import fingerprint
 from covseg_jax.predict.journal import Journal
 from covseg_jax.predict.model import RANGE, Model, native_probability, range_cells

@@ -25,7 +25,7 @@ from covseg_jax.imaging.dicom_files import (
     quiet_pydicom,
     read_header,
 )
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 
 SEGMENTS = ('Lesion', 'Lung')  # segment 1 and 2, by their labels
 _NAME = 'covseg_jax'

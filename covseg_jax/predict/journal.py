@@ -9,7 +9,7 @@ from typing import Any
 from isal import isal_zlib
 
 from covseg_jax import atomic, written
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 
 _HEAD = b'["covseg_jax predict: what is done, a line a study"]\n'  # by it the file is known
 _NAME = re.compile(r'results\.\d+\.jsonl')

@@ -11,7 +11,8 @@ import numpy as np
 from covseg_jax.errors import InputError
 from covseg_jax.imaging.geometry import from_canonical, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
-from covseg_jax.imaging.studies import Study, find_inputs
+from covseg_jax.imaging.studies import find_inputs
+from covseg_jax.imaging.study import Study
 from covseg_jax.manifest import fingerprint
 from covseg_jax.predict import dicom_seg, uncertainty
 from covseg_jax.prepare.prepare_studies import (

@@ -16,7 +16,7 @@ from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.geometry import Geometry, to_study_grid
 from covseg_jax.imaging.masks import MaskSettings, mask_on_study_grid
 from covseg_jax.imaging.nifti import read_volume, write_volume
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.imaging.volume import AFFINE_TOLERANCE, Volume
 from covseg_jax.prepare import study_files
 from covseg_jax.prepare.cases import Case, Splits

@@ -16,7 +16,7 @@ from covseg_jax import written
 from covseg_jax.checksums import sha256
 from covseg_jax.environment import describe_environment
 from covseg_jax.imaging import formats
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.predict.model import Model
 from covseg_jax.prepare.prepare_studies import PreparedCase
 

@@ -20,7 +20,7 @@ from covseg_jax.errors import FileFault, InputError
 from covseg_jax.imaging.geometry import from_canonical
 from covseg_jax.imaging.masks import MaskSettings, StudyMask, mask_on_study_grid
 from covseg_jax.imaging.nifti import write_volume
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.imaging.workers import process_pool
 from covseg_jax.manifest import fingerprint
 from covseg_jax.predict import dicom_seg, uncertainty, viewer

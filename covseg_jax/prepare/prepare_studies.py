@@ -22,7 +22,7 @@ from covseg_jax import atomic
 from covseg_jax.errors import FileFault, InputError, one_line
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.geometry import Geometry, Shape, fit_geometry, to_model_grid
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import lung_network, study_files
 from covseg_jax.prepare.lung_report import describe_lungs

@@ -8,7 +8,7 @@ from isal import isal_zlib
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import formats
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.imaging.volume import Volume
 from covseg_jax.prepare import lungs as lungs_lib
 from covseg_jax.prepare.lung_network import SHIPPED, load_network

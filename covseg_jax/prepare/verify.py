@@ -9,7 +9,7 @@ import tqdm
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import formats
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.imaging.workers import map_in_processes
 from covseg_jax.prepare import study_files
 from covseg_jax.prepare.lung_report import describe_lungs

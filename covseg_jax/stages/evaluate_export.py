@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from covseg_jax import atomic, written
 from covseg_jax.errors import InputError
-from covseg_jax.imaging.studies import Study, find_inputs
+from covseg_jax.imaging.studies import find_inputs
+from covseg_jax.imaging.study import Study
 from covseg_jax.prepare.cases import Case, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.stages import human_masks, inputs

@@ -15,7 +15,7 @@ from covseg_jax.errors import FileFault, InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, read_pseudo_mask
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.prepare.cases import Case, Splits, find_cases, split_cases
 from covseg_jax.prepare.prepare_studies import PrepareSettings
 

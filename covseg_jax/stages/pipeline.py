@@ -13,7 +13,8 @@ from covseg_jax import atomic, hosts, mirror, written
 from covseg_jax.errors import InputError
 from covseg_jax.gan.synthesize import PseudoMaskSettings, empty_lungs, synthesize
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.imaging.studies import Study, find_studies
+from covseg_jax.imaging.studies import find_studies
+from covseg_jax.imaging.study import Study
 from covseg_jax.prepare.cases import Case, Splits, evaluation_cases
 from covseg_jax.prepare.prepare_studies import PrepareReport, PrepareSettings, prepare_studies
 from covseg_jax.segmentation.targets import (

@@ -11,7 +11,7 @@ import pytest
 from configs import transunet
 from covseg_jax.imaging import formats
 from covseg_jax.imaging.masks import MaskSettings
-from covseg_jax.imaging.studies import Study
+from covseg_jax.imaging.study import Study
 from covseg_jax.segmentation import train
 from covseg_jax.stages import inputs
 
