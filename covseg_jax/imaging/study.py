@@ -74,7 +74,7 @@ def checksum(text: str) -> str:
 
 
 def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """NIfTI files of a folder that this program did not write, by name; none where it is no folder."""
+    """NIfTI files of a folder that this program did not write, by name; none of no folder."""
     return sorted(filter(_is_image, folder.iterdir())) if folder.is_dir() else []
 
 
