@@ -223,9 +223,9 @@ def to_study_grid(
         array: (D, H, W), any real type or bool.
         geometry: from `fit_geometry`.
         deblur: for masks and probabilities that are to be thresholded. What the result would still
-            lose on the way to the model's grid is added back, four times (iterative
-            back-projection; Irani and Peleg, CVGIP 53:231, 1991), so that a lesion of few slices
-            does not shrink.
+            lose on the way to the model's grid is added back, once (back-projection; Irani and
+            Peleg, CVGIP 53:231, 1991), so that a lesion of few slices does not shrink. More often
+            lifts what one slice alone shows, and with it false marks (docs/results.md).
         threshold: for a mask of what reaches it, a quarter of the memory.
 
     Returns:
@@ -241,8 +241,8 @@ def to_study_grid(
     for axis, forward in enumerate(_model_matrices(geometry)):
         model_mm, box_mm, spacing = _centres_mm(geometry, axis)
         linear = matrix = resampling_matrix(box_mm, model_mm, spacing)
-        for _ in range(4 if deblur else 0):
-            matrix = matrix + linear @ (np.eye(len(forward), dtype=np.float32) - forward @ matrix)
+        if deblur:
+            matrix = linear + linear @ (np.eye(len(forward), dtype=np.float32) - forward @ linear)
         matrices.append(matrix)
     is_mask = threshold is not None
     result = np.zeros(geometry.canonical_shape, bool if is_mask else np.float32)

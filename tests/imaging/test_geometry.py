@@ -214,3 +214,30 @@ def test_arrays_of_another_shape_are_refused(mosmed_geometry):
         geometry.to_study_grid(np.zeros((32, 64, 64)), mosmed_geometry)
     with pytest.raises(ValueError, match='no lung voxel'):
         geometry.fit_geometry(np.zeros((4, 4, 4), bool), (4, 4, 4), np.eye(4), GRID)
+
+
+def test_what_one_slice_shows_is_sharpened_once():
+    """Worked out by hand: 8 slices are seen as 4, of which the second alone shows something."""
+    lungs = np.ones((8, 4, 4), bool)
+    plan = geometry.fit_geometry(lungs, (4, 4, 8), np.diag([-2.0, 2.0, 5.0, 1.0]), (4, 4, 4), 0.0)
+    model = np.zeros((4, 4, 4), np.float32)
+    model[1] = 1
+    # Linear between the slices' centres.
+    linear = np.array([0, 1 / 4, 3 / 4, 3 / 4, 1 / 4, 0, 0, 0])
+    np.testing.assert_allclose(geometry.to_study_grid(model, plan)[:, 2, 2], linear, atol=1e-6)
+    # Of that the model's grid sees 3/14, 5/8, 3/16 and 0: slices whose centres are half a slice
+    # from its own weigh 3, those one and a half away 1, and the first one has no 1 before it. What
+    # is missing comes back in the same way; what is then below 0 is cut off.
+    first, second, third = -3 / 14, 1 - 5 / 8, -3 / 16
+    deblurred = linear + [
+        0,
+        3 / 4 * first + 1 / 4 * second,
+        1 / 4 * first + 3 / 4 * second,
+        3 / 4 * second + 1 / 4 * third,
+        1 / 4 * second + 3 / 4 * third,
+        0,
+        0,
+        0,
+    ]
+    found = geometry.to_study_grid(model, plan, deblur=True)[:, 2, 2]
+    np.testing.assert_allclose(found, deblurred, atol=1e-6)
