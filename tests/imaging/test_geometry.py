@@ -229,15 +229,14 @@ def test_what_one_slice_shows_is_sharpened_once():
     # from its own weigh 3, those one and a half away 1, and the first one has no 1 before it. What
     # is missing comes back in the same way; what is then below 0 is cut off.
     first, second, third = -3 / 14, 1 - 5 / 8, -3 / 16
-    deblurred = linear + [
-        0,
-        3 / 4 * first + 1 / 4 * second,
-        1 / 4 * first + 3 / 4 * second,
-        3 / 4 * second + 1 / 4 * third,
-        1 / 4 * second + 3 / 4 * third,
-        0,
-        0,
-        0,
-    ]
+    deblurred = linear.copy()
+    deblurred[1:5] += np.array(
+        [
+            3 / 4 * first + 1 / 4 * second,
+            1 / 4 * first + 3 / 4 * second,
+            3 / 4 * second + 1 / 4 * third,
+            1 / 4 * second + 3 / 4 * third,
+        ]
+    )
     found = geometry.to_study_grid(model, plan, deblur=True)[:, 2, 2]
     np.testing.assert_allclose(found, deblurred, atol=1e-6)
