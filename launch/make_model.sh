@@ -4,8 +4,9 @@
 # put into covseg_jax/default_model/.
 #   launch/make_model.sh [FOLDER] [flags]     default: runs/default_model
 # The seeds are fixed: the same flags give the same model, on as many cores and with the same code and
-# jaxlib. A run that was stopped goes on with the same command. Flags, such as --config.train.num_steps=9000, change the recipe or add to it. MODEL_CARD.md
-# stays as it is: write there what was measured.
+# jaxlib. A run that was stopped goes on with the same command. Flags, such as
+# --config.train.num_steps=6000, change the recipe or add to it. MODEL_CARD.md stays as it is: write
+# there what was measured.
 set -euo pipefail
 trap 'exit 130' INT TERM # a training that is stopped ends well, and the next would begin
 
@@ -17,15 +18,10 @@ if [ $# != 0 ] && [[ "$1" != --* ]]; then
 fi
 mkdir -p "$folder"
 folder="$(cd "$folder" && pwd)"
-# The laptop's recipe, of painted healthy scans alone, with more phantoms and five times the steps:
-# whoever changes phantom.py, phantom_gan.py or base.py in configs/ may change what this makes.
+# Painted healthy scans alone, on a fine grid: whoever changes phantom_fine.py, or what it builds on in
+# configs/, may change what this makes.
 recipe=(
-  --config=configs/transunet.py:phantom
-  --config.phantom.num_healthy=160
-  --config.data.calibration_fraction=0.1
-  --config.train.num_steps=12000
-  --config.train.ema_decay=0.99
-  --config.train.evaluate_every=1000
+  --config=configs/transunet.py:phantom_fine
   "--config.export.licence=as this repository's; no patient's data went into it"
 )
 cd "$here/.."

@@ -292,12 +292,12 @@ def test_a_row_that_does_not_exist_is_named_before_any_is_made(tmp_path):
 
 
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
-    # What its recipe takes from the laptop's: with another value another model would be made.
-    laptop = transunet.get_config('phantom')
-    assert laptop.train.rounds == ('synthetic',)
-    assert laptop.train.losses.contrastive == 0
-    assert laptop.opacities.coverage_threshold == (-0.2, 2.9)
-    assert (laptop.prepare.lungs_source, laptop.phantom.num_masked) == ('network', 12)
+    # With another value in its variant another model would be made.
+    recipe = transunet.get_config('phantom_fine')
+    assert (recipe.train.rounds, recipe.train.num_steps) == (('synthetic',), 8000)
+    assert (recipe.train.losses.contrastive, recipe.train.ema_decay) == (0, 0.99)
+    assert recipe.opacities.coverage_threshold == (-0.2, 2.9)
+    assert (recipe.prepare.lungs_source, recipe.phantom.num_healthy) == ('network', 160)
     flags = '--config.train.num_steps=9', '--config=configs/transunet.py:tiny'
     *runs, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
     assert len(runs) == 4

@@ -174,7 +174,7 @@ def _refuse_other_fields(config: Config, model: InitialModel) -> None:
         flags = ' '.join(shlex.quote(f'--config.{name}={value}') for name, value, _ in other)
         or_variant = ''
         if model.name == DEFAULT:
-            or_variant = ', or take --config=configs/transunet.py:phantom, which has its sizes'
+            or_variant = ', or take --config=configs/transunet.py:phantom_fine, which has its sizes'
         raise InputError(
             f'train.init={model.name}: in this model and in the config {listed}; give '
             f'{flags}{or_variant}'

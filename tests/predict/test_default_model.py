@@ -14,7 +14,7 @@ from covseg_jax.predict.default import CARD, FOLDER, MEMBERS
 # Small phantoms, quick to draw, of seeds on which nothing was chosen, and the Dice of their masks.
 # On another CPU they differ in rounding, which may drop or keep one small lesion.
 SHAPE, SPACING_MM = (96, 96, 20), (3.5, 3.5, 16.0)
-SEEDS, DICE = (700, 701, 702), (0.752, 0.851, 0.746)
+SEEDS, DICE = (700, 701, 702), (0.760, 0.849, 0.741)
 
 
 def test_shipped_model_has_its_checksums():

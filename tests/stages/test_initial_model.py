@@ -96,7 +96,7 @@ def test_other_weights_than_model_json_describes_are_refused(exported):
         ({'prepare.window_hu': (-900.0, 400.0)}, ["'--config.prepare.window_hu=(-1000.0, 400.0)'"]),
         ({'network.name': 'unet'}, ['network.name is transunet and unet']),
         ({'train.init': 'nowhere/'}, ['train.init=nowhere/', "'default'", '--stages=export']),
-        ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom']),
+        ({'train.init': 'default'}, ['network.width is 16 and 8', 'transunet.py:phantom_fine']),
         ({'train.init': f'EXPORTED,{MEMBERS[0]}'}, [f'={MEMBERS[0]}: in', 'width is 16']),
         ({'train.init': 'EXPORTED, nowhere/'}, ['train.init=nowhere/']),
         ({'train.init': 'EXPORTED,'}, ['train.init=: no export', 'several with commas']),
@@ -133,8 +133,8 @@ def test_model_that_does_not_fit_is_refused_in_one_line(exported, tmp_path, fiel
         assert part in str(error.value)
 
 
-def test_phantom_variant_has_the_default_models_sizes():
-    config = transunet.get_config('phantom').unlock()
+def test_variant_phantom_fine_has_the_default_models_sizes():
+    config = transunet.get_config('phantom_fine').unlock()
     config.train.init = 'default'
     initial_model.refuse_misfit(config)
     sums = (MEMBERS[0] / 'SHA256SUMS').read_text()
