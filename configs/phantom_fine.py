@@ -1,13 +1,13 @@
-"""The variant phantom on a finer grid, 192 × 192 for 128 × 128, with more phantoms and steps.
+"""The variant phantom on a finer grid, 192 × 192 for 128 × 128, with more phantoms and steps: the
+recipe and the sizes of the model that comes with the code, which launch/make_model.sh makes.
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom_fine
 
 A finer grid shows a scan's noise, so painted opacities keep most of it, and slices are smoothed by
 random widths: what is smooth would else be taken for lesion.
 
-2 CPU cores: hours; it was not measured as a whole yet. With the 2,400 steps and 48 healthy phantoms
-of `phantom`, 16 minutes on one core, it is better than that on slices of real scans, level in
-the Dice of phantoms, and marks twice as much in healthy scans of both (docs/results.md).
+One CPU core: about an hour and a half. What it marks in slices of real scans, phantoms and healthy
+scans is in docs/results.md.
 """
 
 import ml_collections
