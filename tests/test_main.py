@@ -156,11 +156,11 @@ def test_a_training_goes_on_with_the_statistics_of_its_scans(tiny_run, tmp_path,
     call(workdir, 'export', {}, output=tmp_path / 'export')
     adapted, make_real = [], segmentation.make_adapt
 
-    def make_adapt(parts, smoothing_pixels):
+    def make_adapt(parts, *settings):
         def adapt(state, feed):
             adapted.append(feed.batches[0][feeds.IMAGE])
             if len(adapted) == 1:  # the teacher
-                return make_real(parts, smoothing_pixels)(state, feed)
+                return make_real(parts, *settings)(state, feed)
             sevens = jax.tree.map(lambda leaf: jnp.full_like(leaf, 7), state.ema['batch_stats'])
             return state.replace(ema=state.ema | {'batch_stats': sevens})
 

@@ -273,6 +273,7 @@ def _load_one(folder: pathlib.Path, name: str) -> Model:
                 description.get('checkpoint_step'),
                 description.get('training_data'),
                 sums,
+                preparation.grid[1:],
             ),
         ),
     )

@@ -118,6 +118,8 @@ def _describe_network(network: Mapping[str, Any]) -> str:
         details.append(f'configuration {network["config"]}')
     if network['checkpoint_step'] is not None:
         details.append(f'step {network["checkpoint_step"]}')
+    if network.get('pixels'):  # records from before the field have none
+        details.append('slices of {} × {} pixels'.format(*network['pixels']))
     weights = network['sha256'].get('weights.safetensors')
     if weights:
         details.append(f'SHA-256 of its weights {weights[:12]}…')

@@ -1,6 +1,7 @@
 """A trained network with everything that a prediction needs, and one study's prediction."""
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from covseg_jax.prepare.prepare_studies import (
     lung_network_crc32,
     prepare_volume,
 )
-from covseg_jax.segmentation.volumes import Probability, VolumeSettings
+from covseg_jax.segmentation.volumes import Probability, VolumeSettings, with_pixels
 
 RANGE = ('lesion_ml_low', 'lesion_ml_high')
 
@@ -95,6 +96,7 @@ class Origin:
     checkpoint_step: int | None = None
     training_data: Mapping[str, Any] | None = None  # as model.json has it
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of an export's files
+    pixels: tuple[int, int] | None = None  # H and W of the slices that it sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,23 +186,32 @@ def range_cells(
     return dict(zip(RANGE, ends, strict=True))
 
 
-def _without_paths(preparation: PrepareSettings) -> tuple:
-    """What of the settings decides: of a lung network its content, wherever it lies."""
-    bare = dataclasses.replace(preparation, lung_network='')
+def _field_of_view(preparation: PrepareSettings) -> tuple:
+    """What of the settings decides beside the size of pixels: of a lung network its content,
+    wherever it lies; of the grid its slices, and their shape."""
+    depth, *sides = preparation.grid
+    shape = (depth, *(side // math.gcd(*sides) for side in sides))
+    bare = dataclasses.replace(preparation, lung_network='', grid=shape)
     return bare, lung_network_crc32(preparation)
 
 
+def _with_grid_of(first: Model, model: Model, probability: Probability) -> Probability:
+    pixels = model.preparation.grid[1:]
+    return probability if pixels == first.preparation.grid[1:] else with_pixels(probability, pixels)
+
+
 def average_models(models: Sequence[Model]) -> Model:
-    """One model whose probabilities and thresholds are the means of theirs.
+    """One model whose probabilities and thresholds are the means of theirs. Where their grids
+    differ in the size of pixels alone it has the finest, and the others see its slices resampled.
 
     Raises:
       InputError: they see studies, or cut masks, in different ways.
     """
-    first = models[0]
+    first = max(models, key=lambda model: model.preparation.grid)
     if len(models) == 1:
         return first
-    for other in models[1:]:
-        if _without_paths(other.preparation) != _without_paths(first.preparation):
+    for other in models:
+        if _field_of_view(other.preparation) != _field_of_view(first.preparation):
             raise InputError(
                 'the models of an ensemble see studies in different ways '
                 f'({first.preparation} and {other.preparation}); average those of one kind'
@@ -215,11 +226,11 @@ def average_models(models: Sequence[Model]) -> Model:
         field.name: float(np.mean([getattr(model.masks, field.name) for model in models]))
         for field in dataclasses.fields(MaskSettings)
     }
+    members = [
+        [_with_grid_of(first, model, each) for each in model.probabilities] for model in models
+    ]
     return Model(
-        probabilities=tuple(
-            MeanProbability(members)
-            for members in zip(*(m.probabilities for m in models), strict=True)
-        ),
+        probabilities=tuple(MeanProbability(each) for each in zip(*members, strict=True)),
         preparation=first.preparation,
         masks=MaskSettings(**means),
         identity=fingerprint([model.identity for model in models]),

@@ -11,7 +11,7 @@ import numpy as np
 from covseg_jax.data import feeds
 from covseg_jax.models.layers import BatchNorm
 from covseg_jax.segmentation.steps import SegmentationParts, SegmentationState
-from covseg_jax.segmentation.volumes import smooth_slices
+from covseg_jax.segmentation.volumes import resample_slices, smooth_slices
 from covseg_jax.training.flat import flatten_as, unflatten
 from covseg_jax.training.loop import Evaluate
 from covseg_jax.training.sharding import shard_batch
@@ -20,12 +20,12 @@ _NUM_BATCHES = 64
 Adapt = Callable[[SegmentationState, feeds.Feed], SegmentationState]
 
 
-def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
+def make_adapt(parts: SegmentationParts, smoothing_pixels: float, pixels: tuple[int, int]) -> Adapt:
     """(state, feed) -> the state whose averaged weights, in `ema`, have the batch statistics of the
     slices in the feed's first batches, the means of each batch's own.
 
-    The network sees the slices as in a prediction, smoothed by `smoothing_pixels`, without painted
-    opacities and augmentation.
+    The network sees the slices as in a prediction, of H × W `pixels` and smoothed by
+    `smoothing_pixels`, without painted opacities and augmentation.
     """
 
     network = parts.network
@@ -53,7 +53,7 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
     def adapt(state: SegmentationState, feed: feeds.Feed) -> SegmentationState:
         total = begin(state.ema)
         for number in range(_NUM_BATCHES):
-            image = as_predicted(feed.batches[number], smoothing_pixels)
+            image = as_predicted(feed.batches[number], smoothing_pixels, pixels)
             image = shard_batch({feeds.IMAGE: image}, parts.mesh)[feeds.IMAGE]
             total = add(total, state.ema, image)
         return state.replace(ema=state.ema | {'batch_stats': end(total, state.ema)})
@@ -61,10 +61,14 @@ def make_adapt(parts: SegmentationParts, smoothing_pixels: float) -> Adapt:
     return adapt
 
 
-def as_predicted(batch: dict[str, np.ndarray], smoothing_pixels: float) -> np.ndarray:
-    """(B, H, W, 1) float32: the images of a batch as the network sees them in a prediction."""
+def as_predicted(
+    batch: dict[str, np.ndarray], smoothing_pixels: float, pixels: tuple[int, int]
+) -> np.ndarray:
+    """(B, H, W, 1) float32: the images of a batch as a network of H × W `pixels` sees them in a
+    prediction."""
     image, inside = (batch[name][..., 0] for name in (feeds.IMAGE, feeds.LUNGS))
-    return smooth_slices(image.astype(np.float32), inside, smoothing_pixels)[..., None]
+    image, inside = resample_slices(image.astype(np.float32), inside, pixels)
+    return smooth_slices(image, inside, smoothing_pixels)[..., None]
 
 
 def evaluate_adapted(adapt: Adapt, feed: feeds.Feed, evaluate: Evaluate) -> Evaluate:

@@ -34,7 +34,12 @@ from covseg_jax.segmentation.targets import (
     plan_rounds,
     refine_targets,
 )
-from covseg_jax.segmentation.volumes import Probability, VolumeSettings, predict_volumes
+from covseg_jax.segmentation.volumes import (
+    Probability,
+    VolumeSettings,
+    predict_volumes,
+    with_pixels,
+)
 from covseg_jax.training import loop, sharding
 from covseg_jax.training.checkpoint import restore_for_inference
 from covseg_jax.training.flat import unflatten
@@ -205,7 +210,7 @@ def train_segmentation(
     kinds = {each.kind for each in rounds}
     evaluations = _make_evaluations(config, parts, splits, read_target, kinds)
     if train.statistics == 'scans':
-        adapt = make_adapt(parts, config.predict.smoothing_pixels)
+        adapt = make_adapt(parts, config.predict.smoothing_pixels, config.prepare.grid[1:])
         scans = _scans_to_adapt_to(config, splits, hosts.index(), hosts.count())
         evaluations = {
             kind: evaluate_adapted(adapt, scans, each) for kind, each in evaluations.items()
@@ -243,16 +248,37 @@ def train_segmentation(
 
 
 def adapt_to_scans(
-    config: ml_collections.ConfigDict, splits: Splits, initials: Sequence[Any]
+    config: ml_collections.ConfigDict,
+    splits: Splits,
+    initials: Sequence[Any],
+    pixels: Sequence[tuple[int, int]],
 ) -> tuple[Probability, ...]:
     """The networks of the variables `initials`, nested dicts, each adapted to the scans that a
-    training goes on with, to the same batches as the network that is trained."""
-    parts = build_segmentation(config, sharding.make_local_mesh())
-    check_train_batch(config, config.train.batch_size, parts.mesh)
-    adapt = make_adapt(parts, config.predict.smoothing_pixels)
+    training goes on with, to the same batches as the network that is trained. Of `pixels`, H × W,
+    each has its own; the functions are of slices of the config's."""
     feed = _scans_to_adapt_to(config, splits)
-    adapted = (adapt(parts.start_from(initial), feed) for initial in initials)
-    return tuple(make_probability(config, parts.network, _variables_of(state)) for state in adapted)
+    adapters = {each: _make_adapter(config, feed, each) for each in pixels}
+    return tuple(adapters[each](initial) for initial, each in zip(initials, pixels, strict=True))
+
+
+def _make_adapter(
+    config: ml_collections.ConfigDict, feed: feeds.Feed, pixels: tuple[int, int]
+) -> Callable[[Any], Probability]:
+    """Of variables, of a network of H × W `pixels`."""
+    depth, *sides = config.prepare.grid
+    own = config.copy_and_resolve_references()
+    with own.unlocked():
+        own.prepare.grid = (depth, *pixels)
+    parts = build_segmentation(own, sharding.make_local_mesh())
+    check_train_batch(own, own.train.batch_size, parts.mesh)
+    adapt = make_adapt(parts, own.predict.smoothing_pixels, pixels)
+
+    def adapter(initial: Any) -> Probability:
+        state = adapt(parts.start_from(initial), feed)
+        probability = make_probability(own, parts.network, _variables_of(state))
+        return probability if pixels == tuple(sides) else with_pixels(probability, pixels)
+
+    return adapter
 
 
 def _scans_to_adapt_to(

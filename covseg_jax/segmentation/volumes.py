@@ -7,6 +7,7 @@ import numpy as np
 from scipy import ndimage
 
 from covseg_jax.errors import InputError
+from covseg_jax.imaging.geometry import enlarge, shrink, stretching_matrix
 from covseg_jax.prepare.slicewise import erode_in_plane
 
 Probability = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (image, lungs) -> lesion probability
@@ -77,6 +78,37 @@ def predict_volumes(
         return found
 
     return probability
+
+
+def with_pixels(probability: Probability, pixels: tuple[int, int]) -> Probability:
+    """A function of volumes whose slices have H × W pixels, as one of slices of any pixels over the
+    same field: images are resampled before it, and probabilities after it."""
+
+    def resampled(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+        inside = np.asarray(lungs) > 0
+        found = probability(*resample_slices(np.asarray(image, np.float32), inside, pixels))
+        matrices = _in_plane_matrices(found.shape, inside.shape[1:])
+        return np.concatenate([each for _, each in enlarge(found, matrices)]) * inside
+
+    return resampled
+
+
+def resample_slices(
+    image: np.ndarray, inside: np.ndarray, pixels: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W) float32 slices, 0 outside the lungs, and what is inside, with other pixels: as in
+    `prepare`, what is outside does not bleed into the lungs' edge. Of these pixels they stay."""
+    if image.shape[1:] == tuple(pixels):
+        return image, inside
+    matrices = _in_plane_matrices(image.shape, pixels)
+    total = shrink(image, matrices, weights=inside)
+    weight = shrink(inside, matrices)
+    kept = weight >= 0.5
+    return np.divide(total, weight, out=np.zeros_like(total), where=kept), kept
+
+
+def _in_plane_matrices(shape: tuple[int, ...], pixels: tuple[int, int]) -> list[np.ndarray]:
+    return [stretching_matrix(*lengths) for lengths in zip((shape[0], *pixels), shape, strict=True)]
 
 
 def smooth_slices(image: np.ndarray, inside: np.ndarray, pixels: float) -> np.ndarray:

@@ -34,6 +34,12 @@ class InitialModel:
     description: Mapping[str, Any]  # its model.json
     weights_sha256: str
 
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """H and W of the slices that it sees."""
+        _, height, width = self.description['preparation']['grid']
+        return height, width
+
     def describe(self) -> dict[str, Any]:
         """What a run that goes on from it says of it."""
         told = {name: self.description.get(name) for name in ('config', 'training_data')}
@@ -117,7 +123,7 @@ def refuse_misfit(config: Config) -> None:
             f"--config.train.init={DEFAULT}, or an export's folder"
         )
     for model in models:
-        _refuse_other_fields(config, model)
+        _refuse_other_fields(config, model, is_first=model is models[0])
     _refuse_list(config, models)
     adapts = config.train.statistics == 'scans'
     cuts = [config.masks] if adapts else [model.description['masks'] for model in models]
@@ -140,19 +146,28 @@ def _refuse_list(config: Config, models: Sequence[InitialModel]) -> None:
     for number, model in enumerate(models):
         if model.weights_sha256 in [each.weights_sha256 for each in models[:number]]:
             raise InputError(f'train.init: names the weights of {model.folder} twice')
-        if _preparation(model) != _preparation(models[0]):
+        if _field_of_view(model) != _field_of_view(models[0]):
             raise InputError(
                 f'train.init={config.train.init}: {model.folder} sees scans in another way than '
                 f'{models[0].folder} (preparation in model.json); name models of one kind'
             )
+        if model.pixels > models[0].pixels:  # it would see slices that are blurred for it
+            raise InputError(
+                f'train.init={config.train.init}: the grid of {model.folder} is finer than that of '
+                f'{models[0].folder}; name the finest first, or leave it out'
+            )
 
 
-def _preparation(model: InitialModel) -> dict[str, Any]:
-    """Without the lung network's path, which says nothing of its content."""
-    return dict(model.description['preparation']) | {'lung_network': ''}
+def _field_of_view(model: InitialModel) -> dict[str, Any]:
+    """How it sees scans, without the size of pixels, and without the lung network's path, which
+    says nothing of its content."""
+    preparation = model.description['preparation']
+    height, width = model.pixels
+    seen = {'grid': (preparation['grid'][0], height / width), 'lung_network': ''}
+    return dict(preparation) | seen
 
 
-def _refuse_other_fields(config: Config, model: InitialModel) -> None:
+def _refuse_other_fields(config: Config, model: InitialModel, is_first: bool) -> None:
     network = config.network.to_dict()
     if network['name'] == 'unet':
         network = {'name': 'unet', **config.unet}
@@ -167,6 +182,8 @@ def _refuse_other_fields(config: Config, model: InitialModel) -> None:
         'prepare.window_hu': config.prepare.window_hu,
         'predict.output': config.predict.output,
     }
+    if not is_first:  # a teacher alone may have other pixels
+        del theirs['prepare.grid']
     both = [(name, *_plain(value, ours[name])) for name, value in theirs.items() if name in ours]
     other = [each for each in both if each[1] != each[2]]
     if other:

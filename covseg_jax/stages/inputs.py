@@ -223,6 +223,7 @@ def load_model(config: Config, workdir: pathlib.Path, *, num_devices: int | None
             Origin(
                 str(workdir), config.network.name, volume_settings(config),
                 f'{config.name}:{config.variant}', step, describe_training_data(config, workdir),
+                pixels=tuple(config.prepare.grid[1:]),
             ),
         ),
     )  # fmt: skip

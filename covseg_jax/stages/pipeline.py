@@ -148,7 +148,8 @@ def _load_teacher(config: Config, splits: Splits) -> tuple[Probability, MaskSett
     from covseg_jax.segmentation.train import adapt_to_scans
 
     initials = initial_model.load(config, lambda folders: [*map(read_variables, folders)])
-    probability = MeanProbability(adapt_to_scans(config, splits, initials))
+    pixels = [each.pixels for each in initial_model.read_initial_models(config)]
+    probability = MeanProbability(adapt_to_scans(config, splits, initials, pixels))
     masks, _ = _find_cuts(config, 'synthesize', probability, splits.healthy_calibration)
     return probability, masks
 

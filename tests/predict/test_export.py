@@ -20,7 +20,7 @@ from covseg_jax.imaging import nifti
 from covseg_jax.imaging.masks import MaskSettings
 from covseg_jax.predict import export
 from covseg_jax.predict.default import FOLDER
-from covseg_jax.predict.model import Measures, average_models
+from covseg_jax.predict.model import Measures, Model, average_models
 from covseg_jax.prepare import lung_network
 from covseg_jax.segmentation import train as segmentation
 from covseg_jax.segmentation.network import make_predict
@@ -390,9 +390,35 @@ def test_ensemble_averages_probabilities_and_thresholds(config, folder, tmp_path
     assert both.masks == MaskSettings(pytest.approx(0.4), pytest.approx(0.7), 0.1)
     assert len({both.identity, *(member.identity for member in members)}) == 3
 
-    wider = dataclasses.replace(members[1], preparation=prepare_settings(grid=(16, 48, 48)))
-    with pytest.raises(InputError, match='ensemble'):
-        average_models([members[0], wider])
+    for grid in ((8, 32, 32), (16, 32, 48)):  # other slices, and another field of view
+        other = dataclasses.replace(members[1], preparation=prepare_settings(grid=grid))
+        with pytest.raises(InputError, match='ensemble'):
+            average_models([members[0], other])
+
+
+def test_networks_whose_pixels_alone_differ_are_averaged_on_the_finest_grid():
+    def model(side, change):
+        return Model(
+            probabilities=(lambda image, lungs: change(image) * lungs,),
+            preparation=prepare_settings(grid=(2, side, side)), masks=MaskSettings(0.4),
+            identity=str(side),
+        )  # fmt: skip
+
+    fine, coarse = model(4, lambda image: image), model(2, lambda image: image / 2)
+    for models in ([fine, coarse], [coarse, fine]):
+        both = average_models(models)
+        assert both.preparation.grid == (2, 4, 4)
+        inside = np.ones((2, 4, 4), np.uint8)
+        inside[:, :, 2:] = 0
+        image = np.zeros((2, 4, 4), np.float32)
+        image[1, :2, :2] = 0.8
+        # Down the rows, in the triangles of prepare: 3/7, 3/7 and 1/7 of pixels, and half of these.
+        upper, lower = 0.4 * 6 / 7, 0.4 * 1 / 7
+        ramp = np.array([upper, 0.75 * upper + 0.25 * lower, 0.25 * upper + 0.75 * lower, lower])
+        found = both.probabilities[0](image, inside)
+        np.testing.assert_allclose(found[0], 0)
+        np.testing.assert_allclose(found[1, :, 2:], 0)
+        np.testing.assert_allclose(found[1, :, 0], (image[1, :, 0] + ramp) / 2, rtol=1e-6)
 
 
 def test_export_has_the_lung_network_that_it_was_made_with(config, variables, tmp_path):

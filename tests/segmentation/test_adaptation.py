@@ -12,7 +12,12 @@ from covseg_jax.models.layers import BatchNorm
 from covseg_jax.prepare.cases import Case, Splits
 from covseg_jax.segmentation import adaptation, train
 from covseg_jax.segmentation.adaptation import as_predicted, evaluate_adapted, make_adapt
-from covseg_jax.segmentation.volumes import VolumeSettings, predict_volumes
+from covseg_jax.segmentation.volumes import (
+    VolumeSettings,
+    predict_volumes,
+    resample_slices,
+    with_pixels,
+)
 from covseg_jax.training.flat import Flat, flatten, unflatten
 from covseg_jax.training.parts import Parts
 from covseg_jax.training.sharding import make_local_mesh
@@ -46,7 +51,7 @@ def adapt_to(config, monkeypatch):
         stats = hold(jax.tree.map(change, unflatten(before.ema['batch_stats'])))
         before = before.replace(ema=before.ema | {'batch_stats': stats})
         feed = Feed(grain.MapDataset.source(batches), {})
-        return before, make_adapt(parts, 0.5)(before, feed), parts
+        return before, make_adapt(parts, 0.5, (32, 32))(before, feed), parts
 
     return adapt
 
@@ -64,7 +69,7 @@ def first_features(parts, state, image):
 def test_features_of_the_scans_have_zero_mean_and_unit_variance(adapt_to):
     batch = make_batch(0)
     before, after, parts = adapt_to([batch])
-    image = as_predicted(batch, 0.5)
+    image = as_predicted(batch, 0.5, (32, 32))
     assert abs(first_features(parts, before, image).std() - 1) > 0.1
     features = first_features(parts, after, image)
     np.testing.assert_allclose(features.mean((0, 1, 2)), 0, atol=1e-4)
@@ -80,7 +85,7 @@ def test_statistics_are_the_means_of_the_batches_own_and_nothing_else_changes(ad
     kernel = unflatten(before.ema['params'])['encoder_1_first_conv']['kernel']
     features = [
         np.asarray(jax.lax.conv_general_dilated(
-            as_predicted(batch, 0.5), kernel, (1, 1), 'SAME',
+            as_predicted(batch, 0.5, (32, 32)), kernel, (1, 1), 'SAME',
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )).reshape(-1, kernel.shape[-1])
         for batch in batches
@@ -112,7 +117,7 @@ def test_images_are_what_the_network_sees_in_a_prediction(config):
 
     settings = VolumeSettings(**{**config.predict, 'flip': False, 'batch_size': 8})
     predict_volumes(predict, settings)(batch[feeds.IMAGE][..., 0], batch[feeds.LUNGS][..., 0])
-    np.testing.assert_array_equal(as_predicted(batch, 0.5), seen[0])
+    np.testing.assert_array_equal(as_predicted(batch, 0.5, (32, 32)), seen[0])
 
 
 def test_an_evaluation_is_of_the_adapted_state_and_hands_it_on():
@@ -132,12 +137,23 @@ def test_each_teacher_has_statistics_of_its_own(config, monkeypatch):
     second = first | {'params': jax.tree.map(lambda leaf: 1.5 * leaf, first['params'])}
     volume = batch[feeds.IMAGE][..., 0].astype(np.float32), batch[feeds.LUNGS][..., 0]
 
-    def predict(*initials):
-        return [each(*volume) for each in train.adapt_to_scans(config, None, initials)]
+    def predict(*initials, pixels=((32, 32), (32, 32))):
+        pixels = pixels[: len(initials)]
+        return [each(*volume) for each in train.adapt_to_scans(config, None, initials, pixels)]
 
     together = predict(first, second)
     assert np.abs(together[0] - together[1]).max() > 0.01
     np.testing.assert_array_equal(together, [*predict(first), *predict(second)])
+    # One of another grid has those of slices of its own pixels, and predicts on the others'.
+    coarse, fine = predict(second, first, pixels=((16, 16), (32, 32)))
+    np.testing.assert_array_equal(fine, together[0])
+    assert coarse.shape == fine.shape
+    smaller = [each[..., None] for each in resample_slices(*volume, (16, 16))]
+    own = config.copy_and_resolve_references().unlock()
+    own.prepare.grid = (16, 16, 16)
+    scans = Feed(grain.MapDataset.source([dict(zip(batch, smaller, strict=True))]), {})
+    (expected,) = train.adapt_to_scans(own, None, [second], [(16, 16)])
+    np.testing.assert_array_equal(coarse, with_pixels(expected, (16, 16))(*volume))
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,25 @@ def test_model_that_does_not_fit_is_refused_in_one_line(exported, tmp_path, fiel
         assert part in str(error.value)
 
 
+def test_a_teacher_of_a_coarser_grid_is_taken_and_one_of_a_finer_grid_is_not(exported, tmp_path):
+    teacher = shutil.copytree(exported, tmp_path / 'teacher')
+
+    def name(side):
+        sums = (exported / 'SHA256SUMS').read_text()
+        at = sums.index('weights.safetensors') - 66
+        (teacher / 'SHA256SUMS').write_text(f'{sums[:at]}{"0" * 64}{sums[at + 64 :]}')
+        model = json.loads((exported / 'model.json').read_text())
+        model['preparation']['grid'] = [GRID[0], side, side]
+        (teacher / 'model.json').write_text(json.dumps(model))
+        return tiny(**{'train.init': f'{exported},{teacher}', 'synthesize.source': 'model'})
+
+    initial_model.refuse_misfit(name(16))
+    first, second = initial_model.read_initial_models(name(16))
+    assert (first.pixels, second.pixels) == ((32, 32), (16, 16))
+    with pytest.raises(InputError, match=r'finer than .*; name the finest first'):
+        initial_model.refuse_misfit(name(64))
+
+
 def test_variant_phantom_fine_has_the_default_models_sizes():
     config = transunet.get_config('phantom_fine').unlock()
     config.train.init = 'default'
