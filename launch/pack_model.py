@@ -1,4 +1,4 @@
-"""Exports of one recipe and several seeds, in the form in which a model comes with the code:
+"""Exports that are averaged, in the form in which a model comes with the code; the finest grid first:
 `python -m launch.pack_model EXPORT [EXPORT ...] covseg_jax/default_model`.
 """
 
@@ -14,10 +14,10 @@ MOST_BYTES = 8_000_000  # of the folder: it is in every clone and every installa
 
 
 def main(sources: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
-    """Writes each export as `folder`/seed_N, removes those of more seeds, and prints what they
-    weigh. The model card beside them stays."""
-    members = [folder / f'seed_{number}' for number in range(len(sources))]
-    before = sorted(folder.glob('seed_*'))
+    """Writes each export as `folder`/network_N, removes those that were there beside, and prints
+    what they weigh. The model card beside them stays."""
+    members = [folder / f'network_{number}' for number in range(len(sources))]
+    before = sorted(folder.glob('network_*'))
     for member in before:
         refuse_other_contents(member)
     for source, member in zip(sources, members, strict=True):
@@ -31,7 +31,7 @@ def main(sources: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
     if sum(sizes.values()) > MOST_BYTES:
         raise InputError(
             f'{folder}: has {sum(sizes.values())} bytes, and at most {MOST_BYTES} should come with '
-            'the code; put the old model back, and train a smaller network, or fewer seeds'
+            'the code; put the old model back, and train a smaller network, or fewer'
         )
 
 

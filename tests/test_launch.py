@@ -292,22 +292,29 @@ def test_a_row_that_does_not_exist_is_named_before_any_is_made(tmp_path):
 
 
 def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path):
-    # With another value in its variant another model would be made.
-    recipe = transunet.get_config('phantom_fine')
-    assert (recipe.train.rounds, recipe.train.num_steps) == (('synthetic',), 8000)
-    assert (recipe.train.losses.contrastive, recipe.train.ema_decay) == (0, 0.99)
-    assert recipe.opacities.coverage_threshold == (-0.2, 2.9)
-    assert (recipe.prepare.lungs_source, recipe.phantom.num_healthy) == ('network', 160)
+    # With another value in its variants another model would be made.
+    for name in ('phantom_fine', 'phantom'):
+        recipe = transunet.get_config(name)
+        assert (recipe.train.rounds, recipe.train.losses.contrastive) == (('synthetic',), 0)
+        assert recipe.opacities.coverage_threshold == (-0.2, 2.9)
+        assert recipe.prepare.lungs_source == 'network'
+    fine = transunet.get_config('phantom_fine')
+    assert (fine.train.num_steps, fine.train.ema_decay, fine.phantom.num_healthy) == (
+        8000,
+        0.99,
+        160,
+    )
     flags = '--config.train.num_steps=9', '--config=configs/transunet.py:tiny'
     *runs, pack = run_with_fakes(tmp_path, 'make_model.sh', 'made', *flags)
     assert len(runs) == 4
-    folders = [f'{tmp_path}/made/seed_{seed}' for seed in (0, 1)]
-    for seed, folder in enumerate(folders):
-        (*given, stages), export = runs[2 * seed : 2 * seed + 2]
+    folders = [f'{tmp_path}/made/{name}' for name in ('fine', 'coarse')]
+    for number, folder in enumerate(folders):
+        (*given, stages), export = runs[2 * number : 2 * number + 2]
         assert stages == '--stages=prepare,train,evaluate'
         # Each once, --config before its fields.
         assert given[:2] == ['run', flags[1]]
-        assert {flags[0], f'--config.seed={seed}', f'--config.phantom.seed={seed}'} < set(given)
+        assert {flags[0], '--config.seed=0', '--config.phantom.seed=0'} < set(given)
+        assert ('--config.train.ema_decay=0.99' in given) == (number == 1)
         assert given[-1] == f'--workdir={folder}'
         names = [flag.split('=')[0] for flag in given]
         assert len(set(names)) == len(names)
