@@ -1,5 +1,5 @@
 """The variant phantom on a finer grid, 192 × 192 for 128 × 128, with more phantoms and steps: the
-recipe and the sizes of the model that comes with the code, which launch/make_model.sh makes.
+recipe and the sizes of the first of two networks that come with the code, see launch/make_model.sh.
 
     python -m covseg_jax.main --config=configs/transunet.py:phantom_fine
 

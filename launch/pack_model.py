@@ -1,4 +1,4 @@
-"""Exports that are averaged, in the form in which a model comes with the code; the finest grid first:
+"""Exports that are averaged, in the form in which a model comes with the code; finest grid first:
 `python -m launch.pack_model EXPORT [EXPORT ...] covseg_jax/default_model`.
 """
 
