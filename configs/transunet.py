@@ -9,7 +9,8 @@ and what to expect of it:
     phantom             on studies that it makes itself, sized for two CPU cores; without
                         the GAN and the contrastive loss
     phantom_gan         the same with both: the whole method
-    phantom_fine        phantom on a finer grid: the recipe of the model that comes with the code
+    phantom_fine        phantom on a finer grid: the recipe of the first network of the model that
+                        comes with the code
     tiny                as small as it goes: for tests
     published           the recipe of the public code, on mosmed's studies
     phantom_published   that recipe on phantoms

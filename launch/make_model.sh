@@ -35,21 +35,21 @@ both=(
   "--config.export.licence=as this repository's; no patient's data went into it"
 )
 
-given=("$@")
+given=("$@") # expanded as below, because bash 3.2 takes an empty array for an unset one
 
 # NAME RECIPE... Each flag once, and --config first: the program takes them in no other way.
 train() {
   local run="$folder/$1" flags=() flag argument
   shift
   for flag in "$@" "${both[@]}"; do
-    for argument in "${given[@]}"; do
+    for argument in ${given[@]+"${given[@]}"}; do
       if [[ "$argument" == "${flag%%=*}="* ]]; then
         flag="$argument"
       fi
     done
     flags+=("$flag")
   done
-  for argument in "${given[@]}"; do
+  for argument in ${given[@]+"${given[@]}"}; do
     if [[ " ${flags[*]} " != *" $argument "* ]]; then
       flags+=("$argument")
     fi

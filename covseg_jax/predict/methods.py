@@ -89,6 +89,12 @@ def _describe_networks(networks: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
     else:
         sentences = []
+    sides = [tuple(network.get('pixels') or ()) for network in networks]
+    if len(set(sides)) > 1:
+        sentences.append(
+            'Slices of the finest grid were resampled to the pixels of the other networks, and '
+            'their outputs back, linearly.'
+        )
     ways = [network['volumes'] for network in networks]
     if any(way['flip'] for way in ways):
         sentences.append("Each slice's output was averaged with that of its mirror image.")

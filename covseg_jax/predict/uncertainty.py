@@ -1,7 +1,7 @@
 """Where the networks of a model disagree, and between which volumes the lesions' may lie.
 
-Networks that differ by their seed alone agree where the training decides and differ where it does
-not (Lakshminarayanan et al. 2017, arXiv 1612.01474).
+Networks that differ by their seed, or by their grid, agree where the training decides and differ
+where it does not (Lakshminarayanan et al. 2017, arXiv 1612.01474).
 """
 
 import bisect

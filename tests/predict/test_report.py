@@ -198,7 +198,8 @@ def test_methods_of_other_settings_say_those(predicted):
         ORIGIN, name='runs/mine', volumes=VolumeSettings(8, 0.0, False, 0.0, 1.0, 'sigmoid'),
         training_data=None, sha256={},
     )  # fmt: skip
-    both = average_models([dataclasses.replace(MODEL, origins=(each,)) for each in (plain, plain)])
+    coarse = dataclasses.replace(plain, pixels=(32, 32))
+    both = average_models([dataclasses.replace(MODEL, origins=(each,)) for each in (plain, coarse)])
     record['model']['networks'] = [dataclasses.asdict(origin) for origin in both.origins]
     record['settings']['masks'] = dataclasses.asdict(
         MaskSettings(min_component_ml=0, share_of_max=0.2)
@@ -206,6 +207,8 @@ def test_methods_of_other_settings_say_those(predicted):
     record['settings']['preparation']['lungs_source'] = 'file'
     paragraph, _ = describe_methods([record], 0)
     assert 'The outputs of 2 networks of axial slices were averaged: a TransUNet' in paragraph
+    assert 'slices of 32 × 32 pixels' in paragraph
+    assert 'resampled to the pixels of the other networks' in paragraph
     assert "exceeds 20 % of the study's highest" in paragraph
     assert 'Lung masks were given with the scans.' in paragraph
     assert not re.search('mirror|Gaussian|multiplied|dropped|more scan|trained|SHA-256', paragraph)
