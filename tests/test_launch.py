@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from configs import transunet
+from covseg_jax.stages import initial_model
+from launch import make_reference
 
 LAUNCH = pathlib.Path(__file__).parents[1] / 'launch'
 # Every call is a line of `calls`. A zone's request for a VM is the file ZONE.request, whose lines
@@ -321,6 +323,43 @@ def test_model_that_comes_with_the_code_is_trained_exported_and_packed(tmp_path)
         assert export == [*given, '--stages=export', f'--output={folder}/export']
     exports = [f'{folder}/export' for folder in folders]
     assert pack == ['-m', 'launch.pack_model', *exports, 'covseg_jax/default_model']
+
+
+def test_the_model_is_trained_on_in_two_rounds_and_the_first_teaches_the_second(tmp_path):
+    (tmp_path / 'my data').mkdir()
+    calls = run_with_fakes(tmp_path, 'own_scans.sh', 'my data', 'runs', '--config.seed=1')
+    taken = []
+    for call in calls:
+        given = dict(flag.removeprefix('--').split('=', 1) for flag in call[1:])
+        assert given['config.data.folder'] == f'{tmp_path}/my data'
+        assert given['config.seed'] == '1'
+        assert given['output'] == given['workdir'] + '/export'
+        assert len(given) == len(call) - 1
+        taken.append((
+            given['workdir'].removeprefix(f'{tmp_path}/runs/'), given['config'].split(':')[1],
+            given['config.train.init'].replace(f'{tmp_path}/runs/', ''),
+        ))  # fmt: skip
+    assert taken == [
+        ('fine_1', 'phantom_fine', 'default'),
+        ('coarse_1', 'phantom', 'covseg_jax/default_model/network_1'),
+        ('fine_2', 'phantom_fine', 'fine_1/export,coarse_1/export'),
+        ('coarse_2', 'phantom', 'coarse_1/export'),
+    ]
+    for _, variant, init in taken[:2]:  # what these name is there, and fits
+        config = transunet.get_config(variant).unlock()
+        config.train.init, config.synthesize.source = init, 'model'
+        initial_model.refuse_misfit(config)
+        named = {flag.split('=')[0] for flag in calls[0] if flag.startswith('--config.')}
+        assert named <= {f'--config.{name}' for name, _ in make_reference.flatten(config)}
+
+
+def test_data_that_is_not_there_is_named_before_anything_is_installed(tmp_path):
+    done = subprocess.run(
+        ['bash', LAUNCH / 'own_scans.sh', tmp_path / 'none'], capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'error: {tmp_path}/none: is not a folder; name one')
 
 
 SCRIPTS = (
