@@ -1,7 +1,6 @@
 """A trained network with everything that a prediction needs, and one study's prediction."""
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -188,16 +187,8 @@ def range_cells(
 
 def _field_of_view(preparation: PrepareSettings) -> tuple:
     """What of the settings decides beside the size of pixels: of a lung network its content,
-    wherever it lies; of the grid its slices, and their shape."""
-    depth, *sides = preparation.grid
-    shape = (depth, *(side // math.gcd(*sides) for side in sides))
-    bare = dataclasses.replace(preparation, lung_network='', grid=shape)
-    return bare, lung_network_crc32(preparation)
-
-
-def _with_grid_of(first: Model, model: Model, probability: Probability) -> Probability:
-    pixels = model.preparation.grid[1:]
-    return probability if pixels == first.preparation.grid[1:] else with_pixels(probability, pixels)
+    wherever it lies."""
+    return preparation.without_pixels(), lung_network_crc32(preparation)
 
 
 def average_models(models: Sequence[Model]) -> Model:
@@ -227,7 +218,8 @@ def average_models(models: Sequence[Model]) -> Model:
         for field in dataclasses.fields(MaskSettings)
     }
     members = [
-        [_with_grid_of(first, model, each) for each in model.probabilities] for model in models
+        [with_pixels(each, model.preparation.grid[1:]) for each in model.probabilities]
+        for model in models
     ]
     return Model(
         probabilities=tuple(MeanProbability(each) for each in zip(*members, strict=True)),

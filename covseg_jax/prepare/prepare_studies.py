@@ -78,6 +78,13 @@ class PrepareSettings:
                 f'lesion_labels {self.lesion_labels}: values other than 0 are expected'
             )
 
+    def without_pixels(self) -> 'PrepareSettings':
+        """What decides beside the size of pixels, and beside where the lung network's file lies: of
+        the grid its slices, and their shape."""
+        depth, *sides = self.grid
+        shape = (depth, *(side // math.gcd(*sides) for side in sides))
+        return dataclasses.replace(self, lung_network='', grid=shape)
+
 
 @dataclass(frozen=True)
 class PreparedCase:

@@ -265,18 +265,16 @@ def _make_adapter(
     config: ml_collections.ConfigDict, feed: feeds.Feed, pixels: tuple[int, int]
 ) -> Callable[[Any], Probability]:
     """Of variables, of a network of H × W `pixels`."""
-    depth, *sides = config.prepare.grid
     own = config.copy_and_resolve_references()
     with own.unlocked():
-        own.prepare.grid = (depth, *pixels)
+        own.prepare.grid = (config.prepare.grid[0], *pixels)
     parts = build_segmentation(own, sharding.make_local_mesh())
     check_train_batch(own, own.train.batch_size, parts.mesh)
     adapt = make_adapt(parts, own.predict.smoothing_pixels, pixels)
 
     def adapter(initial: Any) -> Probability:
         state = adapt(parts.start_from(initial), feed)
-        probability = make_probability(own, parts.network, _variables_of(state))
-        return probability if pixels == tuple(sides) else with_pixels(probability, pixels)
+        return with_pixels(make_probability(own, parts.network, _variables_of(state)), pixels)
 
     return adapter
 

@@ -82,13 +82,15 @@ def predict_volumes(
 
 def with_pixels(probability: Probability, pixels: tuple[int, int]) -> Probability:
     """A function of volumes whose slices have H × W pixels, as one of slices of any pixels over the
-    same field: images are resampled before it, and probabilities after it.
+    same field: where they are others, images are resampled before it, and probabilities after it.
 
     At the lungs' rim probabilities fade to the 0 outside. Divided by the lungs, resampled as they
     are, they mark more there, and are as good (docs/results.md)."""
 
     def resampled(image: np.ndarray, lungs: np.ndarray) -> np.ndarray:
         inside = np.asarray(lungs) > 0
+        if inside.shape[1:] == tuple(pixels):
+            return probability(image, lungs)
         found = probability(*resample_slices(np.asarray(image, np.float32), inside, pixels))
         matrices = _in_plane_matrices(found.shape, inside.shape[1:])
         return np.concatenate([each for _, each in enlarge(found, matrices)]) * inside

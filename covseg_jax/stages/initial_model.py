@@ -15,6 +15,7 @@ from covseg_jax import hosts, manifest
 from covseg_jax.checksums import read_sums
 from covseg_jax.errors import InputError
 from covseg_jax.predict.default import DEFAULT, MEMBERS
+from covseg_jax.prepare.prepare_studies import PrepareSettings
 from covseg_jax.stages.inputs import Config
 
 NONE = 'none'
@@ -158,13 +159,10 @@ def _refuse_list(config: Config, models: Sequence[InitialModel]) -> None:
             )
 
 
-def _field_of_view(model: InitialModel) -> dict[str, Any]:
-    """How it sees scans, without the size of pixels, and without the lung network's path, which
-    says nothing of its content."""
-    preparation = model.description['preparation']
-    height, width = model.pixels
-    seen = {'grid': (preparation['grid'][0], height / width), 'lung_network': ''}
-    return dict(preparation) | seen
+def _field_of_view(model: InitialModel) -> PrepareSettings:
+    return PrepareSettings(
+        **{'lung_network': '', **model.description['preparation']}  # versions 1 and 2 knew none
+    ).without_pixels()
 
 
 def _refuse_other_fields(config: Config, model: InitialModel, is_first: bool) -> None:
