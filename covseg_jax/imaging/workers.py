@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import context, resource_tracker
 from typing import TypeVar
 
 from covseg_jax.errors import InputError
@@ -52,9 +53,8 @@ def process_pool(num_workers: int, what: str) -> Iterator[futures.Executor]:
     if num_workers < 1:
         yield _Here()
         return
-    context = multiprocessing.get_context('spawn')
     with _single_threaded_children():
-        pool = futures.ProcessPoolExecutor(num_workers, context, initializer=_follow_parent)
+        pool = futures.ProcessPoolExecutor(num_workers, _Context(), initializer=_follow_parent)
         try:
             yield pool
         except BrokenProcessPool as error:
@@ -92,6 +92,23 @@ def _single_threaded_children() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+class _Process(context.SpawnProcess):
+    """Starts deaf to Ctrl-C. It imports for seconds before `_follow_parent` runs in it, and one
+    that dies in them breaks the pool, which then kills the others in the middle of their work."""
+
+    def start(self):
+        resource_tracker.ensure_running()  # where it has to start, it clears this mask
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()  # a process inherits the mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(context.SpawnContext):
+    Process = _Process
 
 
 def _follow_parent() -> None:

@@ -182,7 +182,7 @@ def test_failure_in_the_middle_of_writing_leaves_nothing_or_the_old_case(data_se
 
 
 PROGRAM = f"""
-import signal, sys
+import signal, sys, time
 from covseg_jax.prepare import prepare_studies
 from covseg_jax.imaging import studies
 if __name__ == '__main__':
@@ -192,6 +192,14 @@ if __name__ == '__main__':
     print('started', flush=True)
     settings = prepare_studies.{SETTINGS}
     prepare_studies.prepare_studies(found, sys.argv[2], settings, num_workers=2)
+"""
+# The second worker is still starting when the first has made a case.
+SLOW_START = """
+else:
+    try:
+        open(sys.argv[2] + '.first', 'x')
+    except FileExistsError:
+        time.sleep(4)
 """
 
 
@@ -302,7 +310,7 @@ def test_folder_that_is_no_prepared_case_is_left_and_named(data_set, name):
 def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
     for number in range(22):
         write_study(data_set, f's{number:03d}', lesion=False)
-    (tmp_path / 'program.py').write_text(PROGRAM)
+    (tmp_path / 'program.py').write_text(PROGRAM + SLOW_START)
     target = tmp_path / 'prepared'
     process = subprocess.Popen(
         [sys.executable, tmp_path / 'program.py', data_set, target],
@@ -317,7 +325,7 @@ def test_interrupt_leaves_whole_cases_and_no_process(data_set, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert 'KeyboardInterrupt' in errors
+    assert errors.count('KeyboardInterrupt') == 1, errors  # the parent's alone
     while _living_members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)  # multiprocessing's resource tracker ends a moment after its parent
     assert _living_members(process.pid) == []
