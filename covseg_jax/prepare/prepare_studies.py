@@ -30,7 +30,7 @@ from covseg_jax.prepare.lung_report import describe_lungs
 GEOMETRY_FILE = 'geometry.json'
 _CASE_FILES = {'image.npy', 'lungs.npy', 'lesion.npy', GEOMETRY_FILE}
 # Raised when the same files and settings give another result, so that old cases are made anew.
-CASE_VERSION = 6
+CASE_VERSION = 7
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from isal import isal_zlib
+from scipy import signal
 
 from covseg_jax.errors import FileFault
 from covseg_jax.imaging import formats
@@ -19,6 +20,15 @@ LUNG_HU, TISSUE_HU = -500, (-200, 300)  # what lies below or between is thin as 
 ROUNDED_LABEL = 1e-3  # by which a label may differ from a whole number
 _MOST_LABELS = 8  # of a volume that is taken for a mask
 LEAST_SHARE = 0.002  # of the voxels of any chest CT, for either
+AIR_HU, MUSCLE_HU = -1000, 40  # in any patient
+# A chest has bone, of 300 HU and more. What has nothing denser than this was a picture, whose
+# window ended somewhere, and its HU are somebody's guess.
+CUT_HU = 100
+_END_HU = 12  # from the densest voxel: what the window's end has cut
+_MOST_AT_END = 0.2  # of what is dense: where more is cut, soft tissue itself may be
+_SMOOTH_HU = 61  # of a histogram: pictures are noisy, and have steps of up to 6 HU
+_LEAST_PEAK = 0.3  # of the highest: muscle beside more fat, both about 130 HU apart
+_DISPLACED_HU = -60  # soft tissue that lies below is not where it belongs
 
 
 def read_image(study: Study) -> Volume:
@@ -40,7 +50,7 @@ def read_image(study: Study) -> Volume:
     fault = find_implausible_hu(volume.array)
     if fault is not None:
         raise FileFault(study.image, fault, 'give the original CT in HU')
-    return volume
+    return _stretch_picture(volume)
 
 
 def read_mask(study: Study, name: str, image: Volume, labels: Sequence[int] | None) -> np.ndarray:
@@ -173,6 +183,45 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
     if ((some > TISSUE_HU[0]) & (some < TISSUE_HU[1])).mean() < LEAST_SHARE:
         return f'{values}: nothing is as dense as soft tissue'
     return None
+
+
+def find_soft_tissue(array: np.ndarray) -> float | None:
+    """Where soft tissue lies, in HU, in a (Z, Y, X) picture whose values stand for other HU than
+    they say, or None: the scan has bone, or soft tissue lies where it belongs, or is cut off."""
+    top, lowest = float(array.max()), TISSUE_HU[0] - 100
+    if top > CUT_HU:
+        return None
+    dense = np.rint(array[array > lowest]).astype(int)
+    fill = round(float(np.median(array[:, [0, 0, -1, -1], [0, -1, 0, -1]])))
+    if fill < top - _END_HU / 2:  # around a crop; what is at the end may be tissue
+        dense = dense[dense != fill]
+    counts = np.bincount(dense - lowest)[: round(top) - _END_HU - lowest]
+    if counts.sum() < (1 - _MOST_AT_END) * max(len(dense), 1):
+        return None
+    smooth = np.convolve(counts, np.ones(_SMOOTH_HU), 'same')
+    least = _LEAST_PEAK * smooth.max()
+    peaks, _ = signal.find_peaks(smooth, height=least, prominence=least / 3)
+    if not len(peaks) or peaks[-1] + lowest >= _DISPLACED_HU:
+        return None
+    return float(peaks[-1] + lowest)
+
+
+def _stretch_picture(volume: Volume) -> Volume:
+    """The volume with its soft tissue where it belongs."""
+    tissue = find_soft_tissue(volume.array)
+    if tissue is None:
+        return volume
+    factor = (MUSCLE_HU - AIR_HU) / (tissue - AIR_HU)
+    array = np.array(volume.array, np.float32)
+    array -= AIR_HU
+    array *= factor
+    array += AIR_HU
+    array.flags.writeable = False
+    note = (
+        f'nothing is denser than {float(volume.array.max()):.0f} HU, and soft tissue lies at '
+        f'{tissue:.0f}: a picture of another window; its densities were stretched by {factor:.2f}'
+    )
+    return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
 
 
 def _undo_window(study: Study, volume: Volume) -> Volume:
