@@ -219,7 +219,8 @@ def _stretch_picture(volume: Volume) -> Volume:
     array.flags.writeable = False
     note = (
         f'nothing is denser than {float(volume.array.max()):.0f} HU, and soft tissue lies at '
-        f'{tissue:.0f}: a picture of another window; its densities were stretched by {factor:.2f}'
+        f'{tissue:.0f}: a picture of another window; its densities were stretched by {factor:.2f}; '
+        'give the original CT where there is one'
     )
     return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
 
