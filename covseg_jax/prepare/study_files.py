@@ -188,15 +188,18 @@ def find_implausible_hu(array: np.ndarray) -> str | None:
 def find_soft_tissue(array: np.ndarray) -> float | None:
     """Where soft tissue lies, in HU, in a (Z, Y, X) picture whose values stand for other HU than
     they say, or None: the scan has bone, or soft tissue lies where it belongs, or is cut off."""
-    top, lowest = float(array.max()), TISSUE_HU[0] - 100
-    if top > CUT_HU:
+    top, lowest = round(float(array.max())), TISSUE_HU[0] - 100
+    if not lowest < top <= CUT_HU:
         return None
-    dense = np.rint(array[array > lowest]).astype(int)
+    counts = np.zeros(top - lowest + 1, int)  # of dense voxels, a bin a HU
+    for plane in array:
+        dense = np.rint(plane[plane > lowest]).astype(int)
+        counts += np.bincount(dense - lowest, minlength=len(counts))
     fill = round(float(np.median(array[:, [0, 0, -1, -1], [0, -1, 0, -1]])))
-    if fill < top - _END_HU / 2:  # around a crop; what is at the end may be tissue
-        dense = dense[dense != fill]
-    counts = np.bincount(dense - lowest)[: round(top) - _END_HU - lowest]
-    if counts.sum() < (1 - _MOST_AT_END) * max(len(dense), 1):
+    if lowest <= fill < top - _END_HU / 2:  # around a crop; what is at the end may be tissue
+        counts[fill - lowest] = 0
+    number, counts = counts.sum(), counts[: top - _END_HU - lowest]
+    if counts.sum() <= (1 - _MOST_AT_END) * number:
         return None
     smooth = np.convolve(counts, np.ones(_SMOOTH_HU), 'same')
     least = _LEAST_PEAK * smooth.max()
