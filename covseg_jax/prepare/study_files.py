@@ -32,7 +32,8 @@ _DISPLACED_HU = -60  # soft tissue that lies below is not where it belongs
 
 
 def read_image(study: Study) -> Volume:
-    """The study's image in HU, verified.
+    """The study's image in HU, verified; a picture whose HU were guessed, with its soft tissue at
+    40 HU, see `find_soft_tissue`.
 
     Raises:
         FileFault: a file is missing, damaged or of an unusable kind; the voxels' size is no CT's;
@@ -189,7 +190,7 @@ def find_soft_tissue(array: np.ndarray) -> float | None:
     """Where soft tissue lies, in HU, in a (Z, Y, X) picture whose values stand for other HU than
     they say, or None: the scan has bone, or soft tissue lies where it belongs, or is cut off."""
     top, lowest = round(float(array.max())), TISSUE_HU[0] - 100
-    if not lowest < top <= CUT_HU:
+    if not TISSUE_HU[0] < top <= CUT_HU:
         return None
     counts = np.zeros(top - lowest + 1, int)  # of dense voxels, a bin a HU
     for plane in array:
@@ -215,17 +216,13 @@ def _stretch_picture(volume: Volume) -> Volume:
     if tissue is None:
         return volume
     factor = (MUSCLE_HU - AIR_HU) / (tissue - AIR_HU)
-    array = np.array(volume.array, np.float32)
-    array -= AIR_HU
-    array *= factor
-    array += AIR_HU
-    array.flags.writeable = False
     note = (
         f'nothing is denser than {float(volume.array.max()):.0f} HU, and soft tissue lies at '
         f'{tissue:.0f}: a picture of another window; its densities were stretched by {factor:.2f}; '
         'give the original CT where there is one'
     )
-    return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
+    array = np.array(volume.array, np.float32)
+    return _with_densities(volume, array, (AIR_HU, tissue), (AIR_HU, MUSCLE_HU), note)
 
 
 def _undo_window(study: Study, volume: Volume) -> Volume:
@@ -244,11 +241,24 @@ def _undo_window(study: Study, volume: Volume) -> Volume:
         )
     array = np.array(volume.array, np.float32)
     np.clip(array, low, high, out=array)
+    note = f'windowed: {low:g} to {high:g} stand for {low_hu:g} to {high_hu:g} HU'
+    return _with_densities(volume, array, (low, high), (low_hu, high_hu), note)
+
+
+def _with_densities(
+    volume: Volume,
+    array: np.ndarray,
+    values: tuple[float, float],
+    hu: tuple[float, float],
+    note: str,
+) -> Volume:
+    """The volume with the float32 array, which is changed: its two `values` stand for two `hu`, and
+    what lies between and beyond linearly."""
+    (low, high), (low_hu, high_hu) = values, hu
     array -= low
     array *= (high_hu - low_hu) / (high - low)
     array += low_hu
     array.flags.writeable = False
-    note = f'windowed: {low:g} to {high:g} stand for {low_hu:g} to {high_hu:g} HU'
     return dataclasses.replace(volume, array=array, notes=(*volume.notes, note))
 
 
